@@ -1,0 +1,54 @@
+"""Built-in configurations per GPU family, chosen by compiling them: they fit shared memory and do not spill.
+Not measured on a GPU yet; the tuner will replace them by measured ones."""
+
+from __future__ import annotations
+
+import torch
+
+FAMILIES = ("sm80", "sm90", "sm100", "gfx942")
+
+# Shared memory one block may use, bytes.
+SHARED_MEMORY_LIMIT = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "gfx942": 65_536}
+
+# Programs that fill the family's largest chip about twice: enough bytes in flight to stream weights.
+TARGET_PROGRAMS = {"sm80": 216, "sm90": 264, "sm100": 296, "gfx942": 608}
+
+Rule = tuple[dict[str, int], dict[str, int]]
+
+
+def attention_rule(dtype: torch.dtype, family: str, *, head_dim: int, group: int) -> Rule:
+    """dual_view_attention: key is head_dim and the number of query heads per KV head."""
+    wide = dtype == torch.float32
+    if wide:
+        # fp32 products run on FMA units: small tiles, operands live in registers
+        constants = {"BLOCK_M": 16, "BLOCK_N": 32 if head_dim <= 128 else 16}
+        launch = {"num_warps": 4, "num_stages": 2 if family != "gfx942" else 1}
+    elif family == "gfx942":
+        constants = {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 128 else 32}
+        launch = {"num_warps": 4, "num_stages": 1}
+    else:
+        constants = {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 128 else 32}
+        launch = {"num_warps": 4 if head_dim <= 128 else 8, "num_stages": 3 if family != "sm80" else 2}
+    return constants | {"SPLIT_SIZE": 512}, launch
+
+
+def linear_rule(dtype: torch.dtype, family: str, *, N: int, K: int) -> Rule:
+    """linear: key is the weight's shape. K is split where N alone gives too few programs to fill the chip."""
+    if dtype == torch.float32:
+        constants = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32}
+        launch = {"num_warps": 4, "num_stages": 2}
+    elif family == "gfx942":
+        constants = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64}
+        launch = {"num_warps": 4, "num_stages": 2}
+    else:
+        constants = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128}
+        launch = {"num_warps": 4, "num_stages": 4 if family != "sm80" else 3}
+    column_tiles = -(-N // constants["BLOCK_N"])
+    depth_tiles = -(-K // constants["BLOCK_K"])
+    split_k = 1
+    while column_tiles * split_k < TARGET_PROGRAMS[family] and split_k < 8 and depth_tiles >= split_k * 8:
+        split_k *= 2
+    return constants | {"SPLIT_K": split_k}, launch
+
+
+RULES = {"dual_view_attention": attention_rule, "linear": linear_rule}

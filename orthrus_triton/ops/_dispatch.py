@@ -1,0 +1,43 @@
+"""Which implementation runs: Triton on a GPU, torch anywhere, the fp64 reference on request.
+An implementation that was asked for by name never falls back to another."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import HAS_TRITON, is_interpreted
+
+IMPLS = ("auto", "triton", "torch", "reference")
+
+
+def resolve_impl(impl: str, tensor: torch.Tensor) -> str:
+    """Turn `impl` into "triton", "torch" or "reference" for the device that holds `tensor`.
+
+    Raises:
+        ValueError: `impl` is not one of "auto", "triton", "torch", "reference".
+        RuntimeError: "triton" was asked for where it cannot run.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, but got {impl!r}")
+    if impl == "auto":
+        return "triton" if HAS_TRITON and tensor.device.type == "cuda" else "torch"
+    if impl == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError("impl='triton' needs Triton, which is not installed: use impl='torch'")
+        if tensor.device.type != "cuda" and not is_interpreted():
+            raise RuntimeError(
+                f"impl='triton' needs a CUDA or ROCm tensor, or TRITON_INTERPRET=1 set before the import; "
+                f"got a tensor on {tensor.device}"
+            )
+    return impl
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch implementations compute: fp64 stays, everything else goes to fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def require_same(name: str, got: object, expected: object, what: str) -> None:
+    """Raise a ValueError that names the argument, what was expected and what came."""
+    if got != expected:
+        raise ValueError(f"{name} must have {what} {expected}, but got {got}")

@@ -1,0 +1,203 @@
+"""y = x @ weight.T for few rows, with row bits that do not depend on the row count.
+Tiles, the K order and the K split are functions of the weight's shape alone; partial sums are combined in order."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
+from orthrus_triton.autotune.store import KernelConfig, lookup
+from orthrus_triton.ops._dispatch import require_same, resolve_impl
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    config: KernelConfig | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias`, accumulated in fp32, plus `residual` in the output's dtype.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16. Tier A holds for any number of rows; the kernel is built for few (1..512).
+        weight: [N, K], the dtype of `x`, contiguous.
+        bias: [N] or None, the dtype of `x`.
+        residual: [..., N] or None, the output's dtype. The product is rounded first, as an unfused addition would see it.
+        out_dtype: dtype of the result, by default that of `x`; fp32 keeps the accumulator (the LM head asks for that).
+        impl: "auto", "triton", "torch" or "reference".
+        config: kernel configuration, by default the one looked up for this weight shape.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+    """
+    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
+    require_same("weight", weight.dtype, x.dtype, "dtype")
+    if bias is not None:
+        require_same("bias", tuple(bias.shape), (weight.shape[0],), "shape")
+        require_same("bias", bias.dtype, x.dtype, "dtype")
+    out_dtype = out_dtype or x.dtype
+    if residual is not None:
+        require_same("residual", tuple(residual.shape), (*x.shape[:-1], weight.shape[0]), "shape")
+        require_same("residual", residual.dtype, out_dtype, "dtype")
+    impl = resolve_impl(impl, x)
+    if config is not None:
+        if impl != "triton":
+            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
+        return launch_linear(x, weight, bias, residual, out_dtype, config)
+    return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl)
+
+
+@triton.jit
+def _epilogue(
+    accumulator, bias_ptr, residual_ptr, out_ptr, row_offsets, cols, mask, col_mask,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Bias in fp32, one rounding to the output's dtype, then the residual as a separate addition would add it."""
+    if HAS_BIAS:
+        # [BLOCK_N]
+        accumulator += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    out = accumulator.to(out_ptr.dtype.element_ty)
+    offsets = row_offsets[:, None] + cols[None, :]
+    if HAS_RESIDUAL:
+        # [BLOCK_M, BLOCK_N]
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        out = (out.to(tl.float32) + residual.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, out, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, M,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # row tiles vary fastest, so that the programs that share a weight tile run side by side
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    row_mask = rows < M
+    col_mask = cols < N
+    K_PER_SPLIT: tl.constexpr = (K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
+    depth = tl.arange(0, BLOCK_K)
+    x_tile_ptr = x_ptr + rows.to(tl.int64)[:, None] * K + depth[None, :]
+    weight_tile_ptr = weight_ptr + cols.to(tl.int64)[None, :] * K + depth[:, None]
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(split * K_PER_SPLIT, tl.minimum((split + 1) * K_PER_SPLIT, K), BLOCK_K):
+        if K % BLOCK_K == 0:
+            # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
+            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None], other=0.0)
+            weight = tl.load(weight_tile_ptr + k, mask=col_mask[None, :], other=0.0)
+        else:
+            in_range = depth < K - k
+            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None] & in_range[None, :], other=0.0)
+            weight = tl.load(weight_tile_ptr + k, mask=col_mask[None, :] & in_range[:, None], other=0.0)
+        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
+    row_offsets = rows.to(tl.int64) * N
+    mask = row_mask[:, None] & col_mask[None, :]
+    if SPLIT_K == 1:
+        _epilogue(
+            accumulator, bias_ptr, residual_ptr, out_ptr, row_offsets, cols, mask, col_mask, HAS_BIAS, HAS_RESIDUAL
+        )  # fmt: skip
+    else:
+        partial_ptr += split.to(tl.int64) * M * N
+        tl.store(partial_ptr + row_offsets[:, None] + cols[None, :], accumulator, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def combine_splits_kernel(
+    partial_ptr, bias_ptr, residual_ptr, out_ptr, M,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < N
+    mask = (rows < M)[:, None] & col_mask[None, :]
+    row_offsets = rows.to(tl.int64) * N
+    accumulator = tl.zeros((1, BLOCK_N), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        # [1, BLOCK_N], splits in ascending order
+        offsets = (M * split).to(tl.int64) * N + row_offsets[:, None] + cols[None, :]
+        accumulator += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+    _epilogue(accumulator, bias_ptr, residual_ptr, out_ptr, row_offsets, cols, mask, col_mask, HAS_BIAS, HAS_RESIDUAL)
+
+
+COMBINE_BLOCK_N = 512
+COMBINE_WARPS = 4
+
+
+def launch_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    config: KernelConfig | None = None,
+) -> torch.Tensor:
+    """Run the kernel. The row count M reaches the grid and the masks, never the configuration."""
+    N, K = weight.shape
+    config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
+    split_k = config["SPLIT_K"]
+    x = x.contiguous()
+    M = x.numel() // K
+    out = x.new_empty(*x.shape[:-1], N, dtype=out_dtype)
+    partial = out if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
+    residual = residual.contiguous() if residual is not None else None
+    flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+    bias_arg, residual_arg = out if bias is None else bias, out if residual is None else residual
+    grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), split_k)
+    linear_kernel[grid](
+        x, weight, bias_arg, residual_arg, out, partial, M, N=N, K=K, PRECISION="ieee",
+        **flags, **config.constants, **config.launch, **EXACT_LAUNCH,
+    )  # fmt: skip
+    if split_k > 1:
+        combine_splits_kernel[(M, cdiv(N, COMBINE_BLOCK_N))](
+            partial, bias_arg, residual_arg, out, M, N=N, BLOCK_N=COMBINE_BLOCK_N, SPLIT_K=split_k,
+            num_warps=COMBINE_WARPS, **flags, **EXACT_LAUNCH,
+        )  # fmt: skip
+    return out
+
+
+def linear_torch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Any device. On the CPU each sequence of a batch has its own product: BLAS picks kernels by the row count, and
+    a sequence's rows must not round differently because it has neighbours."""
+    if x.dim() == 3 and x.shape[0] > 1 and x.device.type == "cpu":
+        out = torch.stack([torch.nn.functional.linear(rows, weight, bias) for rows in x])
+    else:
+        out = torch.nn.functional.linear(x, weight, bias)
+    out = out.to(out_dtype)
+    return out if residual is None else out + residual
+
+
+def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product in fp64."""
+    out = x.double() @ weight.double().T
+    return out if bias is None else out + bias.double()
+
+
+@torch.library.custom_op(
+    "orthrus_triton::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, ScalarType out_dtype, str impl) -> Tensor",
+)
+def _linear_op(x, weight, bias, residual, out_dtype, impl):
+    if impl == "triton":
+        return launch_linear(x, weight, bias, residual, out_dtype)
+    if impl == "torch":
+        return linear_torch(x, weight, bias, residual, out_dtype)
+    out = linear_reference(x, weight, bias).to(out_dtype)
+    return out if residual is None else out + residual
+
+
+@_linear_op.register_fake
+def _(x, weight, bias, residual, out_dtype, impl):
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)

@@ -1,0 +1,128 @@
+"""RMSNorm, optionally after adding a residual: one row per program, the whole row in one tile.
+The block size depends on the hidden size alone, so a row has the same bits in any batch."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, *, impl: str = "auto"
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square norm over the last dimension: `y = h / sqrt(mean(h^2) + eps) * weight`.
+
+    Args:
+        x: [..., H], fp32, fp16 or bf16.
+        weight: [H], the dtype of `x`.
+        eps: added to the mean square, in fp32.
+        residual: [..., H] or None. With it, `h = x + residual`, rounded to the dtype of `x`; without it, `h = x`.
+        impl: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        `y` [..., H]; with a residual `(y, h)`, so that `h` is the next residual.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+    """
+    require_same("weight", tuple(weight.shape), (x.shape[-1],), "shape")
+    require_same("weight", weight.dtype, x.dtype, "dtype")
+    impl = resolve_impl(impl, x)
+    if residual is None:
+        return torch.ops.orthrus_triton.rms_norm(x, weight, eps, impl)
+    require_same("residual", tuple(residual.shape), tuple(x.shape), "shape")
+    require_same("residual", residual.dtype, x.dtype, "dtype")
+    return torch.ops.orthrus_triton.add_rms_norm(x, residual, weight, eps, impl)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, hidden_ptr,
+    EPS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < HIDDEN
+    # [BLOCK]
+    x = tl.load(x_ptr + row * HIDDEN + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        # rounded as an unfused add would be: the sum is also the next residual
+        x = x + tl.load(residual_ptr + row * HIDDEN + cols, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(hidden_ptr.dtype.element_ty)
+        tl.store(hidden_ptr + row * HIDDEN + cols, x, mask=mask)
+        x = x.to(tl.float32)
+    mean_square = tl.sum(x * x, axis=0) / HIDDEN
+    scale = 1.0 / tl.sqrt(mean_square + EPS)
+    # normalised values are rounded before the weight is applied, as transformers does
+    y = (x * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * HIDDEN + cols, (y * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def rms_norm_config(hidden_size: int) -> tuple[int, int]:
+    """(BLOCK, num_warps) for a row of `hidden_size`: a function of the weight's shape alone."""
+    block = max(next_power_of_2(hidden_size), 16)
+    return block, min(max(block // 512, 1), 16)
+
+
+def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple:
+    x = x.contiguous()
+    hidden = x.shape[-1]
+    out = torch.empty_like(x)
+    new_residual = torch.empty_like(x) if residual is not None else x
+    block, num_warps = rms_norm_config(hidden)
+    rms_norm_kernel[(x.numel() // hidden,)](
+        x, x if residual is None else residual.contiguous(), weight, out, new_residual,
+        EPS=float(eps), HIDDEN=hidden, BLOCK=block, HAS_RESIDUAL=residual is not None, num_warps=num_warps, **EXACT_LAUNCH,
+    )  # fmt: skip
+    return out, new_residual
+
+
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Any device; rounds where the Triton kernel rounds."""
+    h = x.to(accumulate_dtype(x.dtype))
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return h.to(x.dtype) * weight
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The formula in fp64, no rounding in between."""
+    h = x.double()
+    return h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@torch.library.custom_op(
+    "orthrus_triton::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps, str impl) -> Tensor"
+)
+def _rms_norm_op(x, weight, eps, impl):
+    if impl == "triton":
+        return _launch(x, None, weight, eps)[0]
+    if impl == "torch":
+        return rms_norm_torch(x, weight, eps)
+    return rms_norm_reference(x, weight, eps).to(x.dtype)
+
+
+@_rms_norm_op.register_fake
+def _(x, weight, eps, impl):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "orthrus_triton::add_rms_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor residual, Tensor weight, float eps, str impl) -> (Tensor, Tensor)",
+)
+def _add_rms_norm_op(x, residual, weight, eps, impl):
+    if impl == "triton":
+        return _launch(x, residual, weight, eps)
+    hidden = x + residual
+    if impl == "torch":
+        return rms_norm_torch(hidden, weight, eps), hidden
+    return rms_norm_reference(hidden, weight, eps).to(x.dtype), hidden
+
+
+@_add_rms_norm_op.register_fake
+def _(x, residual, weight, eps, impl):
+    return x.new_empty(x.shape), x.new_empty(x.shape)

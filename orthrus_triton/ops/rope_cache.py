@@ -1,0 +1,188 @@
+"""From the fused qkv product to attention's inputs: optional q/k RMSNorm, rotary embedding, and the K/V write.
+One program per token and head; keys and values go straight to their rows of the cache or of the scratch block."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl
+
+
+def rope_cache(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    slots: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Normalise and rotate q and k, write k and v, return q.
+
+    Args:
+        qkv: [B, T, (HQ + 2 * HKV) * D], the product of the fused projection: queries, then keys, then values.
+        cos, sin: [B, T, D // 2] fp32, one angle per pair (i, i + D // 2): the half-rotation of Llama and Qwen.
+        k_out, v_out: [B, HKV, S, D], written in place at row `slots[b, t]`. For the KV cache the rows are positions;
+            for the diffusion view they are the rows of its scratch block. Any strides, last dimension contiguous.
+        slots: [B, T] int32. A slot outside 0..S-1 is not written: rows past the end of the cache are dropped.
+        q_norm, k_norm: [D] RMSNorm weights applied per head before the rotation (Qwen3), both or neither.
+        eps: of those norms.
+        impl: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        q: [B, T, HQ, D].
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+    """
+    B, T, width = qkv.shape
+    HKV, D = k_out.shape[1], k_out.shape[3]
+    if width % D or width // D <= 2 * HKV:
+        raise ValueError(f"qkv must have (HQ + 2 * {HKV}) * {D} columns with HQ >= 1, but got {width}")
+    if D % 2:
+        raise ValueError(f"head_dim must be even to be rotated by halves, but got {D}")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        require_same(name, tuple(tensor.shape), (B, T, D // 2), "shape")
+        require_same(name, tensor.dtype, torch.float32, "dtype")
+    require_same("slots", tuple(slots.shape), (B, T), "shape")
+    require_same("slots", slots.dtype, torch.int32, "dtype")
+    require_same("v_out", tuple(v_out.shape), tuple(k_out.shape), "shape")
+    require_same("k_out", k_out.shape[0], B, "batch size")
+    require_same("k_out", k_out.dtype, qkv.dtype, "dtype")
+    require_same("v_out", v_out.dtype, qkv.dtype, "dtype")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm must be given together: got only one of them")
+    if q_norm is not None:
+        require_same("q_norm", tuple(q_norm.shape), (D,), "shape")
+        require_same("k_norm", tuple(k_norm.shape), (D,), "shape")
+    return torch.ops.orthrus_triton.rope_cache(
+        qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, resolve_impl(impl, qkv)
+    )
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def rope_cache_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, v_out_ptr, T, S,
+    stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
+    EPS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)  # b * T + t
+    head = tl.program_id(1)  # queries, then keys, then values
+    HALF: tl.constexpr = D // 2
+    half = tl.arange(0, BLOCK_HALF)
+    mask = half < HALF
+    dtype = q_out_ptr.dtype.element_ty
+    # [BLOCK_HALF] each: the two halves of one head
+    head_ptr = qkv_ptr + token * ((HQ + 2 * HKV) * D) + head * D
+    low = tl.load(head_ptr + half, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(head_ptr + HALF + half, mask=mask, other=0.0).to(tl.float32)
+    if head < HQ + HKV:
+        if HAS_NORM:
+            mean_square = (tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D
+            scale = 1.0 / tl.sqrt(mean_square + EPS)
+            norm_ptr = q_norm_ptr if head < HQ else k_norm_ptr
+            # rounded between norm, weight and rotation, as the unfused layers are
+            low = (low * scale).to(dtype).to(tl.float32) * tl.load(norm_ptr + half, mask=mask, other=0.0).to(tl.float32)
+            high = (high * scale).to(dtype).to(tl.float32) * tl.load(
+                norm_ptr + HALF + half, mask=mask, other=0.0
+            ).to(tl.float32)
+            low = low.to(dtype).to(tl.float32)
+            high = high.to(dtype).to(tl.float32)
+        # [BLOCK_HALF]
+        cos = tl.load(cos_ptr + token * HALF + half, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + token * HALF + half, mask=mask, other=0.0)
+        rotated_low = low * cos - high * sin
+        rotated_high = high * cos + low * sin
+        low, high = rotated_low, rotated_high
+    if head < HQ:
+        q_row_ptr = q_out_ptr + (token * HQ + head) * D
+        tl.store(q_row_ptr + half, low.to(dtype), mask=mask)
+        tl.store(q_row_ptr + HALF + half, high.to(dtype), mask=mask)
+    else:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        writable = mask & (slot >= 0) & (slot < S)
+        b = token // T
+        if head < HQ + HKV:
+            row_ptr = k_out_ptr + b * stride_k_b + (head - HQ) * stride_k_h + slot * stride_k_s
+        else:
+            row_ptr = v_out_ptr + b * stride_v_b + (head - HQ - HKV) * stride_v_h + slot * stride_v_s
+        tl.store(row_ptr + half, low.to(dtype), mask=writable)
+        tl.store(row_ptr + HALF + half, high.to(dtype), mask=writable)
+
+
+NUM_WARPS = 1
+
+
+def _launch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps) -> torch.Tensor:
+    B, T, width = qkv.shape
+    HKV, S, D = k_out.shape[1:]
+    HQ = width // D - 2 * HKV
+    q = qkv.new_empty(B, T, HQ, D)
+    rope_cache_kernel[(B * T, HQ + 2 * HKV)](
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), slots.contiguous(),
+        q if q_norm is None else q_norm, q if k_norm is None else k_norm, q, k_out, v_out, T, S,
+        *k_out.stride()[:3], *v_out.stride()[:3],
+        EPS=float(eps), HQ=HQ, HKV=HKV, D=D, BLOCK_HALF=max(next_power_of_2(D // 2), 16), HAS_NORM=q_norm is not None,
+        num_warps=NUM_WARPS, **EXACT_LAUNCH,
+    )  # fmt: skip
+    return q
+
+
+def _norm(heads: torch.Tensor, weight: torch.Tensor | None, eps: float, rounding: torch.dtype) -> torch.Tensor:
+    if weight is None:
+        return heads
+    normed = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed.to(rounding) * weight.to(rounding)).to(heads.dtype)
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = heads.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def _write(out: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    """out[b, :, slots[b, t]] = rows[b, t] wherever the slot exists."""
+    b, t = ((slots >= 0) & (slots < out.shape[2])).nonzero(as_tuple=True)
+    out[b, :, slots[b, t].long()] = rows[b, t].to(out.dtype)
+
+
+def rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding) -> torch.Tensor:
+    """Any device. `compute` is the dtype of the arithmetic, `rounding` that between norm, weight and rotation."""
+    B, T, width = qkv.shape
+    HKV, D = k_out.shape[1], k_out.shape[3]
+    heads = qkv.view(B, T, width // D, D).to(compute)
+    q, k, v = heads.split([width // D - 2 * HKV, HKV, HKV], dim=2)
+    cos, sin = cos.to(compute)[:, :, None], sin.to(compute)[:, :, None]
+    q = _rotate(_norm(q, q_norm, eps, rounding), cos, sin)
+    k = _rotate(_norm(k, k_norm, eps, rounding), cos, sin)
+    _write(k_out, k, slots)
+    _write(v_out, v, slots)
+    return q.to(qkv.dtype)
+
+
+@torch.library.custom_op(
+    "orthrus_triton::rope_cache",
+    mutates_args=("k_out", "v_out"),
+    schema="(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_out, Tensor(b!) v_out, Tensor slots, Tensor? q_norm, "
+    "Tensor? k_norm, float eps, str impl) -> Tensor",
+)
+def _rope_cache_op(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
+    if impl == "triton":
+        return _launch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+    reference = impl == "reference"
+    compute = torch.float64 if reference else accumulate_dtype(qkv.dtype)
+    rounding = torch.float64 if reference else qkv.dtype
+    return rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding)
+
+
+@_rope_cache_op.register_fake
+def _(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
+    B, T, width = qkv.shape
+    HKV, D = k_out.shape[1], k_out.shape[3]
+    return qkv.new_empty(B, T, width // D - 2 * HKV, D)

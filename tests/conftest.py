@@ -1,0 +1,33 @@
+"""Without a GPU, kernels run in Triton's interpreter: the variable must be set before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=15, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("long", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: a GPU if there is one, else the CPU and the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
