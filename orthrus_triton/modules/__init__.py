@@ -1,0 +1,24 @@
+"""Composable modules: attention with two views, a decoder layer, the shared KV cache and the decoder that runs them."""
+
+from orthrus_triton.modules.attention import DualViewAttention
+from orthrus_triton.modules.consensus_decoder import ConsensusDecoder, DecodeOutput, DecodeStats
+from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
+from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
+from orthrus_triton.modules.projection import FusedLinear, Linear
+from orthrus_triton.modules.rms_norm import RMSNorm
+from orthrus_triton.modules.rotary import RotaryEmbedding
+
+__all__ = [
+    "CacheLayer",
+    "ConsensusDecoder",
+    "DecodeOutput",
+    "DecodeStats",
+    "DualViewAttention",
+    "FusedLinear",
+    "Linear",
+    "OrthrusDecoderLayer",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SharedKVCache",
+    "ViewPass",
+]

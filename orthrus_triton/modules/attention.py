@@ -1,0 +1,134 @@
+"""DualViewAttention: one attention layer, two sets of projections, one KV cache.
+Parameter names are those of the published Orthrus checkpoints: {q,k,v,o}_proj, {q,k}_norm, and each with _diff."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from orthrus_triton import ops
+from orthrus_triton.modules.kv_cache import CacheLayer, ViewPass
+from orthrus_triton.modules.projection import FusedLinear, Linear, LowRankDelta
+from orthrus_triton.modules.rms_norm import RMSNorm
+
+SUFFIX = {"ar": "", "diffusion": "_diff"}
+
+
+class DualViewAttention(nn.Module):
+    """Attention with a frozen autoregressive view and a trained diffusion view over one KV cache.
+
+    Args:
+        hidden_size: width of the residual stream.
+        num_heads, num_kv_heads, head_dim: query heads, KV heads (a divisor), size of a head.
+        qk_norm: RMSNorm on each head of q and k before the rotation (Qwen3).
+        qkv_bias, o_bias: biases of the projections.
+        norm_eps: of the q/k norms.
+        window: sliding window in tokens, or None.
+        view_rank: None gives the diffusion view full matrices of its own, as in the paper; r stores each of its
+            projections as the frozen AR weight plus a rank-r delta.
+
+    Source: Orthrus, arXiv 2605.12825.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        norm_eps: float = 1e-6,
+        window: int | None = None,
+        view_rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, but got {num_heads}")
+        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
+        self.head_dim, self.qk_norm, self.norm_eps = head_dim, qk_norm, norm_eps
+        self.window, self.view_rank = window, view_rank
+        sizes = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
+        for suffix in SUFFIX.values():
+            if suffix and view_rank is not None:
+                for name, size in sizes.items():
+                    setattr(self, f"{name}_proj{suffix}", LowRankDelta(hidden_size, size, view_rank))
+                setattr(self, f"o_proj{suffix}", LowRankDelta(sizes["q"], hidden_size, view_rank))
+            else:
+                parts = {f"{name}_proj{suffix}": size for name, size in sizes.items()}
+                FusedLinear(hidden_size, parts, qkv_bias).register_with(self, f"qkv_proj{suffix}")
+                setattr(self, f"o_proj{suffix}", Linear(sizes["q"], hidden_size, o_bias))
+            if qk_norm:
+                setattr(self, f"q_norm{suffix}", RMSNorm(head_dim, norm_eps))
+                setattr(self, f"k_norm{suffix}", RMSNorm(head_dim, norm_eps))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache_layer: CacheLayer,
+        view_pass: ViewPass,
+    ) -> torch.Tensor:
+        """Write this pass's K/V, attend, project.
+
+        Args:
+            hidden: [B, T, hidden_size], normed.
+            rope: (cos, sin), each [B, T, head_dim // 2] fp32.
+            cache_layer: this layer's buffers; the AR view writes the cache, the diffusion view the scratch block.
+            view_pass: which view, where the rows stand and what they see.
+
+        Returns:
+            [B, T, hidden_size].
+        """
+        drafting = view_pass.view == "diffusion"
+        suffix = SUFFIX[view_pass.view]
+        impl, B, T = view_pass.impl, *hidden.shape[:2]
+        qkv = self._project_qkv(hidden, drafting, view_pass.linear_impl)
+        k_block = v_block = None
+        k_out, v_out = cache_layer.k, cache_layer.v
+        if drafting:
+            k_block, v_block = cache_layer.k_block[:, :T], cache_layer.v_block[:, :T]
+            k_out, v_out = k_block.transpose(1, 2), v_block.transpose(1, 2)
+        q_norm = getattr(self, f"q_norm{suffix}").weight if self.qk_norm else None
+        k_norm = getattr(self, f"k_norm{suffix}").weight if self.qk_norm else None
+        q = ops.rope_cache(
+            qkv, *rope, k_out, v_out, view_pass.slots, q_norm, k_norm, self.norm_eps, impl=impl
+        )
+        attended = ops.dual_view_attention(
+            q, cache_layer.k, cache_layer.v, view_pass.key_limit, k_block, v_block,
+            block_size=T if drafting else None, window=self.window, impl=impl,
+        ).view(B, T, -1)  # fmt: skip
+        return self._project_out(attended, drafting, view_pass.linear_impl)
+
+    def _project_qkv(self, hidden: torch.Tensor, drafting: bool, impl: str) -> torch.Tensor:
+        if not drafting:
+            return self.qkv_proj(hidden, impl=impl)
+        if self.view_rank is None:
+            return self.qkv_proj_diff(hidden, impl=impl)
+        frozen = self.qkv_proj(hidden, impl=impl).split(list(self.qkv_proj.parts.values()), dim=-1)
+        deltas = (self.q_proj_diff, self.k_proj_diff, self.v_proj_diff)
+        return torch.cat([delta(hidden, part, impl=impl) for delta, part in zip(deltas, frozen)], dim=-1)
+
+    def _project_out(self, attended: torch.Tensor, drafting: bool, impl: str) -> torch.Tensor:
+        if not drafting:
+            return self.o_proj(attended, impl=impl)
+        if self.view_rank is None:
+            return self.o_proj_diff(attended, impl=impl)
+        return self.o_proj_diff(attended, self.o_proj(attended, impl=impl), impl=impl)
+
+    @torch.no_grad()
+    def copy_ar_to_diffusion(self) -> None:
+        """Start the diffusion view as a copy of the AR view (for a low-rank view: a zero delta)."""
+        for name, parameter in self.named_parameters():
+            if "_diff" in name and not (self.view_rank is not None and "_proj_diff" in name):
+                parameter.copy_(self.get_parameter(name.replace("_diff", "")))
+            elif name.endswith("up.weight"):
+                parameter.zero_()
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}, "
+            f"window={self.window}, view_rank={self.view_rank}"
+        )

@@ -1,0 +1,83 @@
+"""OrthrusDecoderLayer: dual-view attention and a SwiGLU MLP that both views share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from orthrus_triton import ops
+from orthrus_triton.modules.attention import DualViewAttention
+from orthrus_triton.modules.kv_cache import CacheLayer, ViewPass
+from orthrus_triton.modules.projection import FusedLinear, Linear
+from orthrus_triton.modules.rms_norm import RMSNorm
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, gate and up as one product.
+
+    Args:
+        hidden_size, intermediate_size: widths.
+        bias: biases on all three projections.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
+        super().__init__()
+        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        FusedLinear(hidden_size, parts, bias).register_with(self, "gate_up_proj")
+        self.down_proj = Linear(intermediate_size, hidden_size, bias)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, impl: str = "auto", linear_impl: str = "auto"
+    ) -> torch.Tensor:
+        """x [B, T, H] -> [B, T, H], plus `residual`."""
+        gate_up = self.gate_up_proj(x, impl=linear_impl)
+        return self.down_proj(ops.swiglu(gate_up, impl=impl), residual, impl=linear_impl)
+
+
+class OrthrusDecoderLayer(nn.Module):
+    """One pre-norm Transformer layer with two attention views.
+
+    Args:
+        hidden_size: width of the residual stream.
+        num_heads, num_kv_heads, head_dim: attention shape.
+        intermediate_size: width of the MLP.
+        norm_eps: of all norms.
+        mlp_bias: biases in the MLP.
+        **attention: further options of `DualViewAttention`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        *,
+        norm_eps: float = 1e-6,
+        mlp_bias: bool = False,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(hidden_size, norm_eps)
+        self.self_attn = DualViewAttention(
+            hidden_size, num_heads, num_kv_heads, head_dim, norm_eps=norm_eps, **attention
+        )
+        self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
+        self.mlp = SwiGLU(hidden_size, intermediate_size, mlp_bias)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache_layer: CacheLayer,
+        view_pass: ViewPass,
+    ) -> torch.Tensor:
+        """The residual stream [B, T, hidden_size] through attention and MLP; arguments as in `DualViewAttention`."""
+        impl, linear_impl = view_pass.impl, view_pass.linear_impl
+        normed = self.input_layernorm(hidden, impl=impl)
+        attended = self.self_attn(normed, rope, cache_layer, view_pass)
+        normed, hidden = self.post_attention_layernorm(attended, hidden, impl=impl)
+        return self.mlp(normed, hidden, impl=impl, linear_impl=linear_impl)

@@ -1,0 +1,123 @@
+"""The one KV cache both views read: static buffers, lengths on the device, one scratch block for the draft.
+Rolling back rejected tokens is a smaller `context_len`; nothing is copied, concatenated or erased."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+View = Literal["ar", "diffusion"]
+CAPACITY_QUANTUM = 256  # capacities are multiples of it: no KV tile of any implementation is cut by the cache's end
+
+
+class CacheLayer(NamedTuple):
+    """One layer's buffers: k, v [B, HKV, S, D]; k_block, v_block [B, K, HKV, D], the scratch shared by all layers."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_block: torch.Tensor
+    v_block: torch.Tensor
+
+
+class ViewPass(NamedTuple):
+    """What one pass over T tokens reads and writes, computed once and handed to every layer.
+
+    positions [B, T] int32 for the rotary angles; slots [B, T] int32, the row each token's K/V goes to (of the cache
+    for the AR view, of the scratch block for the diffusion view); key_limit [B, T] int32 for the attention;
+    prompt_len [B] int32 for length-dependent rotary rules; impl and linear_impl choose the implementations.
+    """
+
+    view: View
+    positions: torch.Tensor
+    slots: torch.Tensor
+    key_limit: torch.Tensor
+    prompt_len: torch.Tensor
+    impl: str = "auto"
+    linear_impl: str = "auto"
+
+
+class SharedKVCache:
+    """Static K/V buffers of all layers, and how many tokens of each sequence they hold.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: shape of the model's attention.
+        batch_size: sequences.
+        max_len: tokens each sequence may hold; rounded up to a multiple of 256 as `capacity`.
+        block_size: most rows of one draft block; sizes the scratch, which all layers share. The paper's O(1) overhead
+            keeps one block per layer; here it is one block in all.
+        dtype, device: of the buffers.
+
+    Attributes:
+        context_len: [B] int32 on the device, tokens in the cache. Rows beyond it are garbage by design.
+        prompt_len: [B] int32 on the device, set at prefill.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        batch_size: int,
+        max_len: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("max_len", max_len), ("block_size", block_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, but got {value}")
+        self.batch_size, self.block_size = batch_size, block_size
+        self.capacity = -(-max_len // CAPACITY_QUANTUM) * CAPACITY_QUANTUM
+        empty = {"dtype": dtype, "device": device}
+        k_block = torch.empty(batch_size, block_size, num_kv_heads, head_dim, **empty)
+        v_block = torch.empty_like(k_block)
+        shape = (batch_size, num_kv_heads, self.capacity, head_dim)
+        self.layers = [
+            CacheLayer(torch.empty(shape, **empty), torch.empty(shape, **empty), k_block, v_block)
+            for _ in range(num_layers)
+        ]
+        self.context_len = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.prompt_len = torch.zeros(batch_size, dtype=torch.int32, device=device)
+
+    def view_pass(
+        self,
+        view: View,
+        num_rows: int,
+        start: torch.Tensor | None = None,
+        *,
+        impl: str = "auto",
+        linear_impl: str | None = None,
+    ) -> ViewPass:
+        """Plan a pass over `num_rows` tokens per sequence that begins at position `start` [B] (default: context_len).
+
+        AR view: row t writes cache row start + t and sees everything up to itself. Diffusion view: row t writes
+        scratch row t and sees the `start` cached tokens and, beside them, its whole block.
+        """
+        if view not in ("ar", "diffusion"):
+            raise ValueError(f"view must be 'ar' or 'diffusion', but got {view!r}")
+        if view == "diffusion" and num_rows > self.block_size:
+            raise ValueError(f"num_rows must be at most block_size={self.block_size} to draft, but got {num_rows}")
+        start = self.context_len if start is None else start
+        rows = torch.arange(num_rows, dtype=torch.int32, device=start.device)
+        positions = start[:, None] + rows
+        if view == "ar":
+            slots, key_limit = positions, positions + 1
+        else:
+            slots, key_limit = rows.expand_as(positions), start[:, None].expand_as(positions)
+        linear_impl = impl if linear_impl is None else linear_impl
+        return ViewPass(view, positions, slots, key_limit, self.prompt_len, impl, linear_impl)
+
+    def nbytes(self) -> int:
+        """Bytes of K/V buffers, scratch included."""
+        scratch = self.layers[0].k_block.nbytes + self.layers[0].v_block.nbytes if self.layers else 0
+        return scratch + sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+
+    def __repr__(self) -> str:
+        k = self.layers[0].k
+        return (
+            f"SharedKVCache(layers={len(self.layers)}, batch={self.batch_size}, kv_heads={k.shape[1]}, "
+            f"capacity={self.capacity}, head_dim={k.shape[3]}, block={self.block_size}, dtype={k.dtype}, "
+            f"device={k.device})"
+        )

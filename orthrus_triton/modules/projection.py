@@ -1,0 +1,119 @@
+"""Linear layers that share one weight: q/k/v or gate/up as one product, under their own names in the state dict."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from orthrus_triton import ops
+
+
+class Linear(nn.Module):
+    """`orthrus_triton.ops.linear` with nn.Linear's parameters and names.
+
+    Args:
+        in_features, out_features: weight is [out_features, in_features].
+        bias: whether there is one.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation."""
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        out_dtype: torch.dtype | None = None,
+        impl: str = "auto",
+    ) -> torch.Tensor:
+        """x [..., in] -> [..., out], plus `residual` [..., out]."""
+        return ops.linear(x, self.weight, self.bias, residual, out_dtype=out_dtype, impl=impl)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class FusedLinear(Linear):
+    """Several projections of one input as one product.
+
+    The parameter is one [sum(out), in] tensor. In the parent's state dict it appears as the named parts, views of it:
+    `parts={"q_proj": 64, "k_proj": 16}` under the attribute `qkv_proj` reads and writes `q_proj.weight` and
+    `k_proj.weight`, never `qkv_proj.weight`. `register_with` installs that; checkpoints keep the published names.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False) -> None:
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = dict(parts)
+
+    def part(self, name: str, parameter: str = "weight") -> torch.Tensor:
+        """The rows of one named projection, as a view."""
+        start = 0
+        for part, size in self.parts.items():
+            if part == name:
+                return getattr(self, parameter)[start : start + size]
+            start += size
+        raise KeyError(f"no projection {name!r}: this layer holds {list(self.parts)}")
+
+    def register_with(self, parent: nn.Module, own_name: str) -> FusedLinear:
+        """Make `parent` hold this layer as `own_name` and translate its names in state dicts."""
+        setattr(parent, own_name, self)
+        parent.register_state_dict_post_hook(partial(_split_names, own_name))
+        parent.register_load_state_dict_pre_hook(partial(_merge_names, own_name))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, parts={self.parts}"
+
+
+def _split_names(own_name: str, parent: nn.Module, state_dict: dict, prefix: str, _metadata: dict) -> None:
+    """State dict hook: the fused tensor leaves under the names of its parts."""
+    parts = getattr(parent, own_name).parts
+    for parameter in ("weight", "bias"):
+        fused = state_dict.pop(f"{prefix}{own_name}.{parameter}", None)
+        if fused is not None:
+            for name, rows in zip(parts, fused.split(list(parts.values()))):
+                state_dict[f"{prefix}{name}.{parameter}"] = rows
+
+
+def _merge_names(own_name: str, parent: nn.Module, state_dict: dict, prefix: str, *_args: object) -> None:
+    """Load hook: complete sets of parts become the fused tensor; an incomplete one stays and is reported as missing."""
+    for parameter in ("weight", "bias"):
+        names = [f"{prefix}{name}.{parameter}" for name in getattr(parent, own_name).parts]
+        if all(name in state_dict for name in names):
+            state_dict[f"{prefix}{own_name}.{parameter}"] = torch.cat([state_dict.pop(name) for name in names])
+
+
+class LowRankDelta(nn.Module):
+    """A view's projection as the frozen one plus `up(down(x))` of rank r; `up` starts at zero, so the view starts as
+    a copy of the frozen weight.
+
+    Args:
+        in_features, out_features: of the frozen projection.
+        rank: r >= 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"view_rank must be >= 1 or None, but got {rank}")
+        self.down = Linear(in_features, rank)
+        self.up = Linear(rank, out_features)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor, frozen: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+        """x [..., in], frozen [..., out] (the frozen projection's output) -> [..., out]."""
+        return self.up(self.down(x, impl=impl), frozen, impl=impl)

@@ -1,0 +1,26 @@
+"""RMSNorm as a module, under transformers' parameter name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from orthrus_triton import ops
+
+
+class RMSNorm(nn.Module):
+    """`orthrus_triton.ops.rms_norm` with a weight of `hidden_size` and `eps`."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, impl: str = "auto"
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x [..., H] -> normed [..., H]; with a residual, (normed, x + residual)."""
+        return ops.rms_norm(x, self.weight, self.eps, residual, impl=impl)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
