@@ -7,7 +7,7 @@ import torch
 from orthrus_triton.autotune.store import KernelConfig
 from orthrus_triton.ops._dispatch import require_same, resolve_impl
 from orthrus_triton.ops.dual_view_attention import schema  # noqa: F401  (registers the op)
-from orthrus_triton.ops.dual_view_attention.launch import SPLIT_MODES, launch
+from orthrus_triton.ops.dual_view_attention.launch import launch
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -25,7 +25,6 @@ def dual_view_attention(
     *,
     impl: str = "auto",
     config: KernelConfig | None = None,
-    split_mode: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention of query rows over a prefix of the cache and, in the diffusion view, over their own block.
 
@@ -51,8 +50,6 @@ def dual_view_attention(
         scale: multiplies the scores, by default D ** -0.5.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one looked up for this head shape. Only with impl="triton".
-        split_mode: "grid" gives each KV split its own program (few rows), "loop" lets one program take all splits
-            (many rows), "auto" chooses by the size of the workspace. The bits are the same. Only with impl="triton".
 
     Returns:
         [B, T, HQ, D], the dtype of `q`. A row that sees no key is 0.
@@ -67,13 +64,11 @@ def dual_view_attention(
     impl = resolve_impl(impl, q)
     if impl == "triton" and q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {HEAD_DIMS} with impl='triton', but got {q.shape[-1]}")
-    if split_mode not in SPLIT_MODES:
-        raise ValueError(f"split_mode must be one of {SPLIT_MODES}, but got {split_mode!r}")
-    if impl != "triton" and (config is not None or split_mode != "auto"):
-        raise ValueError(f"config and split_mode belong to impl='triton', but impl is {impl!r}")
+    if impl != "triton" and config is not None:
+        raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
     scale = float(scale) if scale is not None else q.shape[-1] ** -0.5
-    if config is not None or split_mode != "auto":
-        return launch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config, split_mode)
+    if config is not None:
+        return launch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config)
     return torch.ops.orthrus_triton.dual_view_attention(
         q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, impl
     )

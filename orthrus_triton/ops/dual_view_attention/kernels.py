@@ -1,5 +1,5 @@
-"""The Triton kernels: one program attends a tile of packed rows over one KV split (or over all of them in turn),
-and a combine kernel merges the splits. Splits and tiles lie at absolute positions; masked ones change nothing."""
+"""The Triton kernels: one program attends a tile of packed rows over one KV split, a second kernel merges the splits.
+Splits and tiles lie at absolute positions and merge in order; what is masked changes nothing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,19 @@ def _attend_tile(
 
 
 @triton.jit
-def _merge_weights(total_max, split_max):
-    """The maximum over both parts and the factor that brings each part to it; (-inf, 0, 0) for two empty parts."""
+def _merge_slot(
+    partial_ptr, partial_max_ptr, partial_sum_ptr, slot, dims, mask, total_max, total_sum, total, D: tl.constexpr
+):  # fmt: skip
+    """Add one slot of the workspace to a row's running state. An empty slot changes nothing, exactly."""
+    split_max = tl.load(partial_max_ptr + slot)
+    split_sum = tl.load(partial_sum_ptr + slot)
+    # [BLOCK_D]
+    accumulator = tl.load(partial_ptr + slot * D + dims, mask=mask, other=0.0)
     new_max = tl.maximum(total_max, split_max)
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    return new_max, tl.exp2(total_max - finite_max), tl.exp2(split_max - finite_max)
+    keep = tl.exp2(total_max - finite_max)
+    add = tl.exp2(split_max - finite_max)
+    return new_max, total_sum * keep + split_sum * add, total * keep + accumulator * add
 
 
 @triton.jit
@@ -99,18 +107,15 @@ def _attend_own_block(
 
 @triton.jit(do_not_specialize=["T", "S", "num_splits", "block_size"])
 def dual_view_attention_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, key_limit_ptr, k_block_ptr, v_block_ptr, out_ptr,
+    q_ptr, k_cache_ptr, v_cache_ptr, key_limit_ptr, k_block_ptr, v_block_ptr,
     partial_ptr, partial_max_ptr, partial_sum_ptr, T, S, num_splits, block_size,
     stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, HAS_BLOCK: tl.constexpr,
-    SPLIT_IN_GRID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT_SIZE: tl.constexpr, SCALE_LOG2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, B * HKV, splits): the M tile packs (token, head of the group), token-major.
-
-    SPLIT_IN_GRID writes each split's unnormalised state to the workspace, slot num_splits holding the block's; else
-    one program merges its splits in the same order with the same arithmetic and writes the output.
-    """
+    """Grid (row tiles, B * HKV, splits + HAS_BLOCK): the M tile packs (token, head of the group), token-major. Each
+    program leaves the unnormalised state of one split in the workspace; slot num_splits holds the own block's."""
     b = (tl.program_id(1) // HKV).to(tl.int64)
     kv_head = tl.program_id(1) % HKV
     packed = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -134,64 +139,36 @@ def dual_view_attention_kernel(
             position = limit + t % block_size
         lowest = tl.maximum(position + 1 - WINDOW, 0)
     min_lowest = tl.min(tl.where(row_mask, lowest, S), axis=0)
-    first_tile = min_lowest // BLOCK_N * BLOCK_N
     k_ptr = k_cache_ptr + b * stride_k_b + kv_head.to(tl.int64) * stride_k_h
     v_ptr = v_cache_ptr + b * stride_v_b + kv_head.to(tl.int64) * stride_v_h
-    scratch_offset = (b * T * HKV + kv_head) * D
-    first_block = tl.program_id(0) * BLOCK_M // GROUP // block_size
-    last_row = tl.minimum(((tl.program_id(0) + 1) * BLOCK_M - 1) // GROUP, T - 1)
-
-    if SPLIT_IN_GRID:
-        split = tl.program_id(2)
-        slots = num_splits + HAS_BLOCK
-        if split < num_splits:
-            start = tl.maximum(split * SPLIT_SIZE, first_tile)
-            end = tl.minimum((split + 1) * SPLIT_SIZE, max_limit)
-            if start >= end:
-                return
-            running_max, running_sum, accumulator = _attend_split(
-                q, k_ptr, v_ptr, stride_k_s, stride_v_s, start, end, limit, lowest, max_limit,
-                D, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW > 0, SCALE_LOG2, PRECISION,
-            )  # fmt: skip
-        else:
-            running_max, running_sum, accumulator = _attend_own_block(
-                q, k_block_ptr + scratch_offset, v_block_ptr + scratch_offset, t // block_size, first_block,
-                last_row // block_size, block_size, HKV, D, BLOCK_M, BLOCK_N, BLOCK_D, SCALE_LOG2, PRECISION,
-            )  # fmt: skip
-        slot = row * slots + split
-        tl.store(partial_max_ptr + slot, running_max, mask=row_mask)
-        tl.store(partial_sum_ptr + slot, running_sum, mask=row_mask)
-        tl.store(partial_ptr + slot[:, None] * D + dims[None, :], accumulator, mask=row_dim_mask)
+    split = tl.program_id(2)
+    if split < num_splits:
+        start = tl.maximum(split * SPLIT_SIZE, min_lowest // BLOCK_N * BLOCK_N)
+        end = tl.minimum((split + 1) * SPLIT_SIZE, max_limit)
+        if start >= end:
+            return
+        running_max, running_sum, accumulator = _attend_split(
+            q, k_ptr, v_ptr, stride_k_s, stride_v_s, start, end, limit, lowest, max_limit,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW > 0, SCALE_LOG2, PRECISION,
+        )  # fmt: skip
     else:
-        total_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total_sum = tl.zeros((BLOCK_M,), tl.float32)
-        total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for split in range(first_tile // SPLIT_SIZE, tl.cdiv(max_limit, SPLIT_SIZE)):
-            running_max, running_sum, accumulator = _attend_split(
-                q, k_ptr, v_ptr, stride_k_s, stride_v_s, tl.maximum(split * SPLIT_SIZE, first_tile),
-                tl.minimum((split + 1) * SPLIT_SIZE, max_limit), limit, lowest, max_limit,
-                D, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW > 0, SCALE_LOG2, PRECISION,
-            )  # fmt: skip
-            total_max, keep, add = _merge_weights(total_max, running_max)
-            total_sum = total_sum * keep + running_sum * add
-            total = total * keep[:, None] + accumulator * add[:, None]
-        if HAS_BLOCK:
-            running_max, running_sum, accumulator = _attend_own_block(
-                q, k_block_ptr + scratch_offset, v_block_ptr + scratch_offset, t // block_size, first_block,
-                last_row // block_size, block_size, HKV, D, BLOCK_M, BLOCK_N, BLOCK_D, SCALE_LOG2, PRECISION,
-            )  # fmt: skip
-            total_max, keep, add = _merge_weights(total_max, running_max)
-            total_sum = total_sum * keep + running_sum * add
-            total = total * keep[:, None] + accumulator * add[:, None]
-        total_sum = tl.where(total_sum == 0.0, 1.0, total_sum)
-        out = total / total_sum[:, None]
-        tl.store(out_ptr + row[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=row_dim_mask)
+        scratch_offset = (b * T * HKV + kv_head) * D
+        first_block = tl.program_id(0) * BLOCK_M // GROUP // block_size
+        last_row = tl.minimum(((tl.program_id(0) + 1) * BLOCK_M - 1) // GROUP, T - 1)
+        running_max, running_sum, accumulator = _attend_own_block(
+            q, k_block_ptr + scratch_offset, v_block_ptr + scratch_offset, t // block_size, first_block,
+            last_row // block_size, block_size, HKV, D, BLOCK_M, BLOCK_N, BLOCK_D, SCALE_LOG2, PRECISION,
+        )  # fmt: skip
+    slot = row * (num_splits + HAS_BLOCK) + split
+    tl.store(partial_max_ptr + slot, running_max, mask=row_mask)
+    tl.store(partial_sum_ptr + slot, running_sum, mask=row_mask)
+    tl.store(partial_ptr + slot[:, None] * D + dims[None, :], accumulator, mask=row_dim_mask)
 
 
 @triton.jit(do_not_specialize=["T", "S", "num_splits", "block_size"])
 def combine_splits_kernel(
     partial_ptr, partial_max_ptr, partial_sum_ptr, key_limit_ptr, out_ptr, T, S, num_splits, block_size,
-    HQ: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, HAS_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    HQ: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, HAS_BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, SPLIT_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * T * HQ): merge one row's splits, lowest position first, its own block last."""
@@ -213,19 +190,14 @@ def combine_splits_kernel(
     total = tl.zeros((BLOCK_D,), tl.float32)
     first_slot = row * (num_splits + HAS_BLOCK)
     for split in range(lowest // SPLIT_SIZE, tl.cdiv(limit, SPLIT_SIZE)):
-        split_max = tl.load(partial_max_ptr + first_slot + split)
-        split_sum = tl.load(partial_sum_ptr + first_slot + split)
-        # [BLOCK_D]
-        accumulator = tl.load(partial_ptr + (first_slot + split) * D + dims, mask=mask, other=0.0)
-        total_max, keep, add = _merge_weights(total_max, split_max)
-        total_sum = total_sum * keep + split_sum * add
-        total = total * keep + accumulator * add
+        total_max, total_sum, total = _merge_slot(
+            partial_ptr, partial_max_ptr, partial_sum_ptr, first_slot + split, dims, mask,
+            total_max, total_sum, total, D,
+        )  # fmt: skip
     if HAS_BLOCK:
-        split_max = tl.load(partial_max_ptr + first_slot + num_splits)
-        split_sum = tl.load(partial_sum_ptr + first_slot + num_splits)
-        accumulator = tl.load(partial_ptr + (first_slot + num_splits) * D + dims, mask=mask, other=0.0)
-        total_max, keep, add = _merge_weights(total_max, split_max)
-        total_sum = total_sum * keep + split_sum * add
-        total = total * keep + accumulator * add
+        total_max, total_sum, total = _merge_slot(
+            partial_ptr, partial_max_ptr, partial_sum_ptr, first_slot + num_splits, dims, mask,
+            total_max, total_sum, total, D,
+        )  # fmt: skip
     total_sum = tl.where(total_sum == 0.0, 1.0, total_sum)
     tl.store(out_ptr + row * D + dims, (total / total_sum).to(out_ptr.dtype.element_ty), mask=mask)
