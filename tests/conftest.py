@@ -16,6 +16,10 @@ settings.register_profile(
     "ci", deadline=None, derandomize=True, max_examples=15, suppress_health_check=list(HealthCheck)
 )
 settings.register_profile("long", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import install
+
+    install()
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -16,20 +16,27 @@ TARGET_PROGRAMS = {"sm80": 216, "sm90": 264, "sm100": 296, "gfx942": 608}
 Rule = tuple[dict[str, int], dict[str, int]]
 
 
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) for half precision, by head_dim up to 64, 128 and 256.
+ATTENTION_TILES = {
+    "sm80": {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 3)},
+    "sm90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 3)},
+    "sm100": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
+    "gfx942": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 4, 2)},
+}
+# fp32 products run on FMA units, operands in registers: small tiles everywhere.
+FP32_TILES = {128: (16, 16, 4, 3), 256: (16, 16, 8, 2)}
+ATTENTION_TILES_FP32 = {
+    "sm80": {64: (16, 16, 8, 2), **FP32_TILES}, "sm90": FP32_TILES, "sm100": FP32_TILES, "gfx942": FP32_TILES
+}  # fmt: skip
+SPLIT_SIZE = 512
+
+
 def attention_rule(dtype: torch.dtype, family: str, *, head_dim: int, group: int) -> Rule:
     """dual_view_attention: key is head_dim and the number of query heads per KV head."""
-    wide = dtype == torch.float32
-    if wide:
-        # fp32 products run on FMA units: small tiles, operands live in registers
-        constants = {"BLOCK_M": 16, "BLOCK_N": 32 if head_dim <= 128 else 16}
-        launch = {"num_warps": 4, "num_stages": 2 if family != "gfx942" else 1}
-    elif family == "gfx942":
-        constants = {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 128 else 32}
-        launch = {"num_warps": 4, "num_stages": 1}
-    else:
-        constants = {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 128 else 32}
-        launch = {"num_warps": 4 if head_dim <= 128 else 8, "num_stages": 3 if family != "sm80" else 2}
-    return constants | {"SPLIT_SIZE": 512}, launch
+    tiles = (ATTENTION_TILES_FP32 if dtype == torch.float32 else ATTENTION_TILES)[family]
+    block_m, block_n, num_warps, num_stages = tiles[min(width for width in tiles if head_dim <= width)]
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT_SIZE": SPLIT_SIZE}
+    return constants, {"num_warps": num_warps, "num_stages": num_stages}
 
 
 def linear_rule(dtype: torch.dtype, family: str, *, N: int, K: int) -> Rule:

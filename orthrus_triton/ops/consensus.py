@@ -100,7 +100,7 @@ def consensus_kernel(
 NUM_WARPS = 1
 
 
-def _launch(
+def launch_consensus(
     candidate, choice, eos_ids, limit, mask_token_id, context_len, output_ids, output_len, finished, block, histogram
 ) -> None:
     (B, K), W = candidate.shape, block.shape[1]
@@ -176,7 +176,7 @@ def _consensus_op(
     candidate, choice, eos_ids, limit, mask_token_id, context_len, output_ids, output_len, finished, block,
     accepted_histogram, impl,
 ):  # fmt: skip
-    run = {"triton": _launch, "torch": consensus_torch, "reference": consensus_reference}[impl]
+    run = {"triton": launch_consensus, "torch": consensus_torch, "reference": consensus_reference}[impl]
     run(
         candidate, choice, eos_ids, limit, mask_token_id, context_len, output_ids, output_len, finished, block,
         accepted_histogram,

@@ -67,7 +67,7 @@ def rms_norm_config(hidden_size: int) -> tuple[int, int]:
     return block, min(max(block // 512, 1), 16)
 
 
-def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple:
+def launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple:
     x = x.contiguous()
     hidden = x.shape[-1]
     out = torch.empty_like(x)
@@ -82,14 +82,14 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Any device; rounds where the Triton kernel rounds."""
-    h = x.to(accumulate_dtype(x.dtype))
+    h = x.contiguous().to(accumulate_dtype(x.dtype))
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     return h.to(x.dtype) * weight
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The formula in fp64, no rounding in between."""
-    h = x.double()
+    h = x.contiguous().double()
     return h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
@@ -98,7 +98,7 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 )
 def _rms_norm_op(x, weight, eps, impl):
     if impl == "triton":
-        return _launch(x, None, weight, eps)[0]
+        return launch_rms_norm(x, None, weight, eps)[0]
     if impl == "torch":
         return rms_norm_torch(x, weight, eps)
     return rms_norm_reference(x, weight, eps).to(x.dtype)
@@ -116,8 +116,8 @@ def _(x, weight, eps, impl):
 )
 def _add_rms_norm_op(x, residual, weight, eps, impl):
     if impl == "triton":
-        return _launch(x, residual, weight, eps)
-    hidden = x + residual
+        return launch_rms_norm(x, residual, weight, eps)
+    hidden = x.contiguous() + residual.contiguous()
     if impl == "torch":
         return rms_norm_torch(hidden, weight, eps), hidden
     return rms_norm_reference(hidden, weight, eps).to(x.dtype), hidden

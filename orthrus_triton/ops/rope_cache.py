@@ -119,7 +119,7 @@ def rope_cache_kernel(
 NUM_WARPS = 1
 
 
-def _launch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps) -> torch.Tensor:
+def launch_rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps) -> torch.Tensor:
     B, T, width = qkv.shape
     HKV, S, D = k_out.shape[1:]
     HQ = width // D - 2 * HKV
@@ -174,7 +174,7 @@ def rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, co
 )
 def _rope_cache_op(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
     if impl == "triton":
-        return _launch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+        return launch_rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
     reference = impl == "reference"
     compute = torch.float64 if reference else accumulate_dtype(qkv.dtype)
     rounding = torch.float64 if reference else qkv.dtype

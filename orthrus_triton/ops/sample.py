@@ -46,7 +46,7 @@ BLOCK = 4096
 NUM_WARPS = 8
 
 
-def _launch(logits: torch.Tensor) -> torch.Tensor:
+def launch_greedy_choice(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.contiguous()
     out = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     greedy_choice_kernel[(out.numel(),)](
@@ -72,7 +72,7 @@ def greedy_choice_reference(logits: torch.Tensor) -> torch.Tensor:
 )
 def _greedy_choice_op(logits, impl):
     if impl == "triton":
-        return _launch(logits)
+        return launch_greedy_choice(logits)
     return greedy_choice_torch(logits) if impl == "torch" else greedy_choice_reference(logits)
 
 

@@ -43,7 +43,7 @@ BLOCK = 1024
 NUM_WARPS = 4
 
 
-def _launch(gate_up: torch.Tensor) -> torch.Tensor:
+def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     gate_up = gate_up.contiguous()
     intermediate = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], intermediate)
@@ -53,7 +53,7 @@ def _launch(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    gate, up = gate_up.to(dtype).chunk(2, dim=-1)
+    gate, up = gate_up.contiguous().to(dtype).chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
@@ -62,7 +62,7 @@ def _formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 )
 def _swiglu_op(gate_up, impl):
     if impl == "triton":
-        return _launch(gate_up)
+        return launch_swiglu(gate_up)
     return _formula(gate_up, torch.float64 if impl == "reference" else accumulate_dtype(gate_up.dtype))
 
 

@@ -49,4 +49,4 @@ def attention_reference(
     scores = torch.einsum("bthd,bhsd->bhts", q.double(), keys) * scale
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
-    return torch.einsum("bhts,bhsd->bthd", weights, values).to(q.dtype)
+    return torch.einsum("bhts,bhsd->bthd", weights, values).to(q.dtype).contiguous()

@@ -28,7 +28,7 @@ def attention_torch(
     chunk = ROW_CHUNK if block_size is None else max(ROW_CHUNK // block_size, 1) * block_size
     if q.shape[1] <= chunk:
         return _attend(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale)
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     for t in range(0, q.shape[1], chunk):
         rows = slice(t, t + chunk)
         keys, values = (None, None) if k_block is None else (k_block[:, rows], v_block[:, rows])
@@ -71,7 +71,7 @@ def _attend(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window
     visible = visible.repeat_interleave(group, dim=1)[:, None]
     scores.masked_fill_(~visible, -torch.inf)
     if scores.shape[-1] == 0:
-        return torch.zeros_like(q)
+        return q.new_zeros(q.shape)
     row_max = scores.amax(dim=-1, keepdim=True)
     weights = torch.exp(scores - row_max.masked_fill(row_max == -torch.inf, 0.0))
     accumulator = rows.new_zeros(B, HKV, T * group, D)
@@ -85,7 +85,7 @@ def _attend(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window
         accumulator += block_weights @ rearrange(v_block.to(compute), "b t h d -> b h t d")
         row_sum += block_weights.sum(dim=-1, keepdim=True)
     out = accumulator / row_sum.masked_fill(row_sum == 0, 1.0)
-    return rearrange(out, "b h (t g) d -> b t (h g) d", g=group).to(q.dtype)
+    return rearrange(out, "b h (t g) d -> b t (h g) d", g=group).to(q.dtype).contiguous()
 
 
 def _tile(cache: torch.Tensor, start: int, limit: torch.Tensor, compute: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,122 @@
+"""Run as a program, without TRITON_INTERPRET: compiles every kernel the library launches for one GPU family.
+Prints one JSON line per kernel and exits non-zero if any fails to compile, overflows shared memory or spills."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from orthrus_triton.autotune.aot import TARGETS, Launch, compile_launch, record_launches
+from orthrus_triton.autotune.defaults import RULES
+from orthrus_triton.autotune.store import KernelConfig
+from orthrus_triton.ops.consensus import launch_consensus
+from orthrus_triton.ops.dual_view_attention.api import HEAD_DIMS
+from orthrus_triton.ops.dual_view_attention.launch import launch as launch_attention
+from orthrus_triton.ops.linear import launch_linear
+from orthrus_triton.ops.rms_norm import launch_rms_norm
+from orthrus_triton.ops.rope_cache import launch_rope_cache
+from orthrus_triton.ops.sample import launch_greedy_choice
+from orthrus_triton.ops.swiglu import launch_swiglu
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# [N, K] of SmolLM2-135M's and Qwen3-8B's layers: K a multiple of the tile and not, K split and whole
+WEIGHTS = ((576, 1536), (49152, 576), (6144, 4096), (24576, 4096))
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def config(op: str, dtype: torch.dtype, family: str, **key: int) -> KernelConfig:
+    return KernelConfig(*RULES[op](dtype, family, **key))
+
+
+def attention(family: str, dtype: torch.dtype) -> None:
+    for head_dim in HEAD_DIMS:
+        # grouped heads, a window, block keys: the union of the branches; then the plain verify pass
+        for group, window, block_size in ((4, 4096, 32), (3, None, None)):
+            q = meta(2, 32, 2 * group, head_dim, dtype=dtype)
+            cache, block = meta(2, 2, 4096, head_dim, dtype=dtype), meta(2, 32, 2, head_dim, dtype=dtype)
+            block = block if block_size else None
+            launch_attention(
+                q, cache, cache, meta(2, 32, dtype=torch.int32), block, block, block_size, window, head_dim**-0.5,
+                config("dual_view_attention", dtype, family, head_dim=head_dim, group=group),
+            )  # fmt: skip
+
+
+def projections(family: str, dtype: torch.dtype) -> None:
+    for n, k in WEIGHTS:
+        for out_dtype, extras in ((dtype, True), (torch.float32, False)):
+            launch_linear(
+                meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype) if extras else None,
+                meta(32, n, dtype=out_dtype) if extras else None, out_dtype,
+                config("linear", dtype, family, N=n, K=k),
+            )  # fmt: skip
+
+
+def small_ops(dtype: torch.dtype) -> None:
+    for hidden in (576, 4096):
+        x, weight = meta(4, hidden, dtype=dtype), meta(hidden, dtype=dtype)
+        launch_rms_norm(x, x, weight, 1e-6)
+        launch_rms_norm(x, None, weight, 1e-6)
+    launch_swiglu(meta(4, 2 * 1536, dtype=dtype))
+    for head_dim in HEAD_DIMS:
+        qkv, cache = meta(2, 4, 8 * head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)
+        angles, slots = meta(2, 4, head_dim // 2, dtype=torch.float32), meta(2, 4, dtype=torch.int32)
+        for norm in (meta(head_dim, dtype=dtype), None):
+            launch_rope_cache(qkv, angles, angles, cache, cache, slots, norm, norm, 1e-6)
+    launch_greedy_choice(meta(4, 49152, dtype=dtype))
+
+
+def choice_and_consensus() -> None:
+    launch_greedy_choice(meta(4, 151_936, dtype=torch.float32))
+    for rows in (1, 8, 32):
+        ids, ints = meta(2, rows, dtype=torch.int64), meta(2, dtype=torch.int32)
+        launch_consensus(
+            ids, ids, meta(3, dtype=torch.int64), ints, 151_669, ints, meta(2, 100, dtype=torch.int64), ints,
+            meta(2, dtype=torch.bool), meta(2, 32, dtype=torch.int64), meta(2, 32, dtype=torch.int32),
+        )  # fmt: skip
+
+
+def all_launches(family: str) -> Iterator[Launch]:
+    """Every kernel with every default configuration of the family, each variant once."""
+    with record_launches() as launches:
+        choice_and_consensus()
+        for dtype in DTYPES:
+            small_ops(dtype)
+            attention(family, dtype)
+            projections(family, dtype)
+    seen = set()
+    for launch in launches:
+        variant = repr([
+            launch.kernel.__name__, launch.options,
+            [(name, value.dtype if isinstance(value, torch.Tensor) else value) for name, value in launch.arguments.items()],
+        ])  # fmt: skip
+        if variant not in seen:
+            seen.add(variant)
+            yield launch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", choices=sorted(TARGETS))
+    failed = 0
+    for launch in all_launches(parser.parse_args().family):
+        constants = {k: v for k, v in launch.arguments.items() if not isinstance(v, torch.Tensor)}
+        line = {"kernel": launch.kernel.__name__, "arguments": {k: str(v) for k, v in constants.items()}}
+        try:
+            report = compile_launch(launch, parser.parse_args().family)
+            line |= {"shared": report.shared, "registers": report.registers, "problems": report.problems()}
+        except Exception as error:  # the compiler raises many types; each is a finding
+            line["problems"] = [f"{type(error).__name__}: {error}"]
+        failed += bool(line["problems"])
+        print(json.dumps(line), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

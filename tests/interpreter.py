@@ -1,0 +1,75 @@
+"""Two repairs to Triton's interpreter, for tests only; import after TRITON_INTERPRET=1 is set.
+It computes on the raw bits of bfloat16, and its dot is a BLAS call whose rows round by their place in the tile."""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
+
+
+def to_float32(bits: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest, ties to even; NaN stays NaN."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def is_bfloat16(handle: object) -> bool:
+    return (
+        isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    )
+
+
+def widen(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(to_float32(handle.data), tl.float32) if is_bfloat16(handle) else handle
+
+
+def narrow(data: np.ndarray) -> TensorHandle:
+    if data.dtype == np.bool_:
+        return TensorHandle(data, tl.int1)
+    return TensorHandle(to_bfloat16(data), tl.bfloat16)
+
+
+def install() -> None:
+    """Patch casts and arithmetic for bfloat16, and dot to sum every row in the same order, as an MMA unit does."""
+    cast, binary, unary = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def cast_impl(self, source, target):
+        scalar = target.scalar
+        if is_bfloat16(source):
+            return source if scalar == tl.bfloat16 else cast(self, widen(source), target)
+        if scalar == tl.bfloat16:
+            return narrow((source if source.dtype.scalar == tl.float32 else cast(self, source, tl.float32)).data)
+        return cast(self, source, target)
+
+    def create_fp_to_fp(self, source, target, rounding):
+        if {source.dtype.scalar, target.scalar} <= {tl.bfloat16, tl.float32}:
+            return cast_impl(self, source, target)
+        return convert(self, source, target, rounding)
+
+    def binary_op(self, left, right, op):
+        if op not in BITWISE and (is_bfloat16(left) or is_bfloat16(right)):
+            return narrow(op(widen(left).data, widen(right).data))
+        return binary(self, left, right, op)
+
+    def unary_op(self, value, op):
+        return narrow(unary(self, widen(value), op).data) if is_bfloat16(value) else unary(self, value, op)
+
+    def create_dot(self, a, b, accumulator, *_options):
+        left, right = widen(a).data.astype(np.float32), widen(b).data.astype(np.float32)
+        return TensorHandle(np.einsum("mk,kn->mn", left, right) + accumulator.data, accumulator.dtype.scalar)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    InterpreterBuilder.binary_op = binary_op
+    InterpreterBuilder.unary_op = unary_op
+    InterpreterBuilder.create_dot = create_dot

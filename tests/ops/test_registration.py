@@ -1,0 +1,77 @@
+"""torch.library: schemas, fakes and mutations of every op, and torch.compile of whole layers in both views."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from orthrus_triton.modules import OrthrusDecoderLayer, RotaryEmbedding, SharedKVCache
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OPS = torch.ops.orthrus_triton
+
+
+def ints(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def arguments() -> dict[str, tuple]:
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    cache = torch.zeros(2, 1, 2, 8, 64, device=DEVICE)
+    return {
+        "rms_norm": (randn(2, 3, 32), randn(32), 1e-6),
+        "add_rms_norm": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6),
+        "swiglu": (randn(2, 3, 32),),
+        "linear": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), torch.float32),
+        "greedy_choice": (randn(2, 3, 50),),
+        "rope_cache": (
+            randn(1, 2, 5 * 64), randn(1, 2, 32), randn(1, 2, 32), cache[0], cache[1], ints(0, 1)[None], randn(64),
+            randn(64), 1e-6,
+        ),
+        "dual_view_attention": (
+            randn(1, 2, 4, 64), randn(1, 2, 8, 64), randn(1, 2, 8, 64), ints(3, 3)[None], randn(1, 2, 2, 64),
+            randn(1, 2, 2, 64), 2, 5, 0.125,
+        ),
+        "consensus_": (
+            ints(1, 2, dtype=torch.int64)[None], ints(2, 3, dtype=torch.int64)[None], ints(9, dtype=torch.int64),
+            ints(5), 7, ints(4), torch.zeros(1, 5, dtype=torch.int64, device=DEVICE), ints(0),
+            ints(0).bool(), torch.zeros(1, 2, dtype=torch.int64, device=DEVICE),
+            torch.zeros(1, 2, dtype=torch.int32, device=DEVICE),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("name", sorted(arguments()))
+def test_opcheck(name: str, impl: str) -> None:
+    torch.library.opcheck(getattr(OPS, name).default, (*arguments()[name], impl))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("view", ["ar", "diffusion"])
+def test_layer_compiles_whole_and_keeps_its_bits(view: str, impl: str) -> None:
+    torch.manual_seed(0)
+    layer = OrthrusDecoderLayer(32, 2, 1, 64, 48, qk_norm=True).to(DEVICE)
+    rotary = RotaryEmbedding.from_theta(64).to(DEVICE)
+    hidden = torch.randn(1, 4, 32, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    caches = []
+    for run in (layer, compiled):
+        torch.manual_seed(1)
+        cache = SharedKVCache(1, 1, 64, batch_size=1, max_len=8, block_size=4, dtype=torch.float32, device=DEVICE)
+        for buffer in cache.layers[0]:
+            buffer.normal_()
+        caches.append(cache)
+        outs = []
+        for length in (3, 5):  # lengths live in tensors: the second needs no new graph
+            cache.context_len.fill_(length)
+            view_pass = cache.view_pass(view, 4, impl=impl)
+            rope = rotary(view_pass.positions, view_pass.prompt_len)
+            with torch.no_grad():
+                outs.append(run(hidden, rope, cache.layers[0], view_pass))
+        cache.result = torch.cat(outs)
+    assert torch.equal(caches[0].result, caches[1].result)
+    for eager, compiled_buffer in zip(caches[0].layers[0], caches[1].layers[0]):
+        assert torch.equal(eager, compiled_buffer)

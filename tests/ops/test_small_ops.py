@@ -1,0 +1,138 @@
+"""Norm, projection, rotation and activation: Triton and torch against fp64, and what callers get wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_triton import ops
+from orthrus_triton.autotune.store import KernelConfig
+from orthrus_triton.testing import assert_within_budget
+from tests.ops.attention_cases import DTYPES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+dtypes = st.sampled_from(DTYPES)
+seeds = st.integers(0, 9999)
+
+
+def randn(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 200), add=st.booleans())
+def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, add: bool) -> None:
+    x, weight = randn(seed, rows, width, dtype=dtype), randn(seed + 1, width, dtype=dtype)
+    residual = randn(seed + 2, rows, width, dtype=dtype) if add else None
+    hidden = x + residual if add else x
+    reference = ops.rms_norm(hidden.double(), weight.double(), 1e-6, impl="reference")
+    plain = (hidden.float() * torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype) * weight
+    for impl in ("triton", "torch"):
+        out = ops.rms_norm(x, weight, 1e-6, residual, impl=impl)
+        if add:
+            out, new_residual = out
+            assert torch.equal(new_residual, hidden), "the new residual must be the plain sum, rounded once"
+        assert_within_budget(out, plain, reference, what=impl)
+
+
+@given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 2100))
+def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+    gate_up = randn(seed, rows, 2 * width, dtype=dtype) * 4
+    gate, up = gate_up.chunk(2, dim=-1)
+    reference = ops.swiglu(gate_up.double(), impl="reference")
+    for impl in ("triton", "torch"):
+        assert_within_budget(
+            ops.swiglu(gate_up, impl=impl), torch.nn.functional.silu(gate) * up, reference, what=impl
+        )
+
+
+def test_swiglu_at_the_ends_of_the_range() -> None:
+    gate_up = torch.tensor([[-3e4, -100.0, 0.0, 100.0, 3e4, 1.0, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
+    for impl in ("triton", "torch"):
+        assert ops.swiglu(gate_up, impl=impl).tolist() == [[0.0, 0.0, 0.0, 100.0, 3e4]], impl
+
+
+@given(
+    seed=seeds, dtype=dtypes, rows=st.integers(1, 40), n=st.integers(1, 90), k=st.integers(1, 200),
+    split_k=st.sampled_from([1, 2, 4]), bias=st.booleans(), add=st.booleans(), wide=st.booleans(),
+)  # fmt: skip
+def test_linear(seed, dtype, rows, n, k, split_k, bias, add, wide) -> None:
+    constants = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "SPLIT_K": split_k}
+    config = KernelConfig(constants, {"num_warps": 4, "num_stages": 2})
+    out_dtype = torch.float32 if wide else dtype
+    x, weight = randn(seed, rows, k, dtype=dtype), randn(seed + 1, n, k, dtype=dtype)
+    bias_vector = randn(seed + 2, n, dtype=dtype) if bias else None
+    residual = randn(seed + 3, rows, n, dtype=out_dtype) if add else None
+    product = torch.nn.functional.linear(x, weight, bias_vector).to(out_dtype)
+    reference = ops.linear(x.double(), weight.double(), None if bias_vector is None else bias_vector.double(), impl="reference")
+    plain = product if residual is None else product + residual
+    reference = reference if residual is None else reference + residual.double()
+    triton = ops.linear(x, weight, bias_vector, residual, out_dtype=out_dtype, impl="triton", config=config)
+    assert triton.dtype == out_dtype
+    assert_within_budget(triton, plain, reference, what="triton")
+    torch_out = ops.linear(x, weight, bias_vector, residual, out_dtype=out_dtype, impl="torch")
+    assert_within_budget(torch_out, plain, reference, what="torch")
+
+
+@given(seed=seeds, dtype=dtypes, norm=st.booleans(), head_dim=st.sampled_from([64, 80, 96]), batch=st.integers(1, 2))
+def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, batch: int) -> None:
+    rows, heads, kv_heads, capacity = 3, 4, 2, 11
+    qkv = randn(seed, batch, rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    angles = randn(seed + 1, batch, rows, head_dim // 2, dtype=torch.float32) * 100
+    norms = [randn(seed + 2 + i, head_dim, dtype=dtype) if norm else None for i in range(2)]
+    # distinct slots, some of them outside the cache
+    slots = torch.stack([torch.randperm(capacity + 4, generator=torch.Generator().manual_seed(seed + b))[:rows] - 2
+                         for b in range(batch)]).to(DEVICE, torch.int32)  # fmt: skip
+
+    def run(impl: str, compute: torch.dtype) -> list[torch.Tensor]:
+        cache = torch.full((2, batch, kv_heads, capacity, head_dim), 7.0, dtype=compute, device=DEVICE)
+        weights = [None if weight is None else weight.to(compute) for weight in norms]
+        args = (qkv.to(compute), angles.cos(), angles.sin(), cache[0], cache[1], slots, *weights, 1e-6)
+        return [ops.rope_cache(*args, impl=impl), cache]
+
+    reference = run("reference", torch.float64)
+    plain = run("torch", dtype)
+    for name, actual, torch_out, expected in zip(("q", "cache"), run("triton", dtype), plain, reference):
+        assert_within_budget(actual, torch_out, expected, what=name)
+    written = (reference[1] != 7.0).any(-1).any(2).any(0)
+    expected_rows = [{s for s in row if 0 <= s < capacity} for row in slots.tolist()]
+    assert [set(row.nonzero().flatten().tolist()) for row in written] == expected_rows
+
+
+def test_rope_cache_rotates_by_halves() -> None:
+    """A quarter turn sends the first half to minus the second, and the second to the first."""
+    qkv = torch.zeros(1, 1, 3 * 64, device=DEVICE)
+    qkv[0, 0, :32], qkv[0, 0, 32:64] = 1.0, 2.0
+    quarter = torch.zeros(1, 1, 32, device=DEVICE), torch.ones(1, 1, 32, device=DEVICE)
+    cache = torch.zeros(2, 1, 1, 4, 64, device=DEVICE)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    for impl in ("triton", "torch", "reference"):
+        q = ops.rope_cache(qkv, *quarter, cache[0], cache[1], slots, impl=impl)
+        assert q[0, 0, 0, :32].tolist() == [-2.0] * 32 and q[0, 0, 0, 32:].tolist() == [1.0] * 32, impl
+
+
+def test_greedy_choice_ignores_nan() -> None:
+    logits = torch.full((3, 10), -1.0, device=DEVICE)
+    logits[0, 3], logits[0, 5] = torch.nan, 2.0
+    logits[1] = torch.nan
+    logits[2] = -torch.inf
+    for impl in ("triton", "torch", "reference"):
+        assert ops.greedy_choice(logits, impl=impl).tolist() == [5, 0, 0], impl
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: ops.rms_norm(x, torch.ones(9), 1e-6), r"weight must have shape \(8,\), but got \(9,\)"),
+        (lambda x: ops.rms_norm(x, torch.ones(8).half(), 1e-6), "weight must have dtype torch.float32"),
+        (lambda x: ops.swiglu(x[:, :7]), "even last dimension"),
+        (lambda x: ops.linear(x, torch.ones(3, 9)), "weight must have as last dimension 8, but got 9"),
+        (lambda x: ops.linear(x, torch.ones(3, 8), torch.ones(4)), r"bias must have shape \(3,\)"),
+        (lambda x: ops.greedy_choice(x.long()), "must be floating point"),
+        (lambda x: ops.swiglu(x, impl="cpu"), "impl must be one of"),
+    ],
+)
+def test_errors_name_the_argument(call, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(torch.ones(2, 8))
