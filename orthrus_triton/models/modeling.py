@@ -1,0 +1,245 @@
+"""OrthrusForCausalLM: a transformers model with two views over one KV cache, for ConsensusDecoder and for training.
+Its parameters carry the names of the published Orthrus checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from os import PathLike
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from orthrus_triton import ops
+from orthrus_triton.models import checkpoint
+from orthrus_triton.models.config import OrthrusConfig
+from orthrus_triton.models.convert import choose_mask_token_id, eos_token_ids, open_base, read_generation_config
+from orthrus_triton.models.rope import rotary_from_config
+from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
+from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
+from orthrus_triton.modules.projection import Linear, LowRankDelta
+from orthrus_triton.modules.rms_norm import RMSNorm
+
+
+class OrthrusModel(nn.Module):
+    """Embedding, layers, final norm and rotary frequencies."""
+
+    def __init__(self, config: OrthrusConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            OrthrusDecoderLayer(
+                config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim,
+                config.intermediate_size, **options,
+            )
+            for options in config.layer_options()
+        )  # fmt: skip
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = rotary_from_config(config.base_config())
+
+    def forward(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
+        """input_ids [B, T] through one view -> hidden states [B, T, H], normed."""
+        hidden = self.embed_tokens(input_ids)
+        rope = self.rotary_emb(view_pass.positions, view_pass.prompt_len)
+        for layer, cache_layer in zip(self.layers, cache.layers):
+            hidden = layer(hidden, rope, cache_layer, view_pass)
+        return self.norm(hidden, impl=view_pass.impl)
+
+
+class OrthrusForCausalLM(PreTrainedModel):
+    """A frozen Llama, Mistral, Qwen2 or Qwen3 with a diffusion view. Runs in `ConsensusDecoder` (`DualViewModel`).
+
+    Make one with `from_base` or `from_pretrained`. Only the diffusion view's parameters require gradients.
+
+    Source: Orthrus, arXiv 2605.12825.
+    """
+
+    config_class = OrthrusConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["OrthrusDecoderLayer"]
+
+    def __init__(self, config: OrthrusConfig) -> None:
+        super().__init__(config)
+        self.model = OrthrusModel(config)
+        # a tied head has no weight of its own: logits come from the embedding
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.generation_config: GenerationConfig | None = None
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("_diff" in name)
+        self.post_init()
+
+    @property
+    def block_size(self) -> int:
+        """Rows of the block the diffusion view was made for."""
+        return self.config.block_size
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token that stands for a position to be drafted."""
+        return self.config.mask_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are 0..vocab_size-1."""
+        return self.config.vocab_size
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Stop tokens: those of the generation config where it has any, else the config's."""
+        return eos_token_ids(self.generation_config) or eos_token_ids(self.config)
+
+    def new_cache(self, batch_size: int, max_len: int, block_size: int) -> SharedKVCache:
+        """Static K/V buffers on this model's device and in its dtype."""
+        config, weight = self.config, self.model.embed_tokens.weight
+        return SharedKVCache(
+            config.num_hidden_layers, config.num_key_value_heads, config.attention_head_dim, batch_size=batch_size,
+            max_len=max_len, block_size=block_size, dtype=weight.dtype, device=weight.device,
+        )  # fmt: skip
+
+    def forward_view(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
+        """input_ids [B, T] through one view -> final hidden states [B, T, H], normed."""
+        return self.model(input_ids, cache, view_pass)
+
+    def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
+        """hidden [B, T, H] -> logits [B, T, V], fp32."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return ops.linear(hidden, weight, out_dtype=torch.float32, impl=linear_impl)
+
+    def forward(self, input_ids: torch.Tensor, view: View = "ar", impl: str = "auto") -> torch.Tensor:
+        """Logits of one view over whole sequences, from an empty cache.
+
+        Args:
+            input_ids: [B, T] integers without padding.
+            view: "ar" is causal; "diffusion" reads the T tokens as one block, T <= block_size.
+            impl: "auto", "triton" or "torch".
+
+        Returns:
+            [B, T, V] fp32.
+        """
+        B, T = input_ids.shape
+        cache = self.new_cache(B, T, self.block_size)
+        cache.prompt_len.fill_(T)
+        hidden = self.forward_view(input_ids, cache, cache.view_pass(view, T, impl=impl))
+        return self.compute_logits(hidden, impl)
+
+    @classmethod
+    def from_base(
+        cls,
+        model_or_path: PreTrainedModel | str | PathLike[str],
+        block_size: int = 32,
+        mask_token_id: int | None = None,
+        view_rank: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> OrthrusForCausalLM:
+        """A dual-view model of a frozen base, whose diffusion view starts as a copy of the AR weights.
+
+        Args:
+            model_or_path: a transformers model (Llama, Mistral, Qwen2, Qwen3; its weights are copied), a folder with
+                its config.json and safetensors, or a hub id.
+            block_size: rows of a draft block, anchor included, >= 2.
+            mask_token_id: the token that stands for a position to be drafted. None takes the base config's
+                mask_token_id; without one, the first embedding row that the tokenizer in the folder does not use; else
+                the padding token unless it ends sequences; else the last row.
+            view_rank: None for full projections, r for rank-r deltas.
+            dtype, device: of the new model; by default those of the base (a folder's own dtype, the CPU).
+
+        Raises:
+            ValueError: an unsupported architecture or option, weights that do not fit the config, pickle files.
+            FileNotFoundError: no such folder, or a file it must hold is missing.
+        """
+        base = open_base(model_or_path)
+        if mask_token_id is None:
+            mask_token_id = choose_mask_token_id(base)
+        config = OrthrusConfig.from_base_config(
+            base.config, block_size=block_size, mask_token_id=mask_token_id, view_rank=view_rank
+        )
+        model = cls._load(config, base.weights, dtype or base.dtype, device or base.device, has_view=False)
+        model.generation_config = base.generation_config
+        model.reset_view()
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> OrthrusForCausalLM:
+        """Load what `save_pretrained` wrote, or a published Orthrus checkpoint.
+
+        Args:
+            folder_or_hub_id: a folder with config.json and safetensors, or a hub id.
+            dtype: None takes the checkpoint's.
+            device: None is the CPU.
+
+        Raises:
+            ValueError: an unsupported architecture or option, weights that do not fit the config, pickle files.
+            FileNotFoundError: no such folder, or a file it must hold is missing.
+        """
+        folder = checkpoint.resolve_folder(folder_or_hub_id)
+        config = OrthrusConfig.from_dict(checkpoint.read_json(folder / "config.json"))
+        config.name_or_path = str(folder_or_hub_id)
+        source = checkpoint.folder_source(folder)
+        model = cls._load(config, source, dtype or config.dtype or source.dtype(), device or "cpu", has_view=True)
+        model.generation_config = read_generation_config(folder)
+        return model
+
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_shard_size: int | str = "5GB",
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Write config.json, safetensors and, where given, the tokenizer; complete or not at all.
+
+        Args:
+            folder: made if it does not exist. Of an existing one, only these files are replaced.
+            tokenizer: saved beside the weights.
+            max_shard_size: bytes, or text such as "5GB"; larger models are sharded.
+            state_dict: weights to save instead of this model's, under the same names (transformers' Trainer).
+        """
+        config = copy.deepcopy(self.config)
+        config.dtype, config.architectures = self.dtype, [type(self).__name__]
+        with checkpoint.atomic_folder(folder) as staging:
+            weights = self.state_dict() if state_dict is None else state_dict
+            checkpoint.write_weights(staging, weights, max_shard_size)
+            config.to_json_file(staging / "config.json")
+            if self.generation_config is not None:
+                self.generation_config.to_json_file(staging / "generation_config.json")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+
+    @torch.no_grad()
+    def reset_view(self) -> None:
+        """Start the diffusion view anew, as a copy of the AR view (for a low-rank view: a zero delta)."""
+        for module in self.modules():
+            if isinstance(module, LowRankDelta):
+                module.down.reset_parameters()
+        for layer in self.model.layers:
+            layer.self_attn.copy_ar_to_diffusion()
+
+    @classmethod
+    def _load(
+        cls,
+        config: OrthrusConfig,
+        source: checkpoint.WeightSource,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        has_view: bool,
+    ) -> OrthrusForCausalLM:
+        """Build on meta, compare with the source, then allocate and copy: nothing is initialised to be overwritten."""
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating torch.dtype or None, but got {dtype!r}")
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if not has_view:
+            shapes = {name: shape for name, shape in shapes.items() if "_diff." not in name}
+        checkpoint.check_weights(source, shapes, config.tie_word_embeddings)
+        config.dtype = dtype
+        model.to(dtype).to_empty(device=device)
+        checkpoint.copy_weights(source, model.state_dict())
+        return model.eval()

@@ -1,0 +1,124 @@
+"""The draft pass against its definition, written out naively here: row i of the block stands at position c + i, sees
+the c cached AR keys and the whole block, and goes through the diffusion view's own projections and norms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from orthrus_triton.models import OrthrusForCausalLM
+from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
+
+BLOCK = 6
+CONTEXT_LENS = [9, 13]
+
+
+class NaiveOrthrus:
+    """One sequence at a time, fp64, dense masks, from a state dict and the fields of its config."""
+
+    def __init__(self, model: OrthrusForCausalLM) -> None:
+        self.config = model.config
+        self.weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+        self.windows = [layer.self_attn.window for layer in model.model.layers]
+
+    def project(self, x: torch.Tensor, layer: int, name: str, suffix: str = "") -> torch.Tensor:
+        prefix = f"model.layers.{layer}.{name}"
+        if f"{prefix}{suffix}.down.weight" in self.weights:
+            delta = self.weights[f"{prefix}{suffix}.up.weight"] @ self.weights[f"{prefix}{suffix}.down.weight"]
+            weight, bias = self.weights[f"{prefix}.weight"] + delta, self.weights.get(f"{prefix}.bias")
+        else:
+            weight, bias = self.weights[f"{prefix}{suffix}.weight"], self.weights.get(f"{prefix}{suffix}.bias")
+        return x @ weight.T + (0 if bias is None else bias)
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.weights[name]
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """x [T, heads, D]: pair (i, i + D/2) turned by position * theta^(-2i/D)."""
+        half = x.shape[-1] // 2
+        theta = self.config.rope_parameters["rope_theta"]
+        angle = positions.double()[:, None] * theta ** (-torch.arange(half).double() / half)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        low, high = x[..., :half], x[..., half:]
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    def run(self, ids: torch.Tensor, start: int, cached: list | None, suffix: str) -> tuple[torch.Tensor, list]:
+        """ids [T] at positions start.. -> logits [T, V] and each layer's (keys, values). Without a cache: causal."""
+        T, D = ids.shape[0], self.config.attention_head_dim
+        positions = torch.arange(start, start + T)
+        hidden, kept = self.weights["model.embed_tokens.weight"][ids], []
+        for layer, window in enumerate(self.windows):
+            prefix = f"model.layers.{layer}"
+            x = self.norm(hidden, f"{prefix}.input_layernorm.weight")
+            q, k, v = (self.project(x, layer, f"self_attn.{n}_proj", suffix).view(T, -1, D) for n in "qkv")
+            if f"{prefix}.self_attn.q_norm.weight" in self.weights:
+                q = self.norm(q, f"{prefix}.self_attn.q_norm{suffix}.weight")
+                k = self.norm(k, f"{prefix}.self_attn.k_norm{suffix}.weight")
+            q, k = self.rotate(q, positions), self.rotate(k, positions)
+            kept.append((k, v))
+            if cached is None:
+                visible = [[j <= i and (window is None or j > i - window) for j in range(T)] for i in range(T)]
+            else:
+                k, v = torch.cat((cached[layer][0], k)), torch.cat((cached[layer][1], v))
+                # a window bounds what is seen of the cache; the block is seen whole
+                in_window = [[window is None or j > start + i - window for j in range(start)] for i in range(T)]
+                visible = [row + [True] * T for row in in_window]
+            group = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            scores = torch.einsum("thd,shd->hts", q, k) / D**0.5
+            weights = scores.masked_fill(~torch.tensor(visible), -torch.inf).softmax(-1)
+            attended = torch.einsum("hts,shd->thd", weights, v).reshape(T, -1)
+            hidden = hidden + self.project(attended, layer, "self_attn.o_proj", suffix)
+            x = self.norm(hidden, f"{prefix}.post_attention_layernorm.weight")
+            gate = torch.nn.functional.silu(self.project(x, layer, "mlp.gate_proj"))
+            hidden = hidden + self.project(gate * self.project(x, layer, "mlp.up_proj"), layer, "mlp.down_proj")
+        head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
+        return self.norm(hidden, "model.norm.weight") @ head.T, kept
+
+
+def draft_logits(model: OrthrusForCausalLM, ids: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Prefill all of `ids` [B, L], roll back to CONTEXT_LENS, draft one block per sequence."""
+    cache = model.new_cache(len(CONTEXT_LENS), 32, BLOCK)
+    cache.prompt_len.copy_(torch.tensor(CONTEXT_LENS))
+    model.forward_view(ids, cache, cache.view_pass("ar", ids.shape[1], impl="torch"))
+    cache.context_len.copy_(torch.tensor(CONTEXT_LENS))
+    hidden = model.forward_view(block, cache, cache.view_pass("diffusion", BLOCK, impl="torch"))
+    return model.compute_logits(hidden, "torch")
+
+
+@pytest.mark.parametrize("view_rank", [None, 3])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama", "llama all heads have keys", "llama biases, wide heads, tied", "mistral window", "qwen2",
+        "qwen2 window in upper layers", "qwen3", "qwen3 biases, tied, window by layer types",
+    ],
+)  # fmt: skip
+@torch.inference_mode()
+def test_draft_logits_are_what_the_definition_gives(case: str, view_rank: int | None):
+    base = build_base(base_config(case))
+    model = OrthrusForCausalLM.from_base(base, block_size=BLOCK, view_rank=view_rank, dtype=torch.float64)
+    untrained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    randomise_view(model)
+    assert all(not torch.equal(model.state_dict()[name], old) for name, old in untrained.items() if "_diff" in name)
+    assert all(torch.equal(model.state_dict()[name], old) for name, old in untrained.items() if "_diff" not in name)
+    ids = random_ids(16, batch=2)
+    block = torch.full((2, BLOCK), model.mask_token_id)
+    block[:, 0] = torch.tensor([3, 5])
+    got = draft_logits(model, ids, block)
+    naive = NaiveOrthrus(model)
+    for b, context_len in enumerate(CONTEXT_LENS):
+        _, cached = naive.run(ids[b, :context_len], 0, None, "")
+        expected, _ = naive.run(block[b], context_len, cached, "_diff")
+        # rotary angles and logits are fp32 in the model
+        torch.testing.assert_close(got[b].double(), expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("view_rank", [None, 2])
+@torch.inference_mode()
+def test_an_untrained_view_is_the_ar_view_seen_through_the_block(view_rank: int | None):
+    """Right after from_base both views compute the same function: a one-token block has no mask to differ by."""
+    model = OrthrusForCausalLM.from_base(build_base(base_config("qwen3 longrope")), view_rank=view_rank)
+    assert all(tensor.any() == ("up." not in name) for name, tensor in model.state_dict().items() if "_diff" in name)
+    ids = random_ids(1, batch=4)
+    torch.testing.assert_close(model(ids, "diffusion", impl="torch"), model(ids, "ar", impl="torch"))

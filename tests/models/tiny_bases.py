@@ -1,0 +1,135 @@
+"""Tiny random Llama, Mistral, Qwen2 and Qwen3 models, every config field that changes the arithmetic in some of them.
+Weights are drawn wide enough that a wrong rotation, bias, norm or window moves the logits far beyond rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from orthrus_triton.models import OrthrusForCausalLM
+
+CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+SIZES = {
+    "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 2,
+}  # fmt: skip
+ORIGINAL_LEN = 20  # where the length-dependent rope types change their frequencies
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": ORIGINAL_LEN, "factor": 4.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.5 + 0.5 * i for i in range(8)],
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+
+
+def rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama all heads have keys": ("llama", {"num_key_value_heads": None}),
+    "llama biases, wide heads, tied": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+    ),
+    "llama linear": ("llama", rope("linear", factor=2.5)),
+    "llama yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+    "llama yarn, mscale": (
+        "llama",
+        rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.5, beta_fast=8.0),
+    ),
+    "llama llama3": (
+        "llama",
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    ),
+    "llama proportional": ("llama", rope("proportional", partial_rotary_factor=0.5, factor=2.0)),
+    "llama longrope": ("llama", {"rope_parameters": LONGROPE}),
+    "llama dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": ORIGINAL_LEN}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
+    "mistral window": ("mistral", {"sliding_window": 7}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 window in upper layers": (
+        "qwen2",
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "qwen2 window asked for but not used": ("qwen2", {"use_sliding_window": False, "sliding_window": 6}),
+    "qwen2 tied, dynamic": (
+        "qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": DYNAMIC, "max_position_embeddings": ORIGINAL_LEN},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3 biases, tied, window by layer types": (
+        "qwen3",
+        {
+            "head_dim": 64, "attention_bias": True, "tie_word_embeddings": True, "use_sliding_window": True,
+            "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3 yarn": ("qwen3", {"head_dim": 32, **rope("yarn", factor=4.0, original_max_position_embeddings=32)}),
+    "qwen3 longrope": ("qwen3", {"head_dim": 16, "rope_parameters": LONGROPE}),
+}  # fmt: skip
+
+
+def base_config(case: str = "qwen3", **changes: Any) -> PreTrainedConfig:
+    """The transformers config of a case, with changes."""
+    family, fields = CASES[case]
+    fields = {**SIZES, **fields, **changes}
+    # transformers completes these dictionaries in place
+    return CLASSES[family](**{k: dict(v) if isinstance(v, dict) else v for k, v in fields.items()})
+
+
+def build_base(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, rounded_to: torch.dtype | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """A random transformers model with eager attention; its weights are rounded to `rounded_to`, or to `dtype`."""
+    # not .to(dtype): that would round the rotary frequencies, which from_pretrained does not
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_draw(name, parameter.shape, generator).to(rounded_to or dtype))
+    return model.requires_grad_(False)
+
+
+def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1 + 0.3 * noise
+    if name.endswith("bias"):
+        return 0.5 * noise
+    return noise if "embed_tokens" in name else noise / shape[-1] ** 0.5
+
+
+def randomise_view(model: OrthrusForCausalLM, scale: float = 0.3, seed: int = 1) -> OrthrusForCausalLM:
+    """Move the diffusion view away from its copy of the AR weights, `scale` times their own spread."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_diff" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                spread = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
+                parameter.add_((scale * spread * noise).to(parameter))
+    return model
+
+
+def random_ids(length: int, batch: int = 1, vocab_size: int = SIZES["vocab_size"], seed: int = 2) -> torch.Tensor:
+    """[batch, length] token ids."""
+    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer(ids: list[int]) -> PreTrainedTokenizerFast:
+    """A tokenizer that uses exactly these ids."""
+    vocab = {f"w{token}": token for token in ids}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token=f"w{ids[0]}")))

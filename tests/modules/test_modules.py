@@ -1,0 +1,172 @@
+"""The composable parts on their own: a custom model out of them, fused names, the cache, rotary rules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from orthrus_triton.modules import (
+    ConsensusDecoder,
+    DualViewAttention,
+    FusedLinear,
+    OrthrusDecoderLayer,
+    RMSNorm,
+    RotaryEmbedding,
+    SharedKVCache,
+)
+from orthrus_triton.testing import TinyDualViewModel
+
+
+class PostNormModel(nn.Module):
+    """A user's own architecture: learned positions beside rotary ones, one shared layer applied twice, no MLP."""
+
+    block_size, mask_token_id, vocab_size = 4, 0, 37
+    eos_token_ids: list[int] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(37, 32), nn.Embedding(64, 32)
+        self.attention = DualViewAttention(32, 4, 1, 16)
+        self.norm, self.rotary = RMSNorm(32), RotaryEmbedding.from_theta(16)
+
+    def new_cache(self, batch_size: int, max_len: int, block_size: int) -> SharedKVCache:
+        return SharedKVCache(
+            2, 1, 16, batch_size=batch_size, max_len=max_len, block_size=block_size, dtype=torch.float32
+        )
+
+    def forward_view(self, input_ids, cache, view_pass):
+        hidden = self.embed(input_ids) + self.place(view_pass.positions.clamp(max=63))
+        rope = self.rotary(view_pass.positions, view_pass.prompt_len)
+        for cache_layer in cache.layers:
+            hidden = self.norm(hidden + self.attention(hidden, rope, cache_layer, view_pass))
+        return hidden
+
+    def compute_logits(self, hidden, linear_impl="auto"):
+        return hidden @ self.embed.weight.T
+
+
+def test_a_custom_model_generates() -> None:
+    torch.manual_seed(0)
+    model = PostNormModel()
+    prompts = [torch.tensor([3, 1, 4]), torch.tensor([1])]
+    consensus = ConsensusDecoder(model).generate(prompts, max_new_tokens=12)
+    ar = ConsensusDecoder(model, mode="ar").generate(prompts, max_new_tokens=12)
+    assert [s.tolist() for s in consensus.sequences] == [s.tolist() for s in ar.sequences]
+    assert all(len(s) == len(p) + 12 for s, p in zip(consensus.sequences, prompts))
+
+
+def test_modules_need_no_transformers() -> None:
+    program = "import sys, orthrus_triton.modules, orthrus_triton.testing; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_state_dict_has_the_published_names() -> None:
+    layer = OrthrusDecoderLayer(32, 4, 2, 8, 48, qk_norm=True, qkv_bias=True, o_bias=True)
+    names = set(layer.state_dict())
+    attention = {f"self_attn.{p}_proj{s}.{w}" for p in "qkvo" for s in ("", "_diff") for w in ("weight", "bias")}
+    norms = {f"self_attn.{p}_norm{s}.weight" for p in "qk" for s in ("", "_diff")}
+    mlp = {f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+    assert names == attention | norms | mlp | {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert layer.state_dict()["self_attn.k_proj.weight"].shape == (16, 32)
+
+
+@pytest.mark.parametrize("transform", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double()])
+def test_fused_weights_survive(transform) -> None:
+    """Copies, pickles and casts keep one product under three names, and loading reaches it."""
+    layer = transform(OrthrusDecoderLayer(32, 4, 2, 8, 48))
+    state = {name: torch.randn_like(tensor) for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    parts = [state[f"self_attn.{p}_proj.weight"] for p in "qkv"]
+    assert torch.equal(layer.self_attn.qkv_proj.weight, torch.cat(parts))
+    assert torch.equal(layer.self_attn.qkv_proj.part("k_proj"), parts[1])
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_incomplete_parts_are_missing_not_ignored() -> None:
+    layer = OrthrusDecoderLayer(32, 4, 2, 8, 48)
+    state = layer.state_dict()
+    del state["self_attn.k_proj.weight"]
+    with pytest.raises(RuntimeError, match="qkv_proj.weight"):
+        layer.load_state_dict(state)
+
+
+def test_fused_linear_knows_its_parts() -> None:
+    with pytest.raises(KeyError, match="holds \\['a', 'b'\\]"):
+        FusedLinear(4, {"a": 2, "b": 3}).part("c")
+
+
+def test_low_rank_view_starts_as_the_ar_view() -> None:
+    torch.manual_seed(0)
+    model = TinyDualViewModel(view_rank=3, qk_norm=True)
+    full = TinyDualViewModel(qk_norm=True)
+    full.load_state_dict({k: v for k, v in model.state_dict().items() if "_diff" not in k}, strict=False)
+    for layer in full.layers:
+        layer.self_attn.copy_ar_to_diffusion()
+    hidden = []
+    for each in (model, full):
+        cache = each.new_cache(1, 16, 8)
+        cache.context_len.fill_(0)
+        hidden.append(each.forward_view(torch.arange(8)[None], cache, cache.view_pass("diffusion", 8)))
+    torch.testing.assert_close(hidden[0], hidden[1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_draft_leaves_the_cache_alone() -> None:
+    model = TinyDualViewModel()
+    cache = model.new_cache(2, 16, 8)
+    for layer in cache.layers:
+        layer.k.normal_(), layer.v.normal_()
+    before = [(layer.k.clone(), layer.v.clone()) for layer in cache.layers]
+    cache.context_len.fill_(5)
+    model.forward_view(torch.arange(16).view(2, 8), cache, cache.view_pass("diffusion", 8))
+    for layer, (k, v) in zip(cache.layers, before):
+        assert torch.equal(layer.k, k) and torch.equal(layer.v, v)
+
+
+def test_a_drafted_row_sees_the_whole_block() -> None:
+    """Changing the last token of the block changes the first row of the draft, and never that of the verify pass."""
+    torch.manual_seed(0)
+    model = TinyDualViewModel()
+    changed = {}
+    for view in ("diffusion", "ar"):
+        first = []
+        for last in (1, 2):
+            cache = model.new_cache(1, 16, 8)
+            block = torch.tensor([[5, 60, 60, 60, 60, 60, 60, last]])
+            first.append(model.forward_view(block, cache, cache.view_pass(view, 8))[:, 0])
+        changed[view] = not torch.equal(*first)
+    assert changed == {"diffusion": True, "ar": False}
+
+
+def test_cache_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="max_len must be >= 1, but got 0"):
+        SharedKVCache(1, 1, 8, batch_size=1, max_len=0, block_size=2, dtype=torch.float32)
+    cache = SharedKVCache(1, 1, 8, batch_size=1, max_len=5, block_size=2, dtype=torch.float32)
+    assert cache.capacity == 256 and "capacity=256" in repr(cache)
+    with pytest.raises(ValueError, match="at most block_size=2 to draft, but got 3"):
+        cache.view_pass("diffusion", 3)
+    with pytest.raises(ValueError, match="view must be"):
+        cache.view_pass("causal", 1)
+    # scratch is one block in all, whatever the number of layers
+    many = SharedKVCache(7, 1, 8, batch_size=1, max_len=5, block_size=2, dtype=torch.float32)
+    assert many.nbytes() - 7 * 2 * 256 * 8 * 4 == cache.nbytes() - 2 * 256 * 8 * 4 == 2 * 2 * 8 * 4
+
+
+def test_rotary_stays_fp32_and_follows_the_length() -> None:
+    rotary = RotaryEmbedding.from_theta(16).bfloat16()
+    assert rotary.inv_freq.dtype == torch.float32
+    positions, prompt_len = torch.tensor([[0, 7, 8]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    short, long = torch.full((8,), 0.5), torch.full((8,), 0.25)
+    rotary = RotaryEmbedding(short, long_inv_freq=long, original_max_len=8)
+    cos, _ = rotary(positions, prompt_len)
+    torch.testing.assert_close(cos[0, :, 0], torch.tensor([0.0, 3.5, 2.0]).cos())
+    # a prompt that is already long uses the long frequencies from its first token
+    cos, _ = rotary(positions, torch.tensor([9], dtype=torch.int32))
+    torch.testing.assert_close(cos[0, :, 0], torch.tensor([0.0, 1.75, 2.0]).cos())
+    with pytest.raises(ValueError, match="original_max_len is needed"):
+        RotaryEmbedding(short, long_inv_freq=long)
