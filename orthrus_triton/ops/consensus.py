@@ -92,7 +92,7 @@ def consensus_kernel(
         tl.store(finished_ptr + b, (first_eos < count) | (written + count >= limit))
         anchor = tl.sum(tl.where(rows == count - 1, choice, 0), axis=0)
         next_block = tl.where(rows == 0, anchor, mask_token_id)
-        tl.store(block_ptr + b * W + rows, next_block, mask=(rows < W) & (count > 0))
+        tl.store(block_ptr + b * W + rows, next_block, mask=rows < tl.where(count > 0, W, 0))
         tally_ptr = histogram_ptr + b * W + accepted
         tl.store(tally_ptr, tl.load(tally_ptr) + 1)
 

@@ -106,7 +106,8 @@ def rope_cache_kernel(
         tl.store(q_row_ptr + HALF + half, high.to(dtype), mask=mask)
     else:
         slot = tl.load(slots_ptr + token).to(tl.int64)
-        writable = mask & (slot >= 0) & (slot < S)
+        # a slot outside the cache is not written
+        writable = half < tl.where(slot < 0, 0, tl.where(slot < S, HALF, 0))
         b = token // T
         if head < HQ + HKV:
             row_ptr = k_out_ptr + b * stride_k_b + (head - HQ) * stride_k_h + slot * stride_k_s

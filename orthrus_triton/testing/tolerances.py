@@ -14,14 +14,14 @@ def assert_within_budget(
         actual: the result under test.
         plain: the same computation in plain PyTorch, in the dtype of `actual`.
         reference: the same computation in fp64.
-        factor: the budget, in errors of `plain`. One rounding of the output is always granted.
+        factor: the budget, in errors of `plain`. One unit in the last place is always granted.
         what: names the result in the failure message.
     """
     reference = reference.double()
     if not torch.equal(actual.isnan(), reference.isnan()):
         raise AssertionError(f"{what}: NaN at {int(actual.isnan().sum())} places, expected {int(reference.isnan().sum())}")
-    # half a unit in the last place of the largest value: what storing the exact result may cost
-    rounding = float(reference.abs().max()) * torch.finfo(actual.dtype).eps / 2
+    # one unit in the last place of the largest value: on a few elements plain PyTorch may be exact by luck
+    rounding = float(reference.abs().max()) * torch.finfo(actual.dtype).eps
     budget = factor * float((plain.double() - reference).abs().max()) + rounding
     error = (actual.double() - reference).abs()
     if float(error.max()) > budget:
