@@ -4,7 +4,8 @@ Every launch also takes its compile options from here, so that no kernel is buil
 from __future__ import annotations
 
 import os
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 try:
     import triton

@@ -23,9 +23,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def is_bfloat16(handle: object) -> bool:
-    return (
-        isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
-    )
+    return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
 
 
 def widen(handle: TensorHandle) -> TensorHandle:

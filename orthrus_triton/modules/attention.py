@@ -93,9 +93,7 @@ class DualViewAttention(nn.Module):
             k_out, v_out = k_block.transpose(1, 2), v_block.transpose(1, 2)
         q_norm = getattr(self, f"q_norm{suffix}").weight if self.qk_norm else None
         k_norm = getattr(self, f"k_norm{suffix}").weight if self.qk_norm else None
-        q = ops.rope_cache(
-            qkv, *rope, k_out, v_out, view_pass.slots, q_norm, k_norm, self.norm_eps, impl=impl
-        )
+        q = ops.rope_cache(qkv, *rope, k_out, v_out, view_pass.slots, q_norm, k_norm, self.norm_eps, impl=impl)
         attended = ops.dual_view_attention(
             q, cache_layer.k, cache_layer.v, view_pass.key_limit, k_block, v_block,
             block_size=T if drafting else None, window=self.window, impl=impl,

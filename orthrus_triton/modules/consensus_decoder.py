@@ -228,7 +228,8 @@ class ConsensusDecoder:
             return self.model.block_size
         if not 2 <= block_size <= self.model.block_size:
             raise ValueError(
-                f"block_size must be in 2..{self.model.block_size} (the size the view was made for), but got {block_size}"
+                f"block_size must be in 2..{self.model.block_size}, the size the view was made for, "
+                f"but got {block_size}"
             )
         return block_size
 

@@ -24,7 +24,9 @@ def split_prompts(
         if input_ids.dim() == 1:
             input_ids = input_ids[None]
         if input_ids.dim() != 2:
-            raise ValueError(f"input_ids must be [B, L] or a list of 1-D tensors, but got shape {tuple(input_ids.shape)}")
+            raise ValueError(
+                f"input_ids must be [B, L] or a list of 1-D tensors, but got shape {tuple(input_ids.shape)}"
+            )
         rows = _unpad(input_ids, attention_mask)
     else:
         if attention_mask is not None:

@@ -115,7 +115,7 @@ def consensus_torch(
     candidate, choice, eos_ids, limit, mask_token_id, context_len, output_ids, output_len, finished, block, histogram
 ) -> None:
     """The same rules in batched torch, any device, no host synchronisation."""
-    (B, K), W, L = candidate.shape, block.shape[1], output_ids.shape[1]
+    K, L = candidate.shape[1], output_ids.shape[1]
     rows = torch.arange(K, device=candidate.device)
     active = ~finished
     agrees = (choice[:, :-1] == candidate[:, 1:]).to(torch.int32)

@@ -26,7 +26,7 @@ def linear(
         x: [..., K], fp32, fp16 or bf16. Tier A holds for any number of rows; the kernel is built for few (1..512).
         weight: [N, K], the dtype of `x`, contiguous.
         bias: [N] or None, the dtype of `x`.
-        residual: [..., N] or None, the output's dtype. The product is rounded first, as an unfused addition would see it.
+        residual: [..., N] or None, the output's dtype. The product is rounded before it is added, as if unfused.
         out_dtype: dtype of the result, by default that of `x`; fp32 keeps the accumulator (the LM head asks for that).
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one looked up for this weight shape.
@@ -166,7 +166,11 @@ def launch_linear(
 
 
 def linear_torch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out_dtype: torch.dtype
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Any device. On the CPU each sequence of a batch has its own product: BLAS picks kernels by the row count, and
     a sequence's rows must not round differently because it has neighbours."""

@@ -75,7 +75,8 @@ def launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torc
     block, num_warps = rms_norm_config(hidden)
     rms_norm_kernel[(x.numel() // hidden,)](
         x, x if residual is None else residual.contiguous(), weight, out, new_residual,
-        EPS=float(eps), HIDDEN=hidden, BLOCK=block, HAS_RESIDUAL=residual is not None, num_warps=num_warps, **EXACT_LAUNCH,
+        EPS=float(eps), HIDDEN=hidden, BLOCK=block, HAS_RESIDUAL=residual is not None,
+        num_warps=num_warps, **EXACT_LAUNCH,
     )  # fmt: skip
     return out, new_residual
 

@@ -89,9 +89,9 @@ def rope_cache_kernel(
             norm_ptr = q_norm_ptr if head < HQ else k_norm_ptr
             # rounded between norm, weight and rotation, as the unfused layers are
             low = (low * scale).to(dtype).to(tl.float32) * tl.load(norm_ptr + half, mask=mask, other=0.0).to(tl.float32)
-            high = (high * scale).to(dtype).to(tl.float32) * tl.load(
-                norm_ptr + HALF + half, mask=mask, other=0.0
-            ).to(tl.float32)
+            high = (high * scale).to(dtype).to(tl.float32) * tl.load(norm_ptr + HALF + half, mask=mask, other=0.0).to(
+                tl.float32
+            )
             low = low.to(dtype).to(tl.float32)
             high = high.to(dtype).to(tl.float32)
         # [BLOCK_HALF]

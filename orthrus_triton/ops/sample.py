@@ -67,9 +67,7 @@ def greedy_choice_reference(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)
 
 
-@torch.library.custom_op(
-    "orthrus_triton::greedy_choice", mutates_args=(), schema="(Tensor logits, str impl) -> Tensor"
-)
+@torch.library.custom_op("orthrus_triton::greedy_choice", mutates_args=(), schema="(Tensor logits, str impl) -> Tensor")
 def _greedy_choice_op(logits, impl):
     if impl == "triton":
         return launch_greedy_choice(logits)

@@ -57,9 +57,7 @@ def _formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-@torch.library.custom_op(
-    "orthrus_triton::swiglu", mutates_args=(), schema="(Tensor gate_up, str impl) -> Tensor"
-)
+@torch.library.custom_op("orthrus_triton::swiglu", mutates_args=(), schema="(Tensor gate_up, str impl) -> Tensor")
 def _swiglu_op(gate_up, impl):
     if impl == "triton":
         return launch_swiglu(gate_up)

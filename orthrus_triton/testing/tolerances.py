@@ -19,7 +19,9 @@ def assert_within_budget(
     """
     reference = reference.double()
     if not torch.equal(actual.isnan(), reference.isnan()):
-        raise AssertionError(f"{what}: NaN at {int(actual.isnan().sum())} places, expected {int(reference.isnan().sum())}")
+        raise AssertionError(
+            f"{what}: NaN at {int(actual.isnan().sum())} places, expected {int(reference.isnan().sum())}"
+        )
     # one unit in the last place of the largest value: on a few elements plain PyTorch may be exact by luck
     rounding = float(reference.abs().max()) * torch.finfo(actual.dtype).eps
     budget = factor * float((plain.double() - reference).abs().max()) + rounding

@@ -92,10 +92,8 @@ def all_launches(family: str) -> Iterator[Launch]:
             projections(family, dtype)
     seen = set()
     for launch in launches:
-        variant = repr([
-            launch.kernel.__name__, launch.options,
-            [(name, value.dtype if isinstance(value, torch.Tensor) else value) for name, value in launch.arguments.items()],
-        ])  # fmt: skip
+        kinds = {k: v.dtype if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
+        variant = repr((launch.kernel.__name__, launch.options, kinds))
         if variant not in seen:
             seen.add(variant)
             yield launch

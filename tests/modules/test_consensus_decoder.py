@@ -47,8 +47,9 @@ def ar_answer(model: TinyDualViewModel, prompt: torch.Tensor, tokens: int, **opt
 
 @settings(max_examples=40)
 @given(
-    name=st.sampled_from(sorted(MODELS)), seed=st.integers(0, 99), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
-    tokens=st.integers(1, 20), block_size=st.integers(2, 8), right=st.lists(st.integers(-1, 7), min_size=1, max_size=4),
+    name=st.sampled_from(sorted(MODELS)), seed=st.integers(0, 99), tokens=st.integers(1, 20),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3), block_size=st.integers(2, 8),
+    right=st.lists(st.integers(-1, 7), min_size=1, max_size=4),
     data=st.data(),
 )  # fmt: skip
 def test_consensus_is_ar_for_any_draft(name, seed, lengths, tokens, block_size, right, data) -> None:

@@ -53,9 +53,7 @@ def test_linear(seed: int, dtype: torch.dtype, rows: int, n: int, k: int, split_
 def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     gate_up = randn(seed, rows, 2 * width, dtype=dtype)
     row = seed % rows
-    assert torch.equal(
-        ops.swiglu(gate_up[row : row + 1], impl="triton")[0], ops.swiglu(gate_up, impl="triton")[row]
-    )
+    assert torch.equal(ops.swiglu(gate_up[row : row + 1], impl="triton")[0], ops.swiglu(gate_up, impl="triton")[row])
 
 
 @given(seed=seeds, dtype=dtypes, rows=st.integers(2, 9), norm=st.booleans(), head_dim=st.sampled_from([64, 80]))

@@ -42,9 +42,7 @@ def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
     reference = ops.swiglu(gate_up.double(), impl="reference")
     for impl in ("triton", "torch"):
-        assert_within_budget(
-            ops.swiglu(gate_up, impl=impl), torch.nn.functional.silu(gate) * up, reference, what=impl
-        )
+        assert_within_budget(ops.swiglu(gate_up, impl=impl), torch.nn.functional.silu(gate) * up, reference, what=impl)
 
 
 def test_swiglu_at_the_ends_of_the_range() -> None:
@@ -65,7 +63,9 @@ def test_linear(seed, dtype, rows, n, k, split_k, bias, add, wide) -> None:
     bias_vector = randn(seed + 2, n, dtype=dtype) if bias else None
     residual = randn(seed + 3, rows, n, dtype=out_dtype) if add else None
     product = torch.nn.functional.linear(x, weight, bias_vector).to(out_dtype)
-    reference = ops.linear(x.double(), weight.double(), None if bias_vector is None else bias_vector.double(), impl="reference")
+    reference = ops.linear(
+        x.double(), weight.double(), None if bias_vector is None else bias_vector.double(), impl="reference"
+    )
     plain = product if residual is None else product + residual
     reference = reference if residual is None else reference + residual.double()
     triton = ops.linear(x, weight, bias_vector, residual, out_dtype=out_dtype, impl="triton", config=config)

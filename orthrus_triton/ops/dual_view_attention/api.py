@@ -77,7 +77,8 @@ def dual_view_attention(
 def _validate(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window) -> None:
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError(
-            f"q must be [B, T, HQ, D] and k_cache [B, HKV, S, D], but got shapes {tuple(q.shape)}, {tuple(k_cache.shape)}"
+            f"q must be [B, T, HQ, D] and k_cache [B, HKV, S, D], "
+            f"but got shapes {tuple(q.shape)} and {tuple(k_cache.shape)}"
         )
     B, T, HQ, D = q.shape
     HKV = k_cache.shape[1]

@@ -1,0 +1,128 @@
+"""What the commands share: devices and dtypes by name, prompts to ids, errors as one line.
+Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
+
+# stdout carries generated text and results only, so that it can be piped
+status_console = Console(stderr=True)
+
+DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
+DtypeOption = Annotated[
+    DtypeName, typer.Option(help="auto: bf16 on a GPU and on CPUs with bf16 instructions, else fp32.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto: the first GPU if there is one.")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Report what the user can mend (bad values, missing files or packages) as one line, with exit code 2."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"orthrus-triton: error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` means here.
+
+    Raises:
+        ValueError: torch does not know it, or this machine does not have it.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, but got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name} asks for a GPU, but torch sees {torch.cuda.device_count()} here")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, but got {name!r}")
+    return device
+
+
+def cpu_bf16_instructions() -> list[str]:
+    """The instruction sets of this CPU that multiply bf16; without one, bf16 is emulated and slower than fp32."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch supported
+    return [name for name in ("avx512_bf16", "amx_bf16", "bf16") if capabilities.get(name)]
+
+
+def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The dtype that `name` means on `device`."""
+    import torch
+
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" or cpu_bf16_instructions() else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def require_impl(impl: str, device: torch.device) -> str:
+    """The implementation that will run on `device`.
+
+    Raises:
+        ValueError: it cannot run there.
+    """
+    import torch
+
+    from orthrus_triton.ops._dispatch import resolve_impl
+
+    try:
+        return resolve_impl(impl, torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None, system: str | None = None) -> torch.Tensor:
+    """A prompt as ids [1, L].
+
+    Args:
+        tokenizer: of transformers.
+        prompt: the user's text.
+        chat: put it through the chat template; None does so if there is one.
+        system: system message, chat only.
+
+    Raises:
+        ValueError: nothing to encode, or a template is needed that the tokenizer does not have.
+    """
+    if not prompt.strip():
+        raise ValueError("PROMPT must not be empty")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat is None:
+        chat = has_template
+    if chat and not has_template:
+        raise ValueError("--chat needs a tokenizer with a chat template, and this one has none: use --raw")
+    if system is not None and not chat:
+        raise ValueError("--system goes with a chat template, but this prompt is raw")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = prompt
+    # a chat template writes its special tokens itself
+    return tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+
+
+def text_streamer(tokenizer: Any) -> Any:
+    """Prints tokens to stdout as text as they come, whole words at a time, without the prompt."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,113 @@
+"""`orthrus-triton generate`: text from an Orthrus model, streamed to stdout; what it cost, to stderr or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from orthrus_triton.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    encode_prompt,
+    one_line_errors,
+    require_impl,
+    resolve_device,
+    resolve_dtype,
+    status_console,
+    text_streamer,
+)
+
+if TYPE_CHECKING:
+    from orthrus_triton.modules import DecodeStats
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of an Orthrus model (see convert), or its hub id.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; without it, stdin is read.")
+    ] = None,
+    mode: Annotated[
+        Literal["consensus", "ar"], typer.Option(help="Draft and verify, or plain autoregressive decoding.")
+    ] = "consensus",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    block_size: Annotated[
+        int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    impl: Annotated[
+        Literal["auto", "triton", "torch", "reference"], typer.Option(help="auto: Triton on a GPU, torch on a CPU.")
+    ] = "auto",
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="Apply the tokenizer's chat template or not; by default, if it has one."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None,
+    stats: Annotated[
+        Literal["text", "json", "none"],
+        typer.Option(help="text: one line on stderr. json: one object as the last line of stdout."),
+    ] = "text",
+) -> None:
+    """Generate greedily from an Orthrus model; the text streams to stdout.
+
+    \b
+    orthrus-triton generate ./orthrus "Write a haiku about rain."
+    orthrus-triton generate ./orthrus --raw "def fibonacci(n):"
+    orthrus-triton generate ./orthrus < question.txt > answer.txt
+    orthrus-triton generate ./orthrus "Hello" --stats json | tail -n 1
+    orthrus-triton generate ./orthrus "Hello" --mode ar    # the same text
+    """
+    with one_line_errors():
+        prompt = _read_prompt(prompt)
+        where = resolve_device(device)
+        precision = resolve_dtype(dtype, where)
+        runs = require_impl(impl, where)
+        with status_console.status(f"Loading {model}"):
+            from transformers import AutoTokenizer
+
+            from orthrus_triton.models import OrthrusForCausalLM
+            from orthrus_triton.modules import ConsensusDecoder
+
+            network = OrthrusForCausalLM.from_pretrained(model, dtype=precision, device=where)
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        input_ids = encode_prompt(tokenizer, prompt, chat, system)
+        decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
+        output = decoder.generate(input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer))
+        report = {
+            "mode": mode,
+            "prompt_tokens": input_ids.shape[1],
+            **asdict(output.stats),
+            "tokens_per_second": output.stats.tokens_per_second,
+            "stopped_by": "eos" if int(output.sequences[0][-1]) in network.eos_token_ids else "length",
+            "block_size": decoder.block_size,
+            "dtype": str(precision).removeprefix("torch."),
+            "device": str(where),
+            "impl": runs,
+        }
+        if stats == "json":
+            print(json.dumps(report))
+        elif stats == "text":
+            typer.echo(_stats_line(output.stats, report), err=True)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    if sys.stdin.isatty():
+        raise ValueError("PROMPT must be given, or piped to stdin")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _stats_line(stats: DecodeStats, report: dict[str, Any]) -> str:
+    return (
+        f"{stats.tokens} tokens in {stats.prefill_seconds + stats.decode_seconds:.2f} s "
+        f"({stats.tokens_per_second:.1f} tokens/s, prefill included); {stats.cycles} cycles of "
+        f"{stats.tokens_per_cycle:.2f} tokens, TPF {stats.tpf:.2f}; {report['mode']}, block {report['block_size']}, "
+        f"{report['dtype']} on {report['device']} ({report['impl']}), stopped by {report['stopped_by']}"
+    )
