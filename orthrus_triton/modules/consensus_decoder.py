@@ -84,7 +84,7 @@ class ConsensusDecoder:
         self.impl, self.max_cache_len, self.prefill_chunk = impl, max_cache_len, prefill_chunk
         self._cache: SharedKVCache | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: callers may edit the sequences in place
     def generate(
         self,
         input_ids: torch.Tensor | Sequence[torch.Tensor],
