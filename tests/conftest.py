@@ -25,6 +25,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the longest first: with two processes, one compiles for the GPUs while the other runs the rest
+    items.sort(key=lambda item: "compile_only" not in item.path.parts)
     if torch.cuda.is_available():
         return
     for item in items:
