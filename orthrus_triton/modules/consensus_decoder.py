@@ -54,8 +54,9 @@ class ConsensusDecoder:
         block_size: rows of a block, anchor included, 2..model.block_size; by default the trained one.
         impl: "auto", "triton" or "torch" for every op of a cycle.
         exact: in AR mode, use arithmetic whose bits equal the verify pass. Triton needs nothing for that. The torch
-            implementation runs its AR pass with the verify pass's row count, because BLAS picks kernels by shape;
-            exact=False gives it its cheapest pass instead, the fair baseline for wall-clock.
+            implementation runs its AR pass with the verify pass's row count, because BLAS picks kernels by shape (so
+            the two modes are compared at one block_size); exact=False gives it its cheapest pass instead, the fair
+            baseline for wall-clock.
         max_cache_len: tokens the cache can hold, or None to size it to each call.
         prefill_chunk: prompt tokens per prefill step.
 

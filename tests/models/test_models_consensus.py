@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
 from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
+from tests.modules.drafts import ScriptedDrafts
 
 FAMILIES = ["llama", "llama dynamic", "mistral window", "qwen2", "qwen3 longrope"]
 
@@ -27,6 +32,32 @@ def test_consensus_emits_what_the_ar_view_emits(case: str, dtype: torch.dtype):
     # the draft was neither always right nor always wrong, or the test would be about something else
     histogram = run["consensus"].stats.accepted_histogram
     assert histogram[0] > 0 and sum(histogram[1:]) > 0
+
+
+@cache
+def dual_view(case: str, dtype: torch.dtype) -> OrthrusForCausalLM:
+    base = build_base(base_config(case, eos_token_id=None), dtype)
+    return randomise_view(OrthrusForCausalLM.from_base(base, block_size=6))
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@given(
+    seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]), tokens=st.integers(1, 18),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=2), block_size=st.integers(2, 6),
+    right=st.lists(st.integers(-1, 5), min_size=1, max_size=3), stop=st.integers(0, 17),
+)  # fmt: skip
+def test_any_draft_gives_the_ar_tokens(case, seed, dtype, tokens, lengths, block_size, right, stop):
+    model = dual_view(case, dtype)
+    prompts = [random_ids(length, seed=seed + length)[0] for length in lengths]
+    ar = ConsensusDecoder(model, mode="ar", impl="torch", block_size=block_size)
+    answers = [ar.generate([prompt], max_new_tokens=18).sequences[0][len(prompt) :] for prompt in prompts]
+    eos = int(answers[0][stop])
+    decoder = ScriptedDrafts(model, answers, right, impl="torch", block_size=block_size)
+    output = decoder.generate(prompts, max_new_tokens=tokens, eos_token_id=eos)
+    for prompt, answer, sequence in zip(prompts, answers, output.sequences):
+        said = answer.tolist()
+        length = min(tokens, said.index(eos) + 1 if eos in said else tokens)
+        assert sequence.tolist() == prompt.tolist() + said[:length]
 
 
 @pytest.mark.parametrize("case", FAMILIES)

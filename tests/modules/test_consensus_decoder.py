@@ -161,6 +161,21 @@ def test_prefill_chunks(chunk: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.sequences, cut.sequences))
 
 
+def test_prefill_asks_for_last_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt must not cost [prompt, vocab] logits; the draft's last row proposes nothing and gets none."""
+    model = make_model()
+    shapes = []
+    compute_logits = model.compute_logits
+
+    def spy(hidden, *args):
+        shapes.append(tuple(hidden.shape[:2]))
+        return compute_logits(hidden, *args)
+
+    monkeypatch.setattr(model, "compute_logits", spy)
+    ConsensusDecoder(model, impl="torch", prefill_chunk=16).generate(prompts_of(1, [50, 7]), max_new_tokens=2)
+    assert shapes == [(2, 1), (2, 7), (2, 8)]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches(side: str) -> None:
     prompts = prompts_of(11, [6, 2, 9])
