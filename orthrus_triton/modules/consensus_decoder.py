@@ -114,8 +114,8 @@ class ConsensusDecoder:
             ValueError: an argument out of range; it names the argument, what was expected and what came.
         """
         prompts = split_prompts(input_ids, attention_mask, self.model.vocab_size)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, but got {max_new_tokens}")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be an integer >= 1, but got {max_new_tokens!r}")
         if streamer is not None and len(prompts) != 1:
             raise ValueError(f"streamer takes one sequence, but got {len(prompts)}")
         block_size = self.block_size if block_size is None else self._check_block_size(block_size)
@@ -227,10 +227,10 @@ class ConsensusDecoder:
     def _check_block_size(self, block_size: int | None) -> int:
         if block_size is None:
             return self.model.block_size
-        if not 2 <= block_size <= self.model.block_size:
+        if not isinstance(block_size, int) or not 2 <= block_size <= self.model.block_size:
             raise ValueError(
                 f"block_size must be in 2..{self.model.block_size}, the size the view was made for, "
-                f"but got {block_size}"
+                f"but got {block_size!r}"
             )
         return block_size
 
