@@ -103,8 +103,15 @@ class OrthrusForCausalLM(PreTrainedModel):
 
     def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
         """hidden [B, T, H] -> logits [B, T, V], fp32."""
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return ops.linear(hidden, weight, out_dtype=torch.float32, impl=linear_impl)
+        return ops.linear(hidden, self._head_weight, out_dtype=torch.float32, impl=linear_impl)
+
+    def choose(self, hidden: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+        """hidden [B, T, H] -> greedy tokens [B, T], the logits' own without writing them to memory."""
+        return ops.lm_head_choice(hidden, self._head_weight, impl=impl)
+
+    @property
+    def _head_weight(self) -> torch.Tensor:
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, input_ids: torch.Tensor, view: View = "ar", impl: str = "auto") -> torch.Tensor:
         """Logits of one view over whole sequences, from an empty cache.

@@ -1,7 +1,9 @@
 """Composable modules: attention with two views, a decoder layer, the shared KV cache and the decoder that runs them."""
 
 from orthrus_triton.modules.attention import DualViewAttention
-from orthrus_triton.modules.consensus_decoder import ConsensusDecoder, DecodeOutput, DecodeStats
+from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
+from orthrus_triton.modules.decode_run import DecodeRun
+from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
 from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear
@@ -12,6 +14,7 @@ __all__ = [
     "CacheLayer",
     "ConsensusDecoder",
     "DecodeOutput",
+    "DecodeRun",
     "DecodeStats",
     "DualViewAttention",
     "FusedLinear",

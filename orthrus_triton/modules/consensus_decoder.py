@@ -4,45 +4,27 @@ The output is the AR view's own, token for token; a bad draft costs time, never 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 
 from orthrus_triton import ops
-from orthrus_triton.modules.decode_state import DecodeOutput, DecodeState, DecodeStats
+from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, BlockRule, FixedBlock, auto_sizes
+from orthrus_triton.modules.compiled import compile_apart
+from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses
+from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun, Progress, tokens_to_cache
+from orthrus_triton.modules.decode_state import DecodeState
+from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats
+from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
+from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill
 from orthrus_triton.modules.prompts import split_prompts
 from orthrus_triton.ops._dispatch import IMPLS, resolve_impl
 
 Mode = Literal["consensus", "ar"]
-
-
-class DualViewModel(Protocol):
-    """What the decoder needs of a model.
-
-    block_size: the block the diffusion view was trained for, the largest one that may be asked for.
-    mask_token_id: the token that stands for a position to be drafted.
-    vocab_size: ids are 0..vocab_size-1.
-    eos_token_ids: stop tokens when the caller names none; may be empty.
-    """
-
-    block_size: int
-    mask_token_id: int
-    vocab_size: int
-    eos_token_ids: list[int]
-
-    def new_cache(self, batch_size: int, max_len: int, block_size: int) -> SharedKVCache:
-        """Static buffers for this model on its device."""
-        ...
-
-    def forward_view(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
-        """input_ids [B, T] through one view -> final hidden states [B, T, H], normed."""
-        ...
-
-    def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
-        """hidden [B, T, H] -> logits [B, T, V], fp32."""
-        ...
+BlockSize = int | Literal["auto"]
+EOS_SLOTS = 8  # places for stop ids are made in eights, so that calls with few of them share buffers
 
 
 class ConsensusDecoder:
@@ -51,14 +33,22 @@ class ConsensusDecoder:
     Args:
         model: see `DualViewModel`.
         mode: "consensus" drafts and verifies; "ar" decodes with the AR view alone, the baseline it must equal.
-        block_size: rows of a block, anchor included, 2..model.block_size; by default the trained one.
+        block_size: rows of a block, anchor included, 2..model.block_size; by default the trained one. "auto" chooses
+            before each cycle, by measured times and recent acceptance, among AR, powers of two and the trained block.
         impl: "auto", "triton" or "torch" for every op of a cycle.
-        exact: in AR mode, use arithmetic whose bits equal the verify pass. Triton needs nothing for that. The torch
-            implementation runs its AR pass with the verify pass's row count, because BLAS picks kernels by shape (so
-            the two modes are compared at one block_size); exact=False gives it its cheapest pass instead, the fair
-            baseline for wall-clock.
+        exact: in AR mode, use arithmetic whose bits equal the verify pass. Triton needs nothing for that, the torch
+            implementation rounds its rows up to eight; exact=False gives it the library's product of one row instead,
+            the fair baseline for wall-clock on a CPU.
         max_cache_len: tokens the cache can hold, or None to size it to each call.
-        prefill_chunk: prompt tokens per prefill step.
+        prefill_chunk: prompt tokens per prefill step; by default 512 on a CPU, 4096 on a GPU.
+        batch_invariant_prefill: prefill with the cycle's own product instead of the library's, so that the prompt's
+            K/V too are the bits that decoding token by token would leave.
+        cuda_graph: replay each cycle as one CUDA graph. None does so for Triton on a GPU.
+        compile: run the cycle through torch.compile; True, or the name of a backend. No bit changes: whatever rounds
+            is opaque to the compiler.
+
+    Attributes:
+        cache: the K/V buffers, or None before the first call. They stay from call to call while they are large enough.
 
     Source: Orthrus, arXiv 2605.12825, section 3 (consensus between the two views).
     """
@@ -68,22 +58,36 @@ class ConsensusDecoder:
         model: DualViewModel,
         *,
         mode: Mode = "consensus",
-        block_size: int | None = None,
+        block_size: BlockSize | None = None,
         impl: str = "auto",
         exact: bool = True,
         max_cache_len: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
+        batch_invariant_prefill: bool = False,
+        cuda_graph: bool | None = None,
+        compile: bool | str = False,
     ) -> None:
         if mode not in ("consensus", "ar"):
             raise ValueError(f"mode must be 'consensus' or 'ar', but got {mode!r}")
         if impl not in IMPLS:
             raise ValueError(f"impl must be one of {IMPLS}, but got {impl!r}")
-        if prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be >= 1, but got {prefill_chunk}")
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be >= 1 or None, but got {prefill_chunk}")
         self.model, self.mode, self.exact = model, mode, exact
-        self.block_size = self._check_block_size(block_size)
+        self._block_option = block_size
+        self.block_size = self._widest_block(block_size)
         self.impl, self.max_cache_len, self.prefill_chunk = impl, max_cache_len, prefill_chunk
-        self._cache: SharedKVCache | None = None
+        self.batch_invariant_prefill, self.cuda_graph = batch_invariant_prefill, cuda_graph
+        self.cache: SharedKVCache | None = None
+        self.run: DecodeRun | None = None
+        self.clock: Callable[[], float] = time.perf_counter
+        self._state: DecodeState | None = None
+        self._runner: StepRunner | None = None
+        self._adaptive: dict[int, AdaptiveBlock] = {}
+        self._compile_options = None
+        if compile:
+            self._compile_options = {"backend": "inductor" if compile is True else compile}
+        self._compiled: dict[int, Callable] = {}
 
     @torch.no_grad()  # not inference_mode: callers may edit the sequences in place
     def generate(
@@ -93,7 +97,7 @@ class ConsensusDecoder:
         *,
         max_new_tokens: int,
         eos_token_id: int | list[int] | None = None,
-        block_size: int | None = None,
+        block_size: BlockSize | None = None,
         streamer: Any | None = None,
     ) -> DecodeOutput:
         """Generate greedily for every prompt.
@@ -118,118 +122,172 @@ class ConsensusDecoder:
             raise ValueError(f"max_new_tokens must be an integer >= 1, but got {max_new_tokens!r}")
         if streamer is not None and len(prompts) != 1:
             raise ValueError(f"streamer takes one sequence, but got {len(prompts)}")
-        block_size = self.block_size if block_size is None else self._check_block_size(block_size)
-        cache = self._cache_for(prompts, max_new_tokens, block_size)
-        impl = resolve_impl(self.impl, cache.context_len)
-        state = DecodeState.allocate(
-            [max_new_tokens] * len(prompts), block_size, self._eos_ids(eos_token_id), self.model.mask_token_id,
-            cache.context_len.device,
+        max_len = tokens_to_cache(max(prompt.numel() for prompt in prompts), max_new_tokens)
+        run = self.open(len(prompts), max_len, eos_token_id=eos_token_id, block_size=block_size)
+        started = self.clock()
+        for b, prompt in enumerate(prompts):
+            run.admit(b, prompt, max_new_tokens)
+        first = run.poll(lag=0)
+        prefilled = self.clock()
+        if streamer is not None:
+            streamer.put(prompts[0][None].cpu())
+            _stream(streamer, first)
+        while not run.done:
+            progress = run.advance()
+            if streamer is not None:
+                _stream(streamer, progress)
+        finished = self.clock()
+        if streamer is not None:
+            streamer.end()
+        tokens = [slot.tokens for slot in run.slots]
+        stats = DecodeStats.measure(
+            [len(ids) for ids in tokens], [dict(slot.cycles) for slot in run.slots],
+            run.state.accepted_histogram.tolist(), prefilled - started, finished - prefilled,
         )  # fmt: skip
-        stream = _Stream(streamer, state)
-        started = time.perf_counter()
-        self._prefill(prompts, cache, state, impl)
-        stream.start(prompts[0])
-        prefilled = time.perf_counter()
-        while not bool(state.finished.all()):
-            self._cycle(cache, state, impl)
-            stream.advance()
-        lengths = state.output_len.tolist()
-        finished = time.perf_counter()
-        stream.end()
-        sequences = [
-            torch.cat((prompt, ids[:length].to(prompt.device)))
-            for prompt, ids, length in zip(prompts, state.output_ids, lengths)
-        ]
-        passes_per_cycle = 2 if self.mode == "consensus" else 1
-        return DecodeOutput(
-            sequences, DecodeStats.measure(state, passes_per_cycle, prefilled - started, finished - prefilled)
-        )
+        return DecodeOutput([torch.cat((ids, ids.new_tensor(new))) for ids, new in zip(prompts, tokens)], stats)
 
-    def draft(self, cache: SharedKVCache, state: DecodeState, impl: str) -> torch.Tensor:
+    def open(
+        self,
+        batch_size: int,
+        max_len: int,
+        *,
+        eos_token_id: int | list[int] | None = None,
+        block_size: BlockSize | None = None,
+    ) -> DecodeRun:
+        """A run of `batch_size` free slots, to be driven step by step; `generate` is a loop on one.
+
+        It takes over the decoder's buffers: an older run of this decoder cannot go on.
+
+        Args:
+            batch_size: sequences that decode side by side.
+            max_len: most tokens of any of them in the cache: prompt + new tokens - 1.
+            eos_token_id, block_size: as in `generate`.
+        """
+        option = self._block_option if block_size is None else block_size
+        widest = self._widest_block(option)
+        eos_ids = self._eos_ids(eos_token_id)
+        if self.max_cache_len is not None:
+            if max_len > self.max_cache_len:
+                raise ValueError(
+                    f"input_ids and max_new_tokens must fit max_cache_len={self.max_cache_len} tokens, "
+                    f"but prompt + max_new_tokens - 1 is {max_len}"
+                )
+            max_len = self.max_cache_len
+        self._reserve(batch_size, max_len, max(widest, self.block_size), len(eos_ids))
+        self._state.reset(eos_ids)
+        self._runner.keep_or_drop(weight_addresses(self.model))
+        impl = resolve_impl(self.impl, self.cache.context_len)
+        lag = 1 if self._runner.captures_steps else 0
+        rule = self._block_rule(option, batch_size)
+        self.run = DecodeRun(self, self.cache, self._state, self._runner, rule, impl, lag)
+        self.run.prepare()
+        return self.run
+
+    def run_cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
+        """`cycle`, or what was compiled of it: once per block size."""
+        cycle = self.cycle
+        if self._compile_options is not None:
+            if block_size not in self._compiled:
+                self._compiled[block_size] = compile_apart(self.cycle, **self._compile_options)
+            cycle = self._compiled[block_size]
+        cycle(cache, state, block_size, impl)
+
+    def cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
+        """Draft, verify, consensus over all slots; with block size 1, one pass of the AR view. Device work only."""
+        if block_size == AR:
+            linear_impl = "library" if not self.exact and impl != "triton" else None
+            candidate = choice = self.verify(state.block[:, :1], cache, state, impl, linear_impl)
+        else:
+            candidate = self.draft(cache, state, block_size, impl)
+            choice = self.verify(candidate, cache, state, impl)
+        state.commit(candidate, choice, cache.context_len, impl)
+
+    def draft(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> torch.Tensor:
         """One bidirectional pass over [anchor, MASK x (K-1)] -> the block to verify, [B, K]: anchor and K - 1 drafts.
 
         Row i proposes the token at position context_len + i + 1, so the last row has nothing to propose.
         """
-        K = state.block.shape[1]
-        view_pass = cache.view_pass("diffusion", K, impl=impl)
-        hidden = self.model.forward_view(state.block, cache, view_pass)
-        logits = self.model.compute_logits(hidden[:, : K - 1], view_pass.linear_impl)
-        return torch.cat((state.block[:, :1], ops.greedy_choice(logits, impl=impl)), dim=1)
+        view_pass = cache.view_pass("diffusion", block_size, impl=impl)
+        hidden = self.model.forward_view(state.block[:, :block_size], cache, view_pass)
+        drafted = self.choose(hidden[:, : block_size - 1], state, view_pass)
+        return torch.cat((state.block[:, :1], drafted), dim=1)
 
-    def verify(self, candidate: torch.Tensor, cache: SharedKVCache, impl: str) -> torch.Tensor:
+    def verify(
+        self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,
+        linear_impl: str | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """One causal pass over the block -> the AR view's own choice in every row, [B, K]. Writes its K/V in place."""
-        view_pass = cache.view_pass("ar", candidate.shape[1], impl=impl)
+        view_pass = cache.view_pass("ar", candidate.shape[1], impl=impl, linear_impl=linear_impl)
         hidden = self.model.forward_view(candidate, cache, view_pass)
-        return ops.greedy_choice(self.model.compute_logits(hidden, view_pass.linear_impl), impl=impl)
+        return self.choose(hidden, state, view_pass)
 
-    def _cycle(self, cache: SharedKVCache, state: DecodeState, impl: str) -> None:
-        if self.mode == "consensus":
-            candidate = self.draft(cache, state, impl)
-            choice = self.verify(candidate, cache, impl)
-        else:
-            # one real row; the torch implementation keeps the verify pass's row count, for its bits
-            rows = state.block.shape[1] if self.exact and impl != "triton" else 1
-            choice = self.verify(state.block[:, :rows].contiguous(), cache, impl)[:, :1]
-            candidate = state.block[:, :1]
-        state.commit(candidate, choice, cache.context_len, impl)
+    def choose(self, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass) -> torch.Tensor:
+        """The one place where hidden states become tokens, for drafts, for the AR view and after the prefill.
 
-    def _prefill(self, prompts: list[torch.Tensor], cache: SharedKVCache, state: DecodeState, impl: str) -> None:
-        """Fill the cache chunk by chunk and commit the first token. Logits are computed for last positions only.
-
-        Rows past a prompt's end compute garbage and write it past that prompt's length, where nobody looks.
+        hidden [B, T, H], T rows from the first of `view_pass` on; row t's token stands at position
+        `view_pass.positions[b, t] + 1`. Returns [B, T] int64. A row's token must depend on that row and that position
+        alone, or the two modes part.
         """
-        device = cache.context_len.device
-        lengths = torch.tensor([prompt.numel() for prompt in prompts], dtype=torch.int32, device=device)
-        cache.prompt_len.copy_(lengths)
-        longest = int(lengths.max())
-        padded = torch.zeros(len(prompts), longest + self.prefill_chunk, dtype=torch.int64, device=device)
-        for b, prompt in enumerate(prompts):
-            padded[b, : prompt.numel()] = prompt.to(device)
-        # prefill products have many rows: a library GEMM, the same one in both modes
-        linear_impl = "torch" if impl == "triton" else impl
-        last_hidden = None
-        for start in range(0, longest, self.prefill_chunk):
-            # at least 8 rows, in eights: below that BLAS switches to kernels of another order
-            width = min(self.prefill_chunk, -(-(longest - start) // 8) * 8)
-            begin = torch.full_like(lengths, start)
-            view_pass = cache.view_pass("ar", width, begin, impl=impl, linear_impl=linear_impl)
-            hidden = self.model.forward_view(padded[:, start : start + width], cache, view_pass)
-            row = lengths.long() - 1 - start
-            picked = hidden[torch.arange(len(prompts), device=device), row.clamp(0, width - 1)]
-            ends_here = (row >= 0) & (row < width)
-            last_hidden = picked if last_hidden is None else torch.where(ends_here[:, None], picked, last_hidden)
-        logits = self.model.compute_logits(last_hidden[:, None], linear_impl)
-        choice = ops.greedy_choice(logits, impl=impl)
-        # the last prompt token is this step's anchor: commit advances past it
-        cache.context_len.copy_(lengths - 1)
+        choose = getattr(self.model, "choose", None)
+        if choose is not None and view_pass.linear_impl == view_pass.impl:
+            return choose(hidden, view_pass.impl)
+        return ops.greedy_choice(self.model.compute_logits(hidden, view_pass.linear_impl), impl=view_pass.impl)
+
+    def prefill(
+        self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str
+    ) -> None:
+        """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot."""
+        state.start(max_new_tokens)
+        on_gpu = cache.context_len.device.type == "cuda"
+        chunk = self.prefill_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+        linear_impl = impl if self.batch_invariant_prefill or impl == "reference" else "library"
+        hidden, view_pass = prefill(self.model, prompt, cache, chunk, impl, linear_impl)
+        choice = self.choose(hidden, state, view_pass)
         state.commit(choice, choice, cache.context_len, impl)
         state.accepted_histogram.zero_()
 
-    def _cache_for(self, prompts: list[torch.Tensor], max_new_tokens: int, block_size: int) -> SharedKVCache:
-        # the newest token is never cached, hence - 1
-        needed = max(prompt.numel() for prompt in prompts) + max_new_tokens - 1
-        if self.max_cache_len is not None:
-            if needed > self.max_cache_len:
-                raise ValueError(
-                    f"input_ids and max_new_tokens must fit max_cache_len={self.max_cache_len} tokens, "
-                    f"but prompt + max_new_tokens - 1 is {needed}"
-                )
-            needed = self.max_cache_len
-        cache = self._cache
+    def _reserve(self, batch_size: int, max_len: int, block_size: int, eos_count: int) -> None:
+        """Buffers for a run: the ones there are if they are large enough, else new ones and no captures of the old."""
+        cache, state = self.cache, self._state
         if (
-            cache is None or cache.batch_size != len(prompts) or cache.capacity < needed
-            or cache.block_size < block_size
+            cache is not None and cache.batch_size == batch_size and cache.capacity >= max_len
+            and cache.block_size >= block_size and state.eos_ids.numel() >= eos_count
         ):  # fmt: skip
-            self._cache = cache = None  # free the old buffers before the new ones are made
-            self._cache = cache = self.model.new_cache(len(prompts), needed, max(block_size, self.block_size))
-        return cache
+            return
+        # free the old buffers and what was captured over them before the new ones are made
+        self.run = self.cache = self._state = self._runner = cache = state = None
+        self._compiled.clear()
+        self.cache = cache = self.model.new_cache(batch_size, max_len, block_size)
+        device = cache.context_len.device
+        eos_slots = max(-(-eos_count // EOS_SLOTS), 1) * EOS_SLOTS
+        self._state = DecodeState.allocate(
+            batch_size, block_size, cache.capacity, max(block_size, AR_STEPS), eos_slots, self.model.mask_token_id, device
+        )
+        self._runner = StepRunner(self._new_capture(device), self._state.idle)
 
-    def _check_block_size(self, block_size: int | None) -> int:
-        if block_size is None:
+    def _new_capture(self, device: torch.device) -> Callable | None:
+        """What captures steps on `device`, or None to run them eagerly."""
+        can = device.type == "cuda" and resolve_impl(self.impl, torch.empty(0, device=device)) == "triton"
+        if self.cuda_graph and not can:
+            raise ValueError(
+                f"cuda_graph=True needs impl='triton' on a GPU, but the model is on {device} and impl is {self.impl!r}"
+            )
+        return CudaGraphCapture(device) if can and self.cuda_graph is not False else None
+
+    def _block_rule(self, option: BlockSize | None, batch_size: int) -> BlockRule:
+        if self.mode == "ar":
+            return FixedBlock(AR)
+        if option != "auto":
+            return FixedBlock(self._widest_block(option))
+        # cycle times differ by batch size
+        return self._adaptive.setdefault(batch_size, AdaptiveBlock(auto_sizes(self.model.block_size)))
+
+    def _widest_block(self, block_size: BlockSize | None) -> int:
+        if block_size is None or block_size == "auto":
             return self.model.block_size
         if not isinstance(block_size, int) or not 2 <= block_size <= self.model.block_size:
             raise ValueError(
-                f"block_size must be in 2..{self.model.block_size}, the size the view was made for, "
+                f"block_size must be in 2..{self.model.block_size}, the size the view was made for, or 'auto', "
                 f"but got {block_size!r}"
             )
         return block_size
@@ -244,24 +302,7 @@ class ConsensusDecoder:
         return ids
 
 
-class _Stream:
-    """Hands committed tokens to a streamer as they come; does nothing, and never synchronises, without one."""
-
-    def __init__(self, streamer: Any | None, state: DecodeState) -> None:
-        self.streamer, self.state, self.sent = streamer, state, 0
-
-    def start(self, prompt: torch.Tensor) -> None:
-        if self.streamer is not None:
-            self.streamer.put(prompt[None].cpu())
-            self.advance()
-
-    def advance(self) -> None:
-        if self.streamer is not None:
-            length = int(self.state.output_len[0])
-            if length > self.sent:
-                self.streamer.put(self.state.output_ids[0, self.sent : length].cpu())
-            self.sent = length
-
-    def end(self) -> None:
-        if self.streamer is not None:
-            self.streamer.end()
+def _stream(streamer: Any, progress: list[Progress]) -> None:
+    for part in progress:
+        if part.tokens:
+            streamer.put(torch.tensor(part.tokens))

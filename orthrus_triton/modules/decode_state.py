@@ -1,21 +1,27 @@
-"""What a run carries from cycle to cycle, all of it on the device, and what it reports at the end."""
+"""The static device buffers of a run: everything a cycle reads or changes besides the KV cache.
+They keep their addresses from run to run, so that a captured cycle can be replayed over them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import torch
 
 from orthrus_triton import ops
 
+NO_TOKEN = -1  # fills unused places for EOS ids: no choice is ever equal to it
+
 
 @dataclass
 class DecodeState:
-    """Static buffers of one run over B sequences with blocks of K rows.
+    """Buffers of B sequences ("slots") with blocks of at most W rows and at most L generated tokens.
 
-    block [B, K] int64: anchor, then MASK. output_ids [B, L] int64 and output_len [B] int32: committed tokens.
-    limit [B] int32: most tokens of each. finished [B] bool. eos_ids [E] int64. accepted_histogram [B, K] int32:
-    cycles by accepted length.
+    block [B, W] int64: anchor, then MASK; a cycle of K <= W rows uses its first K columns. output_ids [B, L] int64 and
+    output_len [B] int32: committed tokens. limit [B] int32: most tokens of each. finished [B] bool: a finished slot is
+    an exact no-op in every further cycle. eos_ids [E] int64, padded with -1. accepted_histogram [B, W] int32: cycles
+    by accepted length. report [B, 2 + R] int64: output_len, finished and the newest R committed tokens, for the host.
     """
 
     block: torch.Tensor
@@ -25,24 +31,50 @@ class DecodeState:
     finished: torch.Tensor
     eos_ids: torch.Tensor
     accepted_histogram: torch.Tensor
+    report: torch.Tensor
+    report_columns: torch.Tensor
     mask_token_id: int
 
     @classmethod
     def allocate(
-        cls, limits: list[int], block_size: int, eos_ids: list[int], mask_token_id: int, device: torch.device
-    ) -> DecodeState:
-        """Empty buffers: nothing committed, nobody finished."""
-        B = len(limits)
+        cls, batch_size: int, block_size: int, max_tokens: int, report_tokens: int, eos_slots: int, mask_token_id: int,
+        device: torch.device,
+    ) -> DecodeState:  # fmt: skip
+        """Buffers in which every slot is free."""
+        B, int64, int32 = batch_size, {"dtype": torch.int64, "device": device}, {"dtype": torch.int32, "device": device}
         return cls(
-            block=torch.full((B, block_size), mask_token_id, dtype=torch.int64, device=device),
-            output_ids=torch.zeros(B, max(limits), dtype=torch.int64, device=device),
-            output_len=torch.zeros(B, dtype=torch.int32, device=device),
-            limit=torch.tensor(limits, dtype=torch.int32, device=device),
-            finished=torch.zeros(B, dtype=torch.bool, device=device),
-            eos_ids=torch.tensor(eos_ids, dtype=torch.int64, device=device),
-            accepted_histogram=torch.zeros(B, block_size, dtype=torch.int32, device=device),
+            block=torch.full((B, block_size), mask_token_id, **int64),
+            output_ids=torch.zeros(B, max_tokens, **int64),
+            output_len=torch.zeros(B, **int32),
+            limit=torch.zeros(B, **int32),
+            finished=torch.ones(B, dtype=torch.bool, device=device),
+            eos_ids=torch.full((eos_slots,), NO_TOKEN, **int64),
+            accepted_histogram=torch.zeros(B, block_size, **int32),
+            report=torch.zeros(B, 2 + report_tokens, **int64),
+            report_columns=torch.arange(-report_tokens, 0, **int64),
             mask_token_id=mask_token_id,
         )
+
+    def reset(self, eos_ids: list[int]) -> None:
+        """Free every slot and set the ids that stop a sequence, at most E of them."""
+        self.finished.fill_(True)
+        self.output_len.zero_()
+        self.accepted_histogram.zero_()
+        padded = eos_ids + [NO_TOKEN] * (self.eos_ids.numel() - len(eos_ids))
+        self.eos_ids.copy_(torch.tensor(padded, dtype=torch.int64))
+
+    def slot(self, b: int) -> DecodeState:
+        """The buffers of one sequence, as views: what is written to them is written here."""
+        shared = ("eos_ids", "report_columns", "mask_token_id")
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return DecodeState(**{name: value if name in shared else value[b : b + 1] for name, value in values.items()})
+
+    def start(self, limit: int) -> None:
+        """Make these slots live, with nothing committed yet."""
+        self.output_len.zero_()
+        self.limit.fill_(limit)
+        self.accepted_histogram.zero_()
+        self.finished.fill_(False)
 
     def commit(self, candidate: torch.Tensor, choice: torch.Tensor, context_len: torch.Tensor, impl: str) -> None:
         """Consensus over one verified block: everything a cycle changes, in place."""
@@ -52,66 +84,19 @@ class DecodeState:
             accepted_histogram=self.accepted_histogram, impl=impl,
         )  # fmt: skip
 
+    def write_report(self) -> None:
+        """Pack what the host wants to know into one buffer, so that it takes one copy."""
+        newest = (self.output_len[:, None] + self.report_columns).clamp(min=0)
+        self.report[:, 0] = self.output_len
+        self.report[:, 1] = self.finished
+        self.report[:, 2:] = self.output_ids.gather(1, newest)
 
-@dataclass(frozen=True)
-class DecodeStats:
-    """What a run cost and gave. Counts are of the run; lists have one entry per sequence.
-
-    tokens: generated tokens, EOS included.
-    cycles: cycles the decoder ran (those of its longest-lived sequence). In AR mode a cycle is one pass.
-    forward_passes: 1 prefill, then 2 per cycle (1 in AR mode).
-    tokens_per_cycle: tokens committed per cycle a sequence was alive, bonus token included; at most K.
-    tpf: tokens per forward pass, the paper's Eq. 9: tokens / (1 + 2 * cycles), token-weighted over sequences.
-    accepted_histogram: accepted_histogram[a] cycles had their first `a` drafted tokens accepted.
-    prefill_seconds, decode_seconds: wall-clock.
-    """
-
-    tokens: int
-    cycles: int
-    forward_passes: int
-    tokens_per_cycle: float
-    tpf: float
-    accepted_histogram: list[int]
-    sequence_tokens: list[int]
-    sequence_cycles: list[int]
-    prefill_seconds: float
-    decode_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens over prefill and decode time."""
-        seconds = self.prefill_seconds + self.decode_seconds
-        return self.tokens / seconds if seconds else 0.0
-
-    @classmethod
-    def measure(
-        cls, state: DecodeState, passes_per_cycle: int, prefill_seconds: float, decode_seconds: float
-    ) -> DecodeStats:
-        """Read the counters off the device."""
-        tokens = state.output_len.tolist()
-        histogram = state.accepted_histogram.tolist()
-        cycles = [sum(row) for row in histogram]
-        passes = [1 + passes_per_cycle * n for n in cycles]
-        # the first token of each sequence is the prefill's
-        committed = sum(tokens) - len(tokens)
-        return cls(
-            tokens=sum(tokens),
-            cycles=max(cycles),
-            forward_passes=max(passes),
-            tokens_per_cycle=committed / sum(cycles) if sum(cycles) else 0.0,
-            tpf=sum(tokens) / sum(passes),
-            accepted_histogram=[sum(column) for column in zip(*histogram)],
-            sequence_tokens=tokens,
-            sequence_cycles=cycles,
-            prefill_seconds=prefill_seconds,
-            decode_seconds=decode_seconds,
-        )
-
-
-@dataclass(frozen=True)
-class DecodeOutput:
-    """`sequences`: B one-dimensional LongTensors, each the prompt without padding and what was generated, the EOS that
-    stopped it included. `stats`: what it cost."""
-
-    sequences: list[torch.Tensor]
-    stats: DecodeStats
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Inside the context every slot counts as finished: cycles run in full and change nothing anyone reads."""
+        finished = self.finished.clone()
+        self.finished.fill_(True)
+        try:
+            yield
+        finally:
+            self.finished.copy_(finished)

@@ -32,8 +32,12 @@ class SwiGLU(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None, *, impl: str = "auto", linear_impl: str = "auto"
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H], plus `residual`."""
-        gate_up = self.gate_up_proj(x, impl=linear_impl)
-        return self.down_proj(ops.swiglu(gate_up, impl=impl), residual, impl=linear_impl)
+        gate_up = self.gate_up_proj
+        if impl == linear_impl:
+            activated = ops.linear_swiglu(x, gate_up.weight, gate_up.bias, impl=impl)
+        else:  # a product that is not ours has no epilogue to put it in
+            activated = ops.swiglu(gate_up(x, impl=linear_impl), impl=impl)
+        return self.down_proj(activated, residual, impl=linear_impl)
 
 
 class OrthrusDecoderLayer(nn.Module):

@@ -3,6 +3,7 @@ Rolling back rejected tokens is a smaller `context_len`; nothing is copied, conc
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,9 +106,19 @@ class SharedKVCache:
         if view == "ar":
             slots, key_limit = positions, positions + 1
         else:
-            slots, key_limit = rows.expand_as(positions), start[:, None].expand_as(positions)
+            # laid out once here, not by every layer's kernels
+            slots, key_limit = rows.repeat(start.shape[0], 1), start[:, None].repeat(1, num_rows)
         linear_impl = impl if linear_impl is None else linear_impl
         return ViewPass(view, positions, slots, key_limit, self.prompt_len, impl, linear_impl)
+
+    def sequence(self, b: int) -> SharedKVCache:
+        """The buffers of one sequence as a cache of batch size 1, all views: what is written to it is written here."""
+        only = slice(b, b + 1)
+        view = copy.copy(self)
+        view.batch_size = 1
+        view.layers = [CacheLayer(*(buffer[only] for buffer in layer)) for layer in self.layers]
+        view.context_len, view.prompt_len = self.context_len[only], self.prompt_len[only]
+        return view
 
     def nbytes(self) -> int:
         """Bytes of K/V buffers, scratch included."""

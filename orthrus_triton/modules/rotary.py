@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from orthrus_triton import ops
+
 
 class RotaryEmbedding(nn.Module):
     """cos and sin of `position * inv_freq`, in fp32.
@@ -60,22 +62,10 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor, prompt_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [B, T] int32, prompt_len [B] int32 -> (cos, sin), each [B, T, D // 2] fp32."""
-        angles = positions.float()[..., None] * self._frequencies(positions, prompt_len)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-
-    def _frequencies(self, positions: torch.Tensor, prompt_len: torch.Tensor) -> torch.Tensor:
-        if self.long_inv_freq is None and self.dynamic_ntk is None:
-            return self.inv_freq
-        length = torch.maximum(positions + 1, prompt_len[:, None])[..., None]
-        beyond = length > self.original_max_len
-        if self.long_inv_freq is not None:
-            return torch.where(beyond, self.long_inv_freq, self.inv_freq)
-        theta, factor = self.dynamic_ntk
-        head_dim = 2 * self.inv_freq.shape[0]
-        stretch = factor * length.float() / self.original_max_len - (factor - 1)
-        base = theta * stretch.clamp(min=1.0) ** (head_dim / (head_dim - 2))
-        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-        return torch.where(beyond, base**-exponents, self.inv_freq)
+        return ops.rotary_angles(
+            positions, prompt_len, self.inv_freq, self.attention_scaling, long_inv_freq=self.long_inv_freq,
+            dynamic_ntk=self.dynamic_ntk, original_max_len=self.original_max_len,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         rule = "longrope" if self.long_inv_freq is not None else "dynamic" if self.dynamic_ntk else "static"

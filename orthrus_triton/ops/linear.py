@@ -28,7 +28,8 @@ def linear(
         bias: [N] or None, the dtype of `x`.
         residual: [..., N] or None, the output's dtype. The product is rounded before it is added, as if unfused.
         out_dtype: dtype of the result, by default that of `x`; fp32 keeps the accumulator (the LM head asks for that).
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference"; or "library", the vendor's product (cuBLAS, BLAS) for many rows
+            at once, whose row bits may depend on the row count.
         config: kernel configuration, by default the one looked up for this weight shape.
 
     Returns:
@@ -46,7 +47,7 @@ def linear(
     if residual is not None:
         require_same("residual", tuple(residual.shape), (*x.shape[:-1], weight.shape[0]), "shape")
         require_same("residual", residual.dtype, out_dtype, "dtype")
-    impl = resolve_impl(impl, x)
+    impl = impl if impl == "library" else resolve_impl(impl, x)
     if config is not None:
         if impl != "triton":
             raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
@@ -72,6 +73,30 @@ def _epilogue(
     tl.store(out_ptr + offsets, out, mask=mask)
 
 
+@triton.jit
+def product_tile(
+    x_ptr, weight_ptr, rows, cols, row_mask, col_mask, start, end,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x[rows] @ weight[cols].T over the depths start..end-1, in fp32 and in ascending tiles of BLOCK_K. Every kernel
+    that multiplies takes its products from here, so that fused and unfused results have the same bits."""
+    depth = tl.arange(0, BLOCK_K)
+    x_tile_ptr = x_ptr + rows.to(tl.int64)[:, None] * K + depth[None, :]
+    weight_tile_ptr = weight_ptr + cols.to(tl.int64)[None, :] * K + depth[:, None]
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(start, end, BLOCK_K):
+        if K % BLOCK_K == 0:
+            # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
+            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None], other=0.0)
+            weight = tl.load(weight_tile_ptr + k, mask=col_mask[None, :], other=0.0)
+        else:
+            in_range = depth < K - k
+            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None] & in_range[None, :], other=0.0)
+            weight = tl.load(weight_tile_ptr + k, mask=col_mask[None, :] & in_range[:, None], other=0.0)
+        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
+    return accumulator
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, M,
@@ -85,20 +110,10 @@ def linear_kernel(
     row_mask = rows < M
     col_mask = cols < N
     K_PER_SPLIT: tl.constexpr = (K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
-    depth = tl.arange(0, BLOCK_K)
-    x_tile_ptr = x_ptr + rows.to(tl.int64)[:, None] * K + depth[None, :]
-    weight_tile_ptr = weight_ptr + cols.to(tl.int64)[None, :] * K + depth[:, None]
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(split * K_PER_SPLIT, tl.minimum((split + 1) * K_PER_SPLIT, K), BLOCK_K):
-        if K % BLOCK_K == 0:
-            # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
-            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None], other=0.0)
-            weight = tl.load(weight_tile_ptr + k, mask=col_mask[None, :], other=0.0)
-        else:
-            in_range = depth < K - k
-            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None] & in_range[None, :], other=0.0)
-            weight = tl.load(weight_tile_ptr + k, mask=col_mask[None, :] & in_range[:, None], other=0.0)
-        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
+    accumulator = product_tile(
+        x_ptr, weight_ptr, rows, cols, row_mask, col_mask,
+        split * K_PER_SPLIT, tl.minimum((split + 1) * K_PER_SPLIT, K), K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
     row_offsets = rows.to(tl.int64) * N
     mask = row_mask[:, None] & col_mask[None, :]
     if SPLIT_K == 1:
@@ -131,6 +146,7 @@ def combine_splits_kernel(
 
 COMBINE_BLOCK_N = 512
 COMBINE_WARPS = 4
+ROW_TILE = 8  # rows of one product of the torch implementation on a CPU
 
 
 def launch_linear(
@@ -165,6 +181,18 @@ def launch_linear(
     return out
 
 
+def linear_library(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The vendor's product over all rows at once, on any device."""
+    out = torch.nn.functional.linear(x, weight, bias).to(out_dtype)
+    return out if residual is None else out + residual
+
+
 def linear_torch(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -172,14 +200,26 @@ def linear_torch(
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Any device. On the CPU each sequence of a batch has its own product: BLAS picks kernels by the row count, and
-    a sequence's rows must not round differently because it has neighbours."""
-    if x.dim() == 3 and x.shape[0] > 1 and x.device.type == "cpu":
-        out = torch.stack([torch.nn.functional.linear(rows, weight, bias) for rows in x])
-    else:
-        out = torch.nn.functional.linear(x, weight, bias)
-    out = out.to(out_dtype)
+    """Any device. On the CPU, BLAS picks kernels by the row count, so rows go in tiles of `ROW_TILE`, the last one
+    padded: every product has one shape, and a row's bits are those it would have alone."""
+    if x.device.type != "cpu":
+        return linear_library(x, weight, bias, residual, out_dtype)
+    N, K = weight.shape
+    rows = x.reshape(-1, K)
+    M = rows.shape[0]
+    if M % ROW_TILE:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, -M % ROW_TILE))
+    out = torch.cat([_tile_product(tile, weight, bias) for tile in rows.split(ROW_TILE)])[:M]
+    out = out.view(*x.shape[:-1], N).to(out_dtype)
     return out if residual is None else out + residual
+
+
+def _tile_product(tile: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if weight.dtype != torch.float32:
+        return torch.nn.functional.linear(tile, weight, bias)
+    # the weight as the left factor: with so few rows sgemm is twice as fast that way round
+    out = torch.mm(weight, tile.t()).t()
+    return out.contiguous() if bias is None else out + bias
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -198,6 +238,8 @@ def _linear_op(x, weight, bias, residual, out_dtype, impl):
         return launch_linear(x, weight, bias, residual, out_dtype)
     if impl == "torch":
         return linear_torch(x, weight, bias, residual, out_dtype)
+    if impl == "library":
+        return linear_library(x, weight, bias, residual, out_dtype)
     out = linear_reference(x, weight, bias).to(out_dtype)
     return out if residual is None else out + residual
 

@@ -27,6 +27,12 @@ def swiglu(gate_up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
 
 
 @triton.jit
+def silu_times(gate, up):
+    """`silu(gate) * up` in fp32. exp2 of a negated, scaled gate: overflow to +inf gives the right limit, 0."""
+    return gate / (1.0 + tl.exp2(gate * -1.4426950408889634)) * up
+
+
+@triton.jit
 def swiglu_kernel(gate_up_ptr, out_ptr, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -34,9 +40,7 @@ def swiglu_kernel(gate_up_ptr, out_ptr, INTERMEDIATE: tl.constexpr, BLOCK: tl.co
     # [BLOCK], [BLOCK]
     gate = tl.load(gate_up_ptr + row * 2 * INTERMEDIATE + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * INTERMEDIATE + INTERMEDIATE + cols, mask=mask, other=0.0).to(tl.float32)
-    # exp2 of a negated, scaled gate: overflow to +inf gives the right limit, 0
-    silu = gate / (1.0 + tl.exp2(gate * -1.4426950408889634))
-    tl.store(out_ptr + row * INTERMEDIATE + cols, (silu * up).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * INTERMEDIATE + cols, silu_times(gate, up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 BLOCK = 1024
@@ -52,7 +56,8 @@ def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def swiglu_formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In torch: computed in `dtype`, rounded once."""
     gate, up = gate_up.contiguous().to(dtype).chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
@@ -61,7 +66,7 @@ def _formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _swiglu_op(gate_up, impl):
     if impl == "triton":
         return launch_swiglu(gate_up)
-    return _formula(gate_up, torch.float64 if impl == "reference" else accumulate_dtype(gate_up.dtype))
+    return swiglu_formula(gate_up, torch.float64 if impl == "reference" else accumulate_dtype(gate_up.dtype))
 
 
 @_swiglu_op.register_fake

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from orthrus_triton import ops
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import Linear
@@ -64,3 +65,7 @@ class TinyDualViewModel(nn.Module):
     def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
         """hidden [B, T, H] -> logits [B, T, V], fp32."""
         return self.lm_head(hidden, out_dtype=torch.float32, impl=linear_impl)
+
+    def choose(self, hidden: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+        """hidden [B, T, H] -> greedy tokens [B, T], the logits' own without writing them to memory."""
+        return ops.lm_head_choice(hidden, self.lm_head.weight, impl=impl)

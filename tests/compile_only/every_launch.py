@@ -17,6 +17,8 @@ from orthrus_triton.ops.consensus import launch_consensus
 from orthrus_triton.ops.dual_view_attention.api import HEAD_DIMS
 from orthrus_triton.ops.dual_view_attention.launch import launch as launch_attention
 from orthrus_triton.ops.linear import launch_linear
+from orthrus_triton.ops.linear_swiglu import launch_linear_swiglu
+from orthrus_triton.ops.lm_head import launch_lm_head_choice
 from orthrus_triton.ops.rms_norm import launch_rms_norm
 from orthrus_triton.ops.rope_cache import launch_rope_cache
 from orthrus_triton.ops.sample import launch_greedy_choice
@@ -58,6 +60,16 @@ def projections(family: str, dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
+def fused_products(family: str, dtype: torch.dtype) -> None:
+    # gate/up of Qwen3-8B, whose depth is whole, and of 0.6B, whose depth is split; SmolLM2's bias-free head
+    for n, k in ((24576, 4096), (6144, 1024)):
+        shape = config("linear", dtype, family, N=n, K=k)
+        launch_linear_swiglu(meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype), shape)
+    for n, k in ((151_936, 4096), (49152, 576)):
+        shape = config("linear", dtype, family, N=n, K=k)
+        launch_lm_head_choice(meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), shape)
+
+
 def small_ops(dtype: torch.dtype) -> None:
     for hidden in (576, 4096):
         x, weight = meta(4, hidden, dtype=dtype), meta(hidden, dtype=dtype)
@@ -90,6 +102,7 @@ def all_launches(family: str) -> Iterator[Launch]:
             small_ops(dtype)
             attention(family, dtype)
             projections(family, dtype)
+            fused_products(family, dtype)
     seen = set()
     for launch in launches:
         kinds = {k: v.dtype if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}

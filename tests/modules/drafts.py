@@ -17,15 +17,16 @@ class ScriptedDrafts(ConsensusDecoder):
     """
 
     def __init__(self, model, answers: list[torch.Tensor], right: list[int], **options) -> None:
-        super().__init__(model, **options)
-        self.answers, self.right, self.cycle = answers, right, 0
+        super().__init__(model, **{"cuda_graph": False} | options)  # the script reads lengths on the host
+        self.answers, self.right, self.drafted = answers, right, 0
         self.generator = torch.Generator().manual_seed(0)
 
-    def draft(self, cache: SharedKVCache, state: DecodeState, impl: str) -> torch.Tensor:
-        super().draft(cache, state, impl)  # the real pass must run too: it writes scratch and must disturb nothing
-        right = self.right[self.cycle % len(self.right)]
-        self.cycle += 1
-        batch, rows = state.block.shape
+    def draft(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> torch.Tensor:
+        # the real pass must run too: it writes scratch and must disturb nothing
+        super().draft(cache, state, block_size, impl)
+        right = self.right[self.drafted % len(self.right)]
+        self.drafted += 1
+        batch, rows = state.block.shape[0], block_size
         candidate = torch.randint(0, self.model.vocab_size, (batch, rows), generator=self.generator).to(state.block)
         candidate[:, 0] = state.block[:, 0]
         for b in range(batch):

@@ -98,7 +98,7 @@ def test_cache_keeps_the_same_bits(name: str) -> None:
     for mode in ("consensus", "ar"):
         decoder = ConsensusDecoder(model, mode=mode, impl="torch")
         decoder.generate(prompt, max_new_tokens=25)
-        caches.append(decoder._cache)
+        caches.append(decoder.cache)
     length = int(caches[0].context_len[0])
     assert length == int(caches[1].context_len[0]) == 11 + 25 - 1
     for ours, theirs in zip(caches[0].layers, caches[1].layers):
@@ -132,7 +132,7 @@ def test_full_cache() -> None:
     for tokens in (1, 2, 4):
         decoder = ScriptedDrafts(model, [answer], [7], impl="torch", max_cache_len=CAPACITY_QUANTUM)
         output = decoder.generate([prompt], max_new_tokens=tokens)
-        assert decoder._cache.capacity == CAPACITY_QUANTUM
+        assert decoder.cache.capacity == CAPACITY_QUANTUM
         assert torch.equal(output.sequences[0][len(prompt) :], answer[:tokens])
     with pytest.raises(ValueError, match="max_cache_len=256.* is 257"):
         decoder.generate([prompt], max_new_tokens=5)
@@ -165,15 +165,15 @@ def test_prefill_asks_for_last_logits_only(monkeypatch: pytest.MonkeyPatch) -> N
     """A long prompt must not cost [prompt, vocab] logits; the draft's last row proposes nothing and gets none."""
     model = make_model()
     shapes = []
-    compute_logits = model.compute_logits
+    choose = model.choose
 
     def spy(hidden, *args):
         shapes.append(tuple(hidden.shape[:2]))
-        return compute_logits(hidden, *args)
+        return choose(hidden, *args)
 
-    monkeypatch.setattr(model, "compute_logits", spy)
+    monkeypatch.setattr(model, "choose", spy)
     ConsensusDecoder(model, impl="torch", prefill_chunk=16).generate(prompts_of(1, [50, 7]), max_new_tokens=2)
-    assert shapes == [(2, 1), (2, 7), (2, 8)]
+    assert shapes == [(1, 1), (1, 1), (2, 7), (2, 8)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -252,22 +252,34 @@ def test_triton_consensus_is_triton_ar(name: str) -> None:
     consensus = ScriptedDrafts(model, answers, [3, -1, 1], impl="triton")
     output = consensus.generate(prompts, max_new_tokens=6)
     assert [s[len(p) :].tolist() for s, p in zip(output.sequences, prompts)] == [a.tolist() for a in answers]
-    length = int(ar._cache.context_len.min())
-    for ours, theirs in zip(consensus._cache.layers, ar._cache.layers):
+    length = int(ar.cache.context_len.min())
+    for ours, theirs in zip(consensus.cache.layers, ar.cache.layers):
         assert torch.equal(ours.k[:, :, :length], theirs.k[:, :, :length])
 
 
-def test_inexact_ar_takes_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("exact", "products"), [(True, "torch"), (False, "library")])
+def test_ar_takes_single_rows(exact: bool, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AR mode is no verify pass in disguise; exact=False trades its bits for the library's products."""
     model = make_model()
-    widths = []
+    passes = []
     forward_view = model.forward_view
 
-    def spy(input_ids, *args):
-        widths.append(input_ids.shape[1])
-        return forward_view(input_ids, *args)
+    def spy(input_ids, cache, view_pass):
+        passes.append((input_ids.shape[1], view_pass.linear_impl))
+        return forward_view(input_ids, cache, view_pass)
 
     monkeypatch.setattr(model, "forward_view", spy)
-    for exact, width in ((True, 8), (False, 1)):
-        widths.clear()
-        ConsensusDecoder(model, mode="ar", impl="torch", exact=exact).generate(prompts_of(1, [3]), max_new_tokens=3)
-        assert widths == [8, width, width]
+    ConsensusDecoder(model, mode="ar", impl="torch", exact=exact).generate(prompts_of(1, [3]), max_new_tokens=3)
+    assert passes == [(8, "library"), (1, products), (1, products)]
+
+
+def test_batch_invariant_prefill_leaves_the_bits_of_decoding() -> None:
+    """The prompt's K/V too are then what token-by-token decoding would have left: prefill it, or say it."""
+    model, (prompt,) = MODELS["qk_norm"], prompts_of(14, [6])
+    decoders = [ConsensusDecoder(model, impl="torch", batch_invariant_prefill=True) for _ in range(2)]
+    said = decoders[0].generate([prompt], max_new_tokens=20).sequences[0]
+    again = decoders[1].generate([said[:-5]], max_new_tokens=5).sequences[0]
+    assert torch.equal(again, said)
+    for ours, theirs in zip(decoders[0].cache.layers, decoders[1].cache.layers):
+        assert torch.equal(ours.k[:, :, :25], theirs.k[:, :, :25])
+        assert torch.equal(ours.v[:, :, :25], theirs.v[:, :, :25])

@@ -9,6 +9,7 @@ from einops import rearrange
 from orthrus_triton.ops._dispatch import accumulate_dtype
 
 KV_TILE = 256  # keys per tile; tiles start at multiples of it
+ROW_TILE = 8  # query rows (tokens) come in multiples of it
 ROW_CHUNK = 128  # query rows (tokens) at a time, so that the scores of a long prefill stay small
 
 
@@ -23,8 +24,14 @@ def attention_torch(
     window: int | None,
     scale: float,
 ) -> torch.Tensor:
-    """Same arguments as `dual_view_attention`. Rows with equal inputs and equally shaped calls have equal bits,
-    whatever the context length and whatever lies beyond their limit."""
+    """Same arguments as `dual_view_attention`. A row has the same bits whatever the context length, whatever lies
+    beyond its limit, and, without a block, whether it comes alone or with others: BLAS takes other kernels for fewer
+    than `ROW_TILE` rows, so those are filled up with rows that see nothing."""
+    T = q.shape[1]
+    if block_size is None and T % ROW_TILE:
+        filled = (0, 0, 0, 0, 0, -T % ROW_TILE)
+        q, key_limit = torch.nn.functional.pad(q, filled), torch.nn.functional.pad(key_limit, filled[4:])
+        return attention_torch(q, k_cache, v_cache, key_limit, None, None, None, window, scale)[:, :T].contiguous()
     chunk = ROW_CHUNK if block_size is None else max(ROW_CHUNK // block_size, 1) * block_size
     if q.shape[1] <= chunk:
         return _attend(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale)

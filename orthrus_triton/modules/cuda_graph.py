@@ -1,0 +1,90 @@
+"""Steps over static buffers as CUDA graphs: captured once, replayed with no host work in between.
+A graph is thrown away when the memory it was captured over is replaced, never because a context grew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+Step = Callable[[], None]
+WARM_UP_RUNS = 2  # the first compiles kernels and loads them, which a capture must not do
+
+
+class CudaGraphCapture:
+    """Turns a step into the replay of its graph. All graphs share one memory pool: they never run at once.
+
+    Args:
+        device: the GPU whose work is captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        """Run `step` to warm up, then capture it. Everything it changes must bear to be run two times more."""
+        with torch.cuda.device(self.device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_RUNS):
+                    step()
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # other threads may go on allocating
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                step()
+        return graph.replay
+
+
+class StepRunner:
+    """Runs steps by key: as they are, or captured when first seen and replayed from then on.
+
+    Args:
+        capture: makes a replay of a step (`CudaGraphCapture`), or None to run steps eagerly.
+        idle: a context in which running a step changes nothing anyone reads; captures are made inside it.
+
+    Attributes:
+        captures: how many captures were made.
+    """
+
+    def __init__(self, capture: Callable[[Step], Step] | None, idle: Callable[[], AbstractContextManager]) -> None:
+        self.captures = 0
+        self._capture, self._idle = capture, idle
+        self._replays: dict[Hashable, Step] = {}
+        self._memory: Any = None
+
+    @property
+    def captures_steps(self) -> bool:
+        """Steps are captured, not run eagerly."""
+        return self._capture is not None
+
+    def keep_or_drop(self, memory: Hashable) -> None:
+        """Throw the captures away if `memory` (see `weight_addresses`) is not what they were made over."""
+        if memory != self._memory:
+            self._replays.clear()
+            self._memory = memory
+
+    def prepare(self, key: Hashable, step: Step) -> None:
+        """Make the capture of `step` now, if one is needed."""
+        if self._capture is not None and key not in self._replays:
+            with self._idle():
+                self._replays[key] = self._capture(step)
+            self.captures += 1
+
+    def run(self, key: Hashable, step: Step) -> None:
+        """Run `step`, or replay what was captured of it under `key`."""
+        self.prepare(key, step)
+        self._replays.get(key, step)()
+
+
+def weight_addresses(model: Any) -> tuple:
+    """Where a model's parameters and buffers lie. A replay reads that memory as it is: weights changed in place are
+    followed, weights replaced by other tensors (another checkpoint, a cast, a move) need a new capture."""
+    if not isinstance(model, torch.nn.Module):
+        return ()
+    tensors = [*model.parameters(), *model.buffers()]
+    return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)

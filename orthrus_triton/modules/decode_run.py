@@ -1,0 +1,196 @@
+"""DecodeRun: a batch of slots driven step by step. Sequences may join and leave between steps.
+The host enqueues cycles and looks at what they did a step later, so that the device never waits for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from orthrus_triton.modules.adaptive_block import AR, BlockRule
+from orthrus_triton.modules.cuda_graph import StepRunner
+from orthrus_triton.modules.decode_state import DecodeState
+from orthrus_triton.modules.kv_cache import SharedKVCache
+from orthrus_triton.modules.report_ring import Report, ReportRing
+
+if TYPE_CHECKING:
+    from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
+
+AR_STEPS = 8  # passes per replay in AR mode: one pass is too short to hide the host's work behind
+
+
+class Progress(NamedTuple):
+    """Tokens that became known of one slot, and whether it stopped with them."""
+
+    slot: int
+    tokens: list[int]
+    finished: bool
+
+
+@dataclass
+class Slot:
+    """What the host knows of one sequence: late by the steps in flight, and never wrong."""
+
+    prompt: torch.Tensor | None = None
+    limit: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = True
+    cycles: Counter[int] = field(default_factory=Counter)
+    born: int = 0  # reports posted before this one are about the slot's previous sequence
+
+
+class _Work(NamedTuple):
+    """Note on a report: its number, block size and cycles. A prefill has size and cycles 0; it commits one token."""
+
+    number: int
+    size: int
+    cycles: int
+
+
+class DecodeRun:
+    """B slots over static buffers; made by `ConsensusDecoder.open`.
+
+    Drive it with `admit`, then `step` and `poll` (or `advance`, which does both) until `done`. A step never waits for
+    the device; `poll` waits for steps that are at least `lag` steps old. Slots that are finished, released or were
+    never admitted are exact no-ops in every step.
+
+    Attributes:
+        slots: host view of each sequence.
+        cycles_known: cycles whose outcome the host has seen, over all steps.
+        lag: steps the host stays behind: 1 on a GPU, so that the next step is enqueued before the last one is looked
+            at; 0 on a CPU, where work is done when the call returns.
+    """
+
+    def __init__(
+        self, decoder: ConsensusDecoder, cache: SharedKVCache, state: DecodeState, runner: StepRunner, rule: BlockRule,
+        impl: str, lag: int,
+    ) -> None:  # fmt: skip
+        self.cache, self.state, self.rule, self.impl, self.lag = cache, state, rule, impl, lag
+        self.slots = [Slot() for _ in range(cache.batch_size)]
+        self._decoder, self._runner = decoder, runner
+        self._ring = ReportRing(state.report, decoder.clock)
+        self._posted = 0
+        self.cycles_known = 0
+        rule.start()
+
+    @property
+    def done(self) -> bool:
+        """Every slot is known to have finished."""
+        return all(slot.finished for slot in self.slots)
+
+    @torch.no_grad()
+    def admit(self, b: int, prompt: torch.Tensor, max_new_tokens: int) -> None:
+        """Prefill `prompt` [L] int64 into free slot `b` and choose its first token; it takes part in every later step.
+
+        Raises:
+            ValueError: the slot is taken, or prompt and new tokens do not fit the cache.
+        """
+        if not self.slots[b].finished:
+            raise ValueError(f"slot {b} must be free, but its sequence has not finished: release it first")
+        needed = tokens_to_cache(prompt.numel(), max_new_tokens)
+        if needed > self.cache.capacity:
+            raise ValueError(f"prompt + max_new_tokens - 1 must be at most {self.cache.capacity}, but is {needed}")
+        self._require_current()
+        self.slots[b] = Slot(prompt, max_new_tokens, finished=False, born=self._posted)
+        self._ring.begin()
+        self._decoder.prefill(prompt, self.cache.sequence(b), self.state.slot(b), max_new_tokens, self.impl)
+        self.state.write_report()
+        self._post(0, 0)
+
+    @torch.no_grad()
+    def release(self, b: int) -> None:
+        """Stop slot `b` now and free it for another sequence. What it generated so far stays in `slots[b].tokens`."""
+        self._require_current()
+        self.slots[b].finished = True
+        self.state.finished[b : b + 1].fill_(True)
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Enqueue the next cycle (in AR several). False, and nothing enqueued, if what is in flight will do."""
+        self._require_current()
+        missing = self._missing_tokens()
+        if missing <= 0:
+            return False
+        size = self.rule.next_size()
+        cycles = AR_STEPS if size == AR and self._runner.captures_steps and missing >= AR_STEPS else 1
+        key, work = (size, cycles), self._work(size, cycles)
+        self._runner.prepare(key, work)
+        self._ring.begin()
+        self._runner.run(key, work)
+        self._post(size, cycles)
+        return True
+
+    def poll(self, lag: int | None = None) -> list[Progress]:
+        """What steps at least `lag` steps old (by default the run's `lag`) brought; waits for them."""
+        progress = []
+        while len(self._ring) > (self.lag if lag is None else lag):
+            progress += self._absorb(self._ring.take())
+        return progress
+
+    def advance(self) -> list[Progress]:
+        """One step and a look at the one before it."""
+        return self.poll() if self.step() else self.poll(lag=0)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Capture a graph for every block size the rule may ask for, the largest first. Without graphs, nothing."""
+        for size in sorted(self.rule.sizes, reverse=True):
+            for cycles in (AR_STEPS, 1) if size == AR else (1,):
+                self._runner.prepare((size, cycles), self._work(size, cycles))
+
+    def _work(self, size: int, cycles: int) -> Callable[[], None]:
+        def work() -> None:
+            for _ in range(cycles):
+                self._decoder.run_cycle(self.cache, self.state, size, self.impl)
+            self.state.write_report()
+
+        return work
+
+    def _missing_tokens(self) -> int:
+        """Cycles that may still be needed: most tokens missing, less one for each cycle in flight."""
+        missing = 0
+        for slot in self.slots:
+            if not slot.finished:
+                flying = sum(
+                    note.cycles or note.number == slot.born for note in self._ring.notes if note.number >= slot.born
+                )
+                missing = max(missing, slot.limit - len(slot.tokens) - flying)
+        return missing
+
+    def _post(self, size: int, cycles: int) -> None:
+        self._ring.post(self.state.report, _Work(self._posted, size, cycles))
+        self._posted += 1
+
+    def _absorb(self, report: Report) -> list[Progress]:
+        work: _Work = report.note
+        progress, accepted = [], []
+        self.cycles_known += work.cycles
+        for b, (slot, (length, finished, *newest)) in enumerate(zip(self.slots, report.rows)):
+            if slot.finished or work.number < slot.born:
+                continue
+            new = length - len(slot.tokens)
+            tokens = newest[len(newest) - new :]
+            slot.tokens += tokens
+            slot.finished = bool(finished)
+            if work.size:
+                # a cycle of AR commits one token, so a replay that ended early ran as many cycles as it gave tokens
+                slot.cycles[work.size] += new if work.size == AR else 1
+                if not finished:
+                    accepted.append(new - 1 if work.size != AR else 0)
+            if tokens or finished:
+                progress.append(Progress(b, tokens, slot.finished))
+        if work.size:
+            self.rule.observe(work.size, report.seconds / work.cycles, accepted)
+        return progress
+
+    def _require_current(self) -> None:
+        if self._decoder.run is not self:
+            raise RuntimeError("this run's buffers belong to a newer run of the same decoder: finish one run at a time")
+
+
+def tokens_to_cache(prompt_tokens: int, max_new_tokens: int) -> int:
+    """Cache rows a sequence may need; the newest token is never cached."""
+    return prompt_tokens + max_new_tokens - 1

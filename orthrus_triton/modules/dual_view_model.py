@@ -1,0 +1,39 @@
+"""The protocol a model follows to be decoded: seven members, no base class."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
+
+
+class DualViewModel(Protocol):
+    """What the decoder needs of a model.
+
+    block_size: the block the diffusion view was trained for, the largest one that may be asked for.
+    mask_token_id: the token that stands for a position to be drafted.
+    vocab_size: ids are 0..vocab_size-1.
+    eos_token_ids: stop tokens when the caller names none; may be empty.
+
+    A model may also have `choose(hidden [B, T, H], impl) -> [B, T]`, the greedy tokens of `compute_logits` with the
+    same arithmetic and without the logits in memory (`orthrus_triton.ops.lm_head_choice`); it is then used.
+    """
+
+    block_size: int
+    mask_token_id: int
+    vocab_size: int
+    eos_token_ids: list[int]
+
+    def new_cache(self, batch_size: int, max_len: int, block_size: int) -> SharedKVCache:
+        """Static buffers for this model on its device."""
+        ...
+
+    def forward_view(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
+        """input_ids [B, T] through one view -> final hidden states [B, T, H], normed."""
+        ...
+
+    def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
+        """hidden [B, T, H] -> logits [B, T, V], fp32."""
+        ...

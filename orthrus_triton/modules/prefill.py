@@ -1,0 +1,46 @@
+"""The prompt through the AR view, chunk by chunk, one sequence at a time.
+A sequence's bits then depend on its own prompt alone, whatever GEMM runs and whoever its batch neighbours are."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton.modules.dual_view_model import DualViewModel
+from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
+
+CPU_CHUNK, GPU_CHUNK = 512, 4096  # prompt tokens per pass: enough rows to be bound by arithmetic
+ROW_QUANTUM = 8  # passes have whole eights of rows: below that a library may switch to kernels of another order
+
+
+def prefill(
+    model: DualViewModel, prompt: torch.Tensor, cache: SharedKVCache, chunk: int, impl: str, linear_impl: str
+) -> tuple[torch.Tensor, ViewPass]:
+    """Write a prompt's K/V into an empty one-sequence cache.
+
+    Memory grows with `chunk`, not with the prompt: a pass keeps activations of one chunk, and hidden states only of
+    the last row. Rows past the prompt's end compute garbage and write it past its length, where nobody looks.
+
+    Args:
+        model: see `DualViewModel`.
+        prompt: [L] int64.
+        cache: of one sequence (`SharedKVCache.sequence`). `prompt_len` is set to L, `context_len` to L - 1: the last
+            prompt token is the anchor of the choice that follows, and committing that choice advances past it.
+        chunk: prompt tokens per pass.
+        impl, linear_impl: of the attention and small ops, and of the products.
+
+    Returns:
+        The final hidden state of the last prompt token [1, 1, H], and the pass that a choice there belongs to.
+    """
+    device, length = cache.context_len.device, prompt.numel()
+    cache.prompt_len.fill_(length)
+    ids = torch.zeros(1, length + ROW_QUANTUM, dtype=torch.int64, device=device)
+    ids[0, :length] = prompt.to(device)
+    hidden = None
+    for start in range(0, length, chunk):
+        tokens = min(chunk, length - start)
+        rows = -(-tokens // ROW_QUANTUM) * ROW_QUANTUM
+        cache.context_len.fill_(start)
+        view_pass = cache.view_pass("ar", rows, impl=impl, linear_impl=linear_impl)
+        hidden = model.forward_view(ids[:, start : start + rows], cache, view_pass)[:, tokens - 1 : tokens]
+    cache.context_len.fill_(length - 1)
+    return hidden, cache.view_pass("ar", 1, impl=impl)

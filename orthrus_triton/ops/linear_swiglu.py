@@ -1,0 +1,161 @@
+"""SwiGLU in the epilogue of the gate/up product: `swiglu(linear(x, weight, bias))`, the same bits with a launch and a
+round trip through memory less. A column tile is half gate, half up, side by side, so each thread holds both."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
+from orthrus_triton.autotune.store import KernelConfig, lookup
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl
+from orthrus_triton.ops.linear import (
+    COMBINE_BLOCK_N,
+    COMBINE_WARPS,
+    linear_kernel,
+    linear_reference,
+    linear_torch,
+    product_tile,
+)
+from orthrus_triton.ops.swiglu import silu_times, swiglu_formula
+
+
+def linear_swiglu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    impl: str = "auto",
+    config: KernelConfig | None = None,
+) -> torch.Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)`, both products rounded to the dtype of `x` first, as if unfused.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16.
+        weight: [2 * I, K], the rows of gate, then those of up; the dtype of `x`, contiguous.
+        bias: [2 * I] or None, the dtype of `x`.
+        impl: "auto", "triton", "torch" or "reference".
+        config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
+
+    Returns:
+        [..., I].
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+    """
+    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
+    require_same("weight", weight.dtype, x.dtype, "dtype")
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight must have an even number of rows, gate and up, but got shape {tuple(weight.shape)}")
+    if bias is not None:
+        require_same("bias", tuple(bias.shape), (weight.shape[0],), "shape")
+        require_same("bias", bias.dtype, x.dtype, "dtype")
+    impl = resolve_impl(impl, x)
+    if config is not None:
+        if impl != "triton":
+            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
+        return launch_linear_swiglu(x, weight, bias, config)
+    return torch.ops.orthrus_triton.linear_swiglu(x, weight, bias, impl)
+
+
+@triton.jit
+def _rounded(accumulator, bias_ptr, out_ptr, cols, col_mask, HAS_BIAS: tl.constexpr):
+    """What the unfused product would store, back in fp32."""
+    if HAS_BIAS:
+        # [BLOCK_N]
+        accumulator += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    return accumulator.to(out_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_swiglu_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, M,
+    INTERMEDIATE: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    HALF: tl.constexpr = BLOCK_N // 2
+    # gate and up columns alternate
+    lanes = tl.arange(0, BLOCK_N)
+    own = tl.program_id(1) * HALF + lanes // 2
+    cols = own + lanes % 2 * INTERMEDIATE
+    row_mask = rows < M
+    col_mask = own < INTERMEDIATE
+    accumulator = product_tile(
+        x_ptr, weight_ptr, rows, cols, row_mask, col_mask, 0, K, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+    )
+    product = _rounded(accumulator, bias_ptr, out_ptr, cols, col_mask, HAS_BIAS)
+    # [BLOCK_M, HALF] each
+    gate, up = tl.split(tl.reshape(product, (BLOCK_M, HALF, 2)))
+    out_cols = tl.program_id(1) * HALF + tl.arange(0, HALF)
+    mask = row_mask[:, None] & (out_cols < INTERMEDIATE)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * INTERMEDIATE + out_cols[None, :]
+    tl.store(out_ptr + offsets, silu_times(gate, up).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def combine_swiglu_kernel(
+    partial_ptr, bias_ptr, out_ptr, M,
+    INTERMEDIATE: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < INTERMEDIATE
+    gate = tl.zeros((1, BLOCK_N), tl.float32)
+    up = tl.zeros((1, BLOCK_N), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        # [1, BLOCK_N] each, splits in ascending order
+        offsets = ((M * split).to(tl.int64) + row) * (2 * INTERMEDIATE) + cols[None, :]
+        gate += tl.load(partial_ptr + offsets, mask=mask[None, :], other=0.0)
+        up += tl.load(partial_ptr + offsets + INTERMEDIATE, mask=mask[None, :], other=0.0)
+    gate = _rounded(gate, bias_ptr, out_ptr, cols, mask, HAS_BIAS)
+    up = _rounded(up, bias_ptr + INTERMEDIATE, out_ptr, cols, mask, HAS_BIAS)
+    out = silu_times(gate, up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * INTERMEDIATE + cols[None, :], out, mask=mask[None, :])
+
+
+def launch_linear_swiglu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: KernelConfig | None = None
+) -> torch.Tensor:
+    """Run the kernels with `linear`'s configuration of this weight shape."""
+    (N, K), intermediate = weight.shape, weight.shape[0] // 2
+    config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
+    split_k, has_bias = config["SPLIT_K"], bias is not None
+    x = x.contiguous()
+    M = x.numel() // K
+    out = x.new_empty(*x.shape[:-1], intermediate)
+    bias = out if bias is None else bias
+    if split_k > 1:
+        partial = x.new_empty(split_k, M, N, dtype=torch.float32)
+        linear_kernel[(cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), split_k)](
+            x, weight, bias, out, out, partial, M, N=N, K=K, HAS_BIAS=False, HAS_RESIDUAL=False, PRECISION="ieee",
+            **config.constants, **config.launch, **EXACT_LAUNCH,
+        )  # fmt: skip
+        combine_swiglu_kernel[(M, cdiv(intermediate, COMBINE_BLOCK_N))](
+            partial, bias, out, M, INTERMEDIATE=intermediate, BLOCK_N=COMBINE_BLOCK_N, SPLIT_K=split_k,
+            HAS_BIAS=has_bias, num_warps=COMBINE_WARPS, **EXACT_LAUNCH,
+        )  # fmt: skip
+        return out
+    tiles = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    linear_swiglu_kernel[(cdiv(M, config["BLOCK_M"]), cdiv(intermediate, config["BLOCK_N"] // 2))](
+        x, weight, bias, out, M, INTERMEDIATE=intermediate, K=K, HAS_BIAS=has_bias, PRECISION="ieee",
+        **tiles, **config.launch, **EXACT_LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op(
+    "orthrus_triton::linear_swiglu",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
+)
+def _linear_swiglu_op(x, weight, bias, impl):
+    if impl == "triton":
+        return launch_linear_swiglu(x, weight, bias)
+    if impl == "torch":
+        return swiglu_formula(linear_torch(x, weight, bias, None, x.dtype), accumulate_dtype(x.dtype))
+    return swiglu_formula(linear_reference(x, weight, bias), torch.float64).to(x.dtype)
+
+
+@_linear_swiglu_op.register_fake
+def _(x, weight, bias, impl):
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)

@@ -1,0 +1,131 @@
+"""The greedy token of each row straight from hidden states and LM head: no [rows, vocab] logits in memory.
+Products have the bits of `linear`, so the choice is the one its logits would give, near ties included."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
+from orthrus_triton.autotune.store import KernelConfig, lookup
+from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops.linear import launch_linear, linear_reference, linear_torch, product_tile
+from orthrus_triton.ops.sample import greedy_choice_reference, greedy_choice_torch, launch_greedy_choice
+
+
+def lm_head_choice(
+    hidden: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto", config: KernelConfig | None = None
+) -> torch.Tensor:
+    """`greedy_choice(linear(hidden, weight, out_dtype=torch.float32))` without the logits.
+
+    Args:
+        hidden: [..., H], fp32, fp16 or bf16.
+        weight: [V, H], the dtype of `hidden`, contiguous.
+        impl: "auto", "triton", "torch" or "reference".
+        config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
+
+    Returns:
+        [...] int64: the id of the largest fp32 logit, the lowest among equals. A NaN never wins; a row of NaN alone
+        gives id 0.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+    """
+    require_same("weight", weight.shape[-1], hidden.shape[-1], "as last dimension")
+    require_same("weight", weight.dtype, hidden.dtype, "dtype")
+    impl = resolve_impl(impl, hidden)
+    if config is not None:
+        if impl != "triton":
+            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
+        return launch_lm_head_choice(hidden, weight, config)
+    return torch.ops.orthrus_triton.lm_head_choice(hidden, weight, impl)
+
+
+@triton.jit(do_not_specialize=["M"])
+def lm_head_kernel(
+    hidden_ptr, weight_ptr, tile_best_ptr, tile_id_ptr, M,
+    V: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles, column tiles): the largest logit of each row among BLOCK_N ids, and the lowest id that has it."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    lanes = tl.arange(0, BLOCK_N)
+    first_id = tl.program_id(1) * BLOCK_N
+    ids = first_id + lanes
+    row_mask = rows < M
+    id_mask = ids < V
+    # [BLOCK_M, BLOCK_N]
+    logits = product_tile(
+        hidden_ptr, weight_ptr, rows, ids, row_mask, id_mask, 0, H, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+    )
+    logits = tl.where(id_mask[None, :] & (logits == logits), logits, float("-inf"))
+    best = tl.max(logits, axis=1)
+    best_id = first_id + tl.min(tl.where(logits == best[:, None], lanes[None, :], BLOCK_N), axis=1)
+    slots = rows * tl.cdiv(V, BLOCK_N) + tl.program_id(1)
+    tl.store(tile_best_ptr + slots, best, mask=row_mask)
+    tl.store(tile_id_ptr + slots, best_id, mask=row_mask)
+
+
+@triton.jit
+def best_tile_kernel(
+    tile_best_ptr, tile_id_ptr, out_ptr, V: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid (rows): `greedy_choice` over the column tiles' winners, whose ids ascend."""
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.full((), float("-inf"), tl.float32)
+    best_id = tl.full((), 0, tl.int32)
+    for start in range(0, NUM_TILES, BLOCK):
+        tiles = start + tl.arange(0, BLOCK)
+        # [BLOCK], [BLOCK]
+        logits = tl.load(tile_best_ptr + row * NUM_TILES + tiles, mask=tiles < NUM_TILES, other=float("-inf"))
+        ids = tl.load(tile_id_ptr + row * NUM_TILES + tiles, mask=tiles < NUM_TILES, other=V)
+        part_best = tl.max(logits, axis=0)
+        part_id = tl.min(tl.where(logits == part_best, ids, V), axis=0)
+        # strictly greater: an equal logit in a later tile has a higher id
+        better = part_best > best
+        best_id = tl.where(better, part_id, best_id)
+        best = tl.where(better, part_best, best)
+    tl.store(out_ptr + row, best_id.to(tl.int64))
+
+
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+def launch_lm_head_choice(
+    hidden: torch.Tensor, weight: torch.Tensor, config: KernelConfig | None = None
+) -> torch.Tensor:
+    """Run the kernels with `linear`'s configuration of this weight shape."""
+    V, H = weight.shape
+    config = config or lookup("linear", hidden.dtype, hidden.device, N=V, K=H)
+    if config["SPLIT_K"] > 1:  # a small vocabulary: no logit is whole before the splits are summed
+        return launch_greedy_choice(launch_linear(hidden, weight, None, None, torch.float32, config))
+    hidden = hidden.contiguous()
+    M = hidden.numel() // H
+    num_tiles = cdiv(V, config["BLOCK_N"])
+    tile_best = hidden.new_empty(M, num_tiles, dtype=torch.float32)
+    tile_id = hidden.new_empty(M, num_tiles, dtype=torch.int32)
+    out = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
+    tiles = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    lm_head_kernel[(cdiv(M, config["BLOCK_M"]), num_tiles)](
+        hidden, weight, tile_best, tile_id, M, V=V, H=H, PRECISION="ieee", **tiles, **config.launch, **EXACT_LAUNCH
+    )
+    best_tile_kernel[(M,)](
+        tile_best, tile_id, out, V=V, NUM_TILES=num_tiles, BLOCK=BLOCK, num_warps=NUM_WARPS, **EXACT_LAUNCH
+    )
+    return out
+
+
+@torch.library.custom_op(
+    "orthrus_triton::lm_head_choice", mutates_args=(), schema="(Tensor hidden, Tensor weight, str impl) -> Tensor"
+)
+def _lm_head_choice_op(hidden, weight, impl):
+    if impl == "triton":
+        return launch_lm_head_choice(hidden, weight)
+    if impl == "torch":
+        return greedy_choice_torch(linear_torch(hidden, weight, None, None, torch.float32))
+    return greedy_choice_reference(linear_reference(hidden, weight, None))
+
+
+@_lm_head_choice_op.register_fake
+def _(hidden, weight, impl):
+    return hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)

@@ -1,0 +1,82 @@
+"""cos and sin of every position's rotary angles, element by element: a row's angles depend on its position alone.
+An op, so that compilers leave it alone: their cosines round differently, and a cache would then hold other bits.
+Torch on every device: a Triton kernel would save three launches per pass, and its accurate cosine needs a stack."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton.ops._dispatch import require_same
+
+
+def rotary_angles(
+    positions: torch.Tensor,
+    prompt_len: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scaling: float = 1.0,
+    *,
+    long_inv_freq: torch.Tensor | None = None,
+    dynamic_ntk: tuple[float, float] | None = None,
+    original_max_len: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of `position * frequency`, times `scaling`.
+
+    The frequency is `inv_freq`, except under the two rules for sequences longer than `original_max_len`, where the
+    sequence's length counts as `max(position + 1, prompt_len)`: what a token-by-token decoder sees at that position.
+
+    Args:
+        positions: [B, T] int32.
+        prompt_len: [B] int32.
+        inv_freq: [D // 2] fp32.
+        scaling: multiplies cos and sin.
+        long_inv_freq: [D // 2] fp32 frequencies of longer sequences (longrope), or None.
+        dynamic_ntk: (theta, factor) to stretch the base for longer sequences (dynamic NTK), or None.
+        original_max_len: needed by both rules.
+
+    Returns:
+        (cos, sin), each [B, T, D // 2] fp32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+    """
+    require_same("positions", positions.dtype, torch.int32, "dtype")
+    require_same("prompt_len", tuple(prompt_len.shape), (positions.shape[0],), "shape")
+    require_same("inv_freq", inv_freq.dtype, torch.float32, "dtype")
+    theta, factor = dynamic_ntk or (None, None)
+    return torch.ops.orthrus_triton.rotary_angles(
+        positions, prompt_len, inv_freq, scaling, long_inv_freq, theta, factor, original_max_len
+    )
+
+
+def _frequencies(positions, prompt_len, inv_freq, long_inv_freq, theta, factor, original_max_len) -> torch.Tensor:
+    """[D // 2], or [B, T, D // 2] where they depend on the length."""
+    if long_inv_freq is None and theta is None:
+        return inv_freq
+    length = torch.maximum(positions + 1, prompt_len[:, None])[..., None]
+    beyond = length > original_max_len
+    if long_inv_freq is not None:
+        return torch.where(beyond, long_inv_freq, inv_freq)
+    head_dim = 2 * inv_freq.shape[0]
+    stretch = factor * length.float() / original_max_len - (factor - 1)
+    base = theta * stretch.clamp(min=1.0) ** (head_dim / (head_dim - 2))
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    return torch.where(beyond, base**-exponents, inv_freq)
+
+
+@torch.library.custom_op(
+    "orthrus_triton::rotary_angles",
+    mutates_args=(),
+    schema="(Tensor positions, Tensor prompt_len, Tensor inv_freq, float scaling, Tensor? long_inv_freq, "
+    "float? theta, float? factor, int? original_max_len) -> (Tensor, Tensor)",
+)
+def _rotary_angles_op(positions, prompt_len, inv_freq, scaling, long_inv_freq, theta, factor, original_max_len):
+    frequencies = _frequencies(positions, prompt_len, inv_freq, long_inv_freq, theta, factor, original_max_len)
+    angles = positions[..., None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if scaling == 1.0 else (cos * scaling, sin * scaling)
+
+
+@_rotary_angles_op.register_fake
+def _(positions, prompt_len, inv_freq, scaling, long_inv_freq, theta, factor, original_max_len):
+    shape = (*positions.shape, inv_freq.shape[0])
+    return inv_freq.new_empty(shape), inv_freq.new_empty(shape)

@@ -1,0 +1,159 @@
+"""Driving a run step by step: late looks, steps nobody needed, sequences that join and leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules.report_ring import ReportRing
+from tests.modules.drafts import ScriptedDrafts
+from tests.modules.test_consensus_decoder import MODELS, ar_answer, prompts_of
+
+MODEL = MODELS["qk_norm"]
+PROMPTS = prompts_of(21, [6, 3, 11, 5])
+ANSWERS = [ar_answer(MODEL, prompt, 24) for prompt in PROMPTS]
+
+
+def drain(run, heard: dict[int, list[int]] | None = None) -> dict[int, list[int]]:
+    """Advance until every slot has finished; what was heard of each."""
+    heard = heard if heard is not None else {b: [] for b in range(len(run.slots))}
+    while not run.done:
+        for slot, tokens, _ in run.advance():
+            heard[slot] += tokens
+    return heard
+
+
+def frozen(run, b: int) -> list[torch.Tensor]:
+    """Everything that must stand still in slot b: its state, and the K/V of its committed tokens."""
+    state, length = run.state, int(run.cache.context_len[b])
+    kept = [state.output_ids, state.output_len, state.limit, state.finished, state.accepted_histogram, state.block]
+    kept += [run.cache.context_len]
+    tensors = [tensor[b].clone() for tensor in kept]
+    return tensors + [x[b, :, :length].clone() for layer in run.cache.layers for x in (layer.k, layer.v)]
+
+
+@settings(max_examples=12)
+@given(
+    lag=st.integers(0, 3), right=st.lists(st.integers(-1, 7), min_size=1, max_size=3), tokens=st.integers(1, 24),
+    stop=st.integers(0, 23), mode=st.sampled_from(["consensus", "ar"]),
+)  # fmt: skip
+def test_a_host_that_looks_late_trims_what_ran_too_far(lag, right, tokens, stop, mode) -> None:
+    decoder = ScriptedDrafts(MODEL, ANSWERS[:2], right, impl="torch", mode=mode)
+    eos = int(ANSWERS[0][stop])
+    run = decoder.open(2, 64, eos_token_id=eos)
+    run.lag = lag
+    for b in range(2):
+        run.admit(b, PROMPTS[b], tokens)
+    heard = drain(run)
+    for b in range(2):
+        said = ANSWERS[b].tolist()
+        expected = said[: min(tokens, said.index(eos) + 1 if eos in said else tokens)]
+        assert heard[b] == run.slots[b].tokens == expected
+    assert len(run._ring) <= lag
+
+
+def test_steps_after_the_end_change_nothing() -> None:
+    """Overshoot: a finished slot is an exact no-op, its own K/V included, while its neighbour goes on."""
+    decoder = ScriptedDrafts(MODEL, ANSWERS[:2], [7, 0, -1, 3], impl="torch")
+    run = decoder.open(2, 64)
+    run.admit(0, PROMPTS[0], 3)
+    run.admit(1, PROMPTS[1], 24)
+    while not run.slots[0].finished:
+        run.advance()
+    before = frozen(run, 0)
+    drain(run)
+    assert run.slots[1].tokens == ANSWERS[1].tolist()
+    for _ in range(3):  # and when nobody is left, whatever is enqueued
+        decoder.run_cycle(run.cache, run.state, 8, "torch")
+        decoder.run_cycle(run.cache, run.state, 1, "torch")
+    for was, now in zip(before, frozen(run, 0)):
+        assert torch.equal(was, now)
+
+
+def test_no_step_is_enqueued_that_cannot_be_needed() -> None:
+    run = ConsensusDecoder(MODEL, impl="torch").open(1, 64)
+    run.lag = 9
+    run.admit(0, PROMPTS[0], 4)
+    assert [run.step() for _ in range(5)] == [True, True, True, False, False]  # one token of the four is the prefill's
+    assert run.poll() == [] and not run.done
+    heard = [token for _, tokens, _ in run.advance() for token in tokens]
+    assert run.done and heard == ANSWERS[0][:4].tolist() and not run.step()
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_sequences_join_and_leave(lag: int) -> None:
+    """Slots are used again while others decode, and nobody's tokens depend on who came and went."""
+    decoder = ScriptedDrafts(MODEL, [ANSWERS[0], ANSWERS[1]], [5, 0, -1], impl="torch")
+    run = decoder.open(2, 64)
+    run.lag = lag
+    run.admit(1, PROMPTS[1], 24)
+    run.step(), run.step()
+    run.admit(0, PROMPTS[0], 24)
+    run.step()
+    with pytest.raises(ValueError, match="slot 0 must be free"):
+        run.admit(0, PROMPTS[2], 24)
+    run.poll(lag=0)
+    gone = list(run.slots[0].tokens)
+    assert gone and gone == ANSWERS[0][: len(gone)].tolist()
+    run.step()
+    run.release(0)  # with a step in flight: its report is about a sequence that is gone
+    decoder.answers[0] = ANSWERS[2]
+    run.admit(0, PROMPTS[2], 20)
+    assert len(run._ring) > 0
+    drain(run)
+    assert run.slots[0].tokens == ANSWERS[2][:20].tolist() and run.slots[1].tokens == ANSWERS[1].tolist()
+    decoder.answers[1] = ANSWERS[3]
+    run.admit(1, PROMPTS[3], 7)
+    drain(run)
+    assert run.slots[1].tokens == ANSWERS[3][:7].tolist()
+
+
+def test_a_run_says_what_is_wrong() -> None:
+    decoder = ConsensusDecoder(MODEL, impl="torch")
+    run = decoder.open(1, 64)
+    with pytest.raises(ValueError, match="at most 256, but is 259"):
+        run.admit(0, PROMPTS[0], 254)
+    decoder.open(1, 64)
+    for call in (run.step, lambda: run.admit(0, PROMPTS[0], 2), lambda: run.release(0)):
+        with pytest.raises(RuntimeError, match="newer run"):
+            call()
+
+
+def test_many_stop_tokens_get_their_places() -> None:
+    decoder = ConsensusDecoder(MODEL, impl="torch")
+    stops = [token for token in range(20) if token != int(ANSWERS[0][0])]
+    first = next(i for i, token in enumerate(ANSWERS[0].tolist()) if token in stops)
+    for _ in range(2):
+        output = decoder.generate(PROMPTS[:1], max_new_tokens=24, eos_token_id=stops)
+        assert output.sequences[0][6:].tolist() == ANSWERS[0][: first + 1].tolist()
+        # fewer stops in the same buffers: the others are forgotten
+        assert len(decoder.generate(PROMPTS[:1], max_new_tokens=24, eos_token_id=[]).sequences[0]) == 6 + 24
+
+
+def test_reports_keep_their_order_and_their_buffers() -> None:
+    clock = iter(range(100))
+    tensor = torch.zeros(1, 2, dtype=torch.int64)
+    ring = ReportRing(tensor, lambda: next(clock))
+    for n in range(3):
+        ring.begin()
+        tensor.fill_(n)
+        ring.post(tensor, note=n)
+    assert ring.notes == [0, 1, 2] and len(ring) == 3
+    taken = [ring.take() for _ in range(3)]
+    assert [(r.note, r.rows, r.seconds) for r in taken] == [(n, [[n, n]], 1.0) for n in range(3)]
+    ring.begin()
+    assert len(ring._free) == 2  # no fourth buffer
+
+
+def test_ttft_and_cycles_by_block_size() -> None:
+    decoder = ConsensusDecoder(MODEL, impl="torch")
+    ticks = iter(range(1000))
+    decoder.clock = lambda: next(ticks)
+    stats = decoder.generate(PROMPTS[:2], max_new_tokens=9).stats
+    assert stats.ttft == stats.prefill_seconds > 0
+    assert stats.cycles_by_block_size == {8: sum(stats.sequence_cycles)}
+    stats = ConsensusDecoder(MODEL, impl="torch", mode="ar").generate(PROMPTS[:2], max_new_tokens=9).stats
+    assert stats.cycles_by_block_size == {1: 16} and stats.forward_passes == 9

@@ -1,0 +1,73 @@
+"""How many kernels a cycle launches: docs/cycle.md says why each is there, and this that there is no other."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from orthrus_triton._triton import is_interpreted
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.testing import TinyDualViewModel
+
+# torch's own work on a device; views, allocations and metadata are free
+TORCH_KERNELS = {
+    "aten::add", "aten::arange", "aten::cat", "aten::clamp", "aten::copy_", "aten::cos", "aten::embedding",
+    "aten::fill_", "aten::gather", "aten::mul", "aten::sin", "aten::where", "aten::mm", "aten::addmm", "aten::bmm",
+    "aten::sum", "aten::max", "aten::argmax", "aten::pow", "aten::masked_fill_", "aten::scatter_",
+}  # fmt: skip
+
+
+@pytest.fixture
+def triton_launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Kernels are counted by name and not run."""
+    if not is_interpreted():
+        pytest.skip("counts in Triton's interpreter, which is off where there is a GPU")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches: Counter = Counter()
+
+    def count(kernel, _grid):
+        def launch(*arguments, **_options):
+            launches[kernel.fn.__name__] += 1
+            if kernel.fn.__name__ == "best_tile_kernel":
+                arguments[2].zero_()  # ids go on to be looked up
+
+        return launch
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", count)
+    return launches
+
+
+def cycle_launches(launches: Counter, num_layers: int, block_size: int) -> tuple[Counter, Counter]:
+    """(Triton kernels, torch kernels) of one cycle over a batch of two."""
+    decoder = ConsensusDecoder(TinyDualViewModel(num_layers=num_layers, qk_norm=True), impl="triton")
+    run = decoder.open(2, 64)
+    launches.clear()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        decoder.run_cycle(run.cache, run.state, block_size, "triton")
+    torch_kernels = Counter({event.key: event.count for event in profile.key_averages() if event.key in TORCH_KERNELS})
+    return Counter(launches), torch_kernels
+
+
+@pytest.mark.parametrize(("block_size", "passes"), [(8, 2), (1, 1)])
+def test_a_layer_launches_what_the_table_lists(triton_launches: Counter, block_size: int, passes: int) -> None:
+    one, torch_one = cycle_launches(triton_launches, 1, block_size)
+    three, torch_three = cycle_launches(triton_launches, 3, block_size)
+    assert torch_one == torch_three  # a layer runs no torch kernel: no copy, no reshape, no addition
+    layer = {name: (three[name] - one[name]) / 2 / passes for name in three}
+    combines = layer.pop("combine_splits_kernel")  # attention's, and of each product whose depth is split
+    assert {name: count for name, count in layer.items() if count} == {
+        "rms_norm_kernel": 2, "linear_kernel": 3, "linear_swiglu_kernel": 1, "rope_cache_kernel": 1,
+        "dual_view_attention_kernel": 1,
+    }  # fmt: skip
+    assert 1 <= combines <= 4
+
+
+@pytest.mark.parametrize(("block_size", "passes", "most"), [(8, 2, 34), (1, 1, 12)])
+def test_around_the_layers(triton_launches: Counter, block_size: int, passes: int, most: int) -> None:
+    kernels, torch_kernels = cycle_launches(triton_launches, 1, block_size)
+    assert kernels["consensus_kernel"] == 1 and kernels["lm_head_kernel"] == kernels["best_tile_kernel"] == passes
+    assert torch_kernels["aten::embedding"] == torch_kernels["aten::cos"] == torch_kernels["aten::sin"] == passes
+    assert sum(torch_kernels.values()) <= most, torch_kernels

@@ -1,0 +1,46 @@
+"""Tier A on a CPU: the torch implementations of product and attention give a row the bits it has alone.
+Both work in tiles of eight rows, because BLAS picks its kernels by the row count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_triton import ops
+
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+@given(DTYPES, st.integers(1, 40), st.integers(0, 39), st.sampled_from([(33, 17), (96, 64), (130, 256)]), st.booleans())
+def test_a_row_of_a_product_has_the_bits_it_has_alone(dtype, rows, at, shape, biased):
+    N, K = shape
+    at = at % rows
+    x, weight = torch.randn(rows, K).to(dtype), torch.randn(N, K).to(dtype)
+    bias = torch.randn(N).to(dtype) if biased else None
+    together = ops.linear(x, weight, bias, impl="torch")
+    alone = ops.linear(x[at : at + 1], weight, bias, impl="torch")
+    assert torch.equal(together[at], alone[0])
+
+
+@given(
+    DTYPES, st.integers(1, 33), st.integers(0, 32), st.integers(0, 700), st.sampled_from([(1, 16), (3, 64), (4, 24)])
+)
+def test_a_row_of_attention_has_the_bits_it_has_alone(dtype, rows, at, context, heads):
+    group, D = heads
+    at = at % rows
+    q = torch.randn(1, rows, 2 * group, D).to(dtype)
+    k, v = torch.randn(2, 1, 2, 768, D).to(dtype)
+    key_limit = (context + 1 + torch.arange(rows, dtype=torch.int32))[None]
+    together = ops.dual_view_attention(q, k, v, key_limit, impl="torch")
+    row = slice(at, at + 1)
+    alone = ops.dual_view_attention(q[:, row], k, v, key_limit[:, row], impl="torch")
+    assert torch.equal(together[:, row], alone)
+
+
+@pytest.mark.parametrize("impl", ["library", "torch"])
+def test_both_products_are_the_product(impl):
+    x, weight, residual = torch.randn(3, 5, 64), torch.randn(24, 64), torch.randn(3, 5, 24)
+    expected = x.double() @ weight.double().T + residual.double()
+    assert torch.allclose(ops.linear(x, weight, None, residual, impl=impl).double(), expected, atol=1e-4)

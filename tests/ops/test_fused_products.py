@@ -1,0 +1,195 @@
+"""What is fused behind a product has the bits of the two ops it stands for: SwiGLU, and the LM head's choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_triton import ops
+from orthrus_triton.autotune.store import KernelConfig
+from orthrus_triton.testing import assert_within_budget
+from tests.ops.attention_cases import DTYPES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TILE = 32  # columns of a tile: vocabularies below cross several
+dtypes = st.sampled_from(DTYPES)
+seeds = st.integers(0, 9999)
+
+
+def config(split_k: int = 1) -> KernelConfig:
+    constants = {"BLOCK_M": 16, "BLOCK_N": TILE, "BLOCK_K": 32, "SPLIT_K": split_k}
+    return KernelConfig(constants, {"num_warps": 4, "num_stages": 2})
+
+
+def randn(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@given(
+    seed=seeds, dtype=dtypes, rows=st.integers(1, 20), width=st.integers(1, 24), k=st.integers(1, 70),
+    split_k=st.sampled_from([1, 2, 3]), bias=st.booleans(),
+)  # fmt: skip
+def test_swiglu_is_the_unfused_pair(seed, dtype, rows, width, k, split_k, bias) -> None:
+    x, weight = randn(seed, rows, k, dtype=dtype), randn(seed + 1, 2 * width, k, dtype=dtype)
+    bias_vector = randn(seed + 2, 2 * width, dtype=dtype) if bias else None
+    options = {"impl": "triton", "config": config(split_k)}
+    fused = ops.linear_swiglu(x, weight, bias_vector, **options)
+    assert torch.equal(fused, ops.swiglu(ops.linear(x, weight, bias_vector, **options), impl="triton"))
+    row = seed % rows
+    assert torch.equal(ops.linear_swiglu(x[row : row + 1], weight, bias_vector, **options)[0], fused[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_is_near_the_reference(dtype: torch.dtype) -> None:
+    x, weight = randn(1, 2, 5, 48, dtype=dtype), randn(2, 70, 48, dtype=dtype) / 7
+    bias = randn(3, 70, dtype=dtype)
+    gate, up = torch.nn.functional.linear(x, weight, bias).chunk(2, dim=-1)
+    reference = ops.linear_swiglu(x.double(), weight.double(), bias.double(), impl="reference")
+    for impl in ("triton", "torch"):
+        fused = ops.linear_swiglu(x, weight, bias, impl=impl)
+        assert_within_budget(fused, torch.nn.functional.silu(gate) * up, reference, what=impl)
+
+
+@given(
+    seed=seeds, dtype=dtypes, rows=st.integers(1, 20), vocab=st.integers(1, 4 * TILE), k=st.integers(1, 70),
+    split_k=st.sampled_from([1, 1, 2]),
+)  # fmt: skip
+def test_choice_is_that_of_the_logits(seed, dtype, rows, vocab, k, split_k) -> None:
+    hidden, weight = randn(seed, rows, k, dtype=dtype), randn(seed + 1, vocab, k, dtype=dtype)
+    options = {"impl": "triton", "config": config(split_k)}
+    choice = ops.lm_head_choice(hidden, weight, **options)
+    logits = ops.linear(hidden, weight, out_dtype=torch.float32, **options)
+    assert torch.equal(choice, ops.greedy_choice(logits, impl="triton"))
+    row = seed % rows
+    assert ops.lm_head_choice(hidden[row : row + 1], weight, **options)[0] == choice[row]
+
+
+def logits_as_products(logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden, weight) whose products are exactly these fp32 logits [rows, V], each a sum of values of `dtype`:
+    hidden picks a part of every column, and the parts add up to the logit without rounding."""
+    parts, rest = [], logits.double()
+    for _ in range(4):  # four times the eight bits of bf16 hold every bit of an fp32
+        part = rest.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+        part = torch.where(rest.isfinite(), part, rest.to(dtype))
+        parts.append(part)
+        rest = torch.where(rest.isfinite(), rest - part.double(), 0.0)
+    assert not rest.any()
+    rows, vocab = logits.shape
+    hidden = torch.zeros(rows, 4 * rows, dtype=dtype)
+    weight = torch.zeros(vocab, 4 * rows, dtype=dtype)
+    for row in range(rows):
+        hidden[row, 4 * row : 4 * row + 4] = 1
+        weight[:, 4 * row : 4 * row + 4] = torch.stack([part[row] for part in parts], dim=1)
+    return hidden.to(DEVICE), weight.to(DEVICE)
+
+
+NEXT_TO_ONE = 1.0 + 2.0**-23
+# name -> ({id: logit} over a floor of -1 in a vocabulary of 4 tiles and a bit, the id that must win)
+TIES = {
+    "one ulp, higher id wins": ({3: 1.0, 100: NEXT_TO_ONE}, 100),
+    "one ulp, lower id wins": ({3: NEXT_TO_ONE, 100: 1.0}, 3),
+    "one ulp inside a tile": ({40: 1.0, 41: NEXT_TO_ONE}, 41),
+    "equal inside a tile": ({41: 1.0, 45: 1.0}, 41),
+    "equal on both sides of a tile's edge": ({TILE - 1: 1.0, TILE: 1.0}, TILE - 1),
+    "one ulp on both sides of a tile's edge": ({TILE - 1: 1.0, TILE: NEXT_TO_ONE}, TILE),
+    "equal in every tile": ({5 + TILE * n: 1.0 for n in range(4)}, 5),
+    "equal first and last": ({0: 1.0, 4 * TILE + 4: 1.0}, 0),
+    "last id, in a tile that is not full": ({4 * TILE + 4: 1.0}, 4 * TILE + 4),
+    "all equal": ({}, 0),
+    "minus one ulp": ({7: -1.0 + 2.0**-24, 50: -1.0 + 2.0**-23}, 50),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_ties(dtype: torch.dtype) -> None:
+    """Each row's logits are exact in fp32, so that the choice is known: a logit rounded to `dtype` would lose it."""
+    vocab = 4 * TILE + 5
+    logits = torch.full((len(TIES), vocab), -1.0)
+    for row, (values, _) in enumerate(TIES.values()):
+        for token, value in values.items():
+            logits[row, token] = value
+    hidden, weight = logits_as_products(logits, dtype)
+    options = {"impl": "triton", "config": config()}
+    assert torch.equal(ops.linear(hidden, weight, out_dtype=torch.float32, **options).cpu(), logits)
+    expected = dict(zip(TIES, (winner for _, winner in TIES.values())))
+    assert dict(zip(TIES, ops.lm_head_choice(hidden, weight, **options).tolist())) == expected
+    assert dict(zip(TIES, ops.lm_head_choice(hidden, weight, impl="reference").tolist())) == expected
+    if dtype == torch.float32:  # the torch product of half precision rounds its logits
+        assert dict(zip(TIES, ops.lm_head_choice(hidden, weight, impl="torch").tolist())) == expected
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_infinities_and_nan_follow_greedy_choice(impl: str) -> None:
+    """One input column of ones: the weight is the row of logits."""
+    inf, nan = torch.inf, torch.nan
+    columns = {
+        "all minus infinity": ([-inf] * 40, 0),
+        "all NaN": ([nan] * 40, 0),
+        "minus infinity but one": ([-inf] * 35 + [-9.0] + [-inf] * 4, 35),
+        "NaN never wins": ([nan] * 33 + [-9.0] + [nan] * 6, 33),
+        "first infinity": ([1.0] * 20 + [inf] + [2.0] * 15 + [inf] * 4, 20),
+        "NaN beside infinity": ([nan, -inf] * 20, 0),
+    }
+    hidden = torch.ones(2, 1, device=DEVICE)
+    for name, (logits, winner) in columns.items():
+        weight = torch.tensor(logits, device=DEVICE)[:, None]
+        options = {"config": config()} if impl == "triton" else {}
+        assert ops.lm_head_choice(hidden, weight, impl=impl, **options).tolist() == [winner] * 2, name
+        product = torch.tensor([logits] * 2, device=DEVICE)
+        assert ops.greedy_choice(product, impl=impl).tolist() == [winner] * 2, name
+
+
+def test_many_column_tiles_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orthrus_triton.ops import lm_head
+
+    monkeypatch.setattr(lm_head, "BLOCK", 4)
+    hidden, weight = randn(1, 3, 16, dtype=torch.float32), randn(2, 9 * TILE + 1, 16, dtype=torch.float32)
+    for row, token in enumerate((0, 4 * TILE, 9 * TILE)):  # the first tile of a part, and the very last
+        weight[token] = 50 * hidden[row]
+    weight[4 * TILE + 1] = weight[4 * TILE]
+    assert ops.lm_head_choice(hidden, weight, impl="triton", config=config()).tolist() == [0, 4 * TILE, 9 * TILE]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: ops.lm_head_choice(x, torch.ones(5, 9)), "weight must have as last dimension 8, but got 9"),
+        (lambda x: ops.lm_head_choice(x, torch.ones(5, 8).half()), "weight must have dtype torch.float32"),
+        (lambda x: ops.lm_head_choice(x, torch.ones(5, 8), impl="torch", config=config()), "config belongs to"),
+        (lambda x: ops.linear_swiglu(x, torch.ones(5, 8)), "weight must have an even number of rows"),
+        (lambda x: ops.linear_swiglu(x, torch.ones(6, 8), torch.ones(3)), r"bias must have shape \(6,\)"),
+        (lambda x: ops.linear_swiglu(x, torch.ones(6, 8), impl="torch", config=config()), "config belongs to"),
+    ],
+)
+def test_errors_name_the_argument(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(6144, 1024), (12288, 2048), (24576, 4096)], ids=str)
+def test_swiglu_on_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Gate/up of Qwen3-0.6B, 1.7B and 8B with their default configurations."""
+    x, weight = randn(1, 256, shape[1], dtype=dtype), randn(2, *shape, dtype=dtype) * shape[1] ** -0.5
+    fused = ops.linear_swiglu(x, weight, impl="triton")
+    assert torch.equal(fused, ops.swiglu(ops.linear(x, weight, impl="triton"), impl="triton"))
+    for rows in (1, 8, 33, 128):
+        assert torch.equal(ops.linear_swiglu(x[:rows], weight, impl="triton"), fused[:rows]), rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(49152, 576), (151_936, 1024), (151_936, 4096)], ids=str)
+def test_choice_on_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """LM heads of SmolLM2-135M, Qwen3-0.6B and 8B; duplicated rows of the weight make exact ties."""
+    hidden, weight = randn(1, 64, shape[1], dtype=dtype), randn(2, *shape, dtype=dtype)
+    weight[shape[0] // 2 :] = weight[: shape[0] - shape[0] // 2]
+    choice = ops.lm_head_choice(hidden, weight, impl="triton")
+    logits = ops.linear(hidden, weight, out_dtype=torch.float32, impl="triton")
+    assert torch.equal(choice, ops.greedy_choice(logits, impl="reference"))
+    assert int(choice.max()) < shape[0] // 2
+    for rows in (1, 7, 32):
+        assert torch.equal(ops.lm_head_choice(hidden[:rows], weight, impl="triton"), choice[:rows]), rows

@@ -1,0 +1,52 @@
+"""Rotary angles: against fp64, rows that do not know of each other, and positions of long contexts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_triton import ops
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def ints(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def frequencies(half: int) -> torch.Tensor:
+    return (1e6 ** (-torch.arange(half) / half)).to(DEVICE)
+
+
+@given(
+    positions=st.lists(st.integers(0, 131_071), min_size=1, max_size=5), half=st.sampled_from([8, 20, 32, 64]),
+    scaling=st.sampled_from([1.0, 1.3]),
+)  # fmt: skip
+def test_against_fp64_and_alone(positions: list[int], half: int, scaling: float) -> None:
+    inv_freq = frequencies(half)
+    out = torch.stack(ops.rotary_angles(ints([positions]), ints([1]), inv_freq, scaling))
+    # the angle is an fp32 product by definition; its cosine and sine must be exact to fp32
+    angles = (ints([positions])[..., None] * inv_freq).double()
+    expected = torch.stack((angles.cos(), angles.sin())) * scaling
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-7)
+    for t, position in enumerate(positions):
+        alone = torch.stack(ops.rotary_angles(ints([[position]]), ints([1]), inv_freq, scaling))
+        assert torch.equal(out[:, 0, t], alone[:, 0, 0])
+
+
+@pytest.mark.parametrize("options", [(None, None, None, None), (None, 1e4, 2.0, 4)], ids=["static", "dynamic"])
+def test_opcheck(options: tuple) -> None:
+    arguments = (ints([[0, 3, 9]]), ints([5]), frequencies(32), 1.5, *options)
+    torch.library.opcheck(torch.ops.orthrus_triton.rotary_angles.default, arguments)
+
+
+def test_what_callers_get_wrong() -> None:
+    ids, inv_freq = ints([[0, 1]]), frequencies(4)
+    with pytest.raises(ValueError, match="positions must have dtype torch.int32"):
+        ops.rotary_angles(ids.long(), ids[:, 0], inv_freq)
+    with pytest.raises(ValueError, match="prompt_len must have shape"):
+        ops.rotary_angles(ids, ids[0], inv_freq)
+    with pytest.raises(ValueError, match="inv_freq must have dtype torch.float32"):
+        ops.rotary_angles(ids, ids[:, 0], inv_freq.double())
