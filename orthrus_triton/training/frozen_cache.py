@@ -1,0 +1,146 @@
+"""What the frozen model says about every training row, once: its K/V and its top-k next-token probabilities, on disk.
+Training then runs neither the AR view nor its LM head."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from orthrus_triton.models.modeling import OrthrusForCausalLM
+from orthrus_triton.modules import SharedKVCache
+from orthrus_triton.training.data import TextRow
+
+FORMAT = 1
+RECORD_EVERY = 32  # rows after which a build that is cut short goes on
+
+
+class FrozenCache:
+    """Memory-mapped K/V [tokens, layers, 2, HKV, D] and teacher top-k (ids, probabilities) [tokens, k] of all rows.
+
+    Token n of row r lies at `starts[r] + n`. The probabilities are those of the token after it, renormalised over the
+    k kept ones.
+    """
+
+    def __init__(self, folder: Path, manifest: dict) -> None:
+        self.folder, self.starts = folder, manifest["starts"]
+        tokens, top_k = manifest["tokens"], manifest["top_k"]
+        shape = (tokens, *manifest["kv_shape"])
+        self.kv = _map(folder / "kv.bin", shape, getattr(torch, manifest["dtype"]))
+        self.teacher_ids = _map(folder / "teacher_ids.bin", (tokens, top_k), torch.int32)
+        self.teacher_probs = _map(folder / "teacher_probs.bin", (tokens, top_k), torch.float32)
+
+    @classmethod
+    def open_or_build(
+        cls,
+        folder: str | Path,
+        model: OrthrusForCausalLM,
+        rows: Sequence[TextRow],
+        top_k: int = 32,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> FrozenCache:
+        """The cache of these rows and this model in `folder`: the one there if it is theirs, else a new one.
+
+        A build that was cut short goes on where it stopped.
+        """
+        folder = Path(folder)
+        layer = model.model.layers[0].self_attn
+        starts, tokens = [], 0
+        for row in rows:
+            starts.append(tokens)
+            tokens += len(row.ids)
+        manifest = {
+            "format": FORMAT, "rows": _hash_rows(rows), "model": _hash_model(model), "tokens": tokens, "top_k": top_k,
+            "dtype": str(dtype).removeprefix("torch."), "starts": starts,
+            "kv_shape": [len(model.model.layers), 2, layer.num_kv_heads, layer.head_dim],
+        }  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "manifest.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        filled = found.pop("filled", 0)
+        if found != manifest:
+            filled = 0
+            path.unlink(missing_ok=True)
+        cache = cls(folder, manifest)
+        if filled < len(rows):
+            cache._fill(model, rows, top_k, filled, lambda done: _write_json(path, {**manifest, "filled": done}))
+        return cache
+
+    @torch.no_grad()
+    def _fill(
+        self,
+        model: OrthrusForCausalLM,
+        rows: Sequence[TextRow],
+        top_k: int,
+        filled: int,
+        record: Callable[[int], None],
+    ) -> None:
+        columns = (TextColumn("frozen K/V and teacher"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        buffers = model.new_cache(1, max(len(row.ids) for row in rows), model.block_size)
+        with Progress(*columns) as progress:
+            task = progress.add_task("", total=len(rows), completed=filled)
+            for n in range(filled, len(rows)):
+                self._fill_row(model, rows[n], self.starts[n], buffers, top_k)
+                progress.advance(task)
+                if (n + 1) % RECORD_EVERY == 0 or n + 1 == len(rows):
+                    record(n + 1)
+
+    def _fill_row(
+        self, model: OrthrusForCausalLM, row: TextRow, start: int, buffers: SharedKVCache, top_k: int
+    ) -> None:
+        length = len(row.ids)
+        buffers.context_len.zero_()
+        buffers.prompt_len.fill_(length)
+        view_pass = buffers.view_pass("ar", length, linear_impl="library")
+        hidden = model.forward_view(torch.tensor([row.ids], device=model.device), buffers, view_pass)
+        for n, layer in enumerate(buffers.layers):
+            for which, states in enumerate((layer.k, layer.v)):
+                # [HKV, S, D] -> [S, HKV, D]
+                kept = states[0, :, :length].transpose(0, 1)
+                self.kv[start : start + length, n, which] = kept.to("cpu", self.kv.dtype)
+        # the first answer token is predicted by the prompt's last
+        logits = model.compute_logits(hidden[0, row.prompt_len - 1 :], "library")
+        top, ids = logits.topk(top_k)
+        taught = slice(start + row.prompt_len - 1, start + length)
+        self.teacher_ids[taught] = ids.to("cpu", torch.int32)
+        self.teacher_probs[taught] = torch.softmax(top, dim=-1).cpu()
+
+    def context(self, row_ids: Sequence[int], lengths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """K/V of the first `lengths[b]` tokens of each row -> [layers, 2, B, HKV, S, D], zeros beyond a length."""
+        layers, _, heads, dim = self.kv.shape[1:]
+        out = torch.zeros(layers, 2, len(row_ids), heads, max(max(lengths), 1), dim, dtype=dtype)
+        for b, (row, length) in enumerate(zip(row_ids, lengths)):
+            tokens = self.kv[self.starts[row] : self.starts[row] + length].to(dtype)
+            out[:, :, b, :, :length] = tokens.permute(1, 2, 3, 0, 4)
+        return out
+
+
+def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    size = torch.Size(shape).numel()
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    staged = path.with_suffix(".tmp")
+    staged.write_text(json.dumps(content))
+    staged.replace(path)
+
+
+def _hash_rows(rows: Sequence[TextRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.prompt_len, row.ids]).encode())
+    return digest.hexdigest()
+
+
+def _hash_model(model: OrthrusForCausalLM) -> str:
+    """Of the frozen weights: one column of each is enough to tell two models apart."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "_diff" not in name:
+            digest.update(name.encode() + tensor.reshape(tensor.shape[0], -1)[:, 0].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
