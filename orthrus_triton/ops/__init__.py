@@ -1,10 +1,8 @@
 """Functional kernels: they know tensors, not models. Each runs as Triton, torch or fp64 reference (`impl=`)."""
 
-from orthrus_triton.ops.block_attention import block_attention
 from orthrus_triton.ops.consensus import consensus_
 from orthrus_triton.ops.dual_view_attention import dual_view_attention
 from orthrus_triton.ops.linear import linear
-from orthrus_triton.ops.linear_kl import HiddenTeacher, LabelTeacher, LinearKL, TopKTeacher, linear_kl
 from orthrus_triton.ops.linear_swiglu import linear_swiglu
 from orthrus_triton.ops.lm_head import lm_head_choice
 from orthrus_triton.ops.rms_norm import rms_norm
@@ -14,6 +12,6 @@ from orthrus_triton.ops.sample import greedy_choice
 from orthrus_triton.ops.swiglu import swiglu
 
 __all__ = [
-    "HiddenTeacher", "LabelTeacher", "LinearKL", "TopKTeacher", "block_attention", "consensus_",
-    "dual_view_attention", "greedy_choice", "linear", "linear_kl", "linear_swiglu", "lm_head_choice", "rms_norm", "rope_cache", "rotary_angles", "swiglu",
+    "consensus_", "dual_view_attention", "greedy_choice", "linear", "linear_swiglu", "lm_head_choice", "rms_norm",
+    "rope_cache", "rotary_angles", "swiglu",
 ]  # fmt: skip
