@@ -261,8 +261,9 @@ class ConsensusDecoder:
         device = cache.context_len.device
         eos_slots = max(-(-eos_count // EOS_SLOTS), 1) * EOS_SLOTS
         self._state = DecodeState.allocate(
-            batch_size, block_size, cache.capacity, max(block_size, AR_STEPS), eos_slots, self.model.mask_token_id, device
-        )
+            batch_size, block_size, cache.capacity, max(block_size, AR_STEPS), eos_slots,
+            self.model.mask_token_id, device,
+        )  # fmt: skip
         self._runner = StepRunner(self._new_capture(device), self._state.idle)
 
     def _new_capture(self, device: torch.device) -> Callable | None:

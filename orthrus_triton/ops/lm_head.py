@@ -46,7 +46,7 @@ def lm_head_kernel(
     V: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, column tiles): the largest logit of each row among BLOCK_N ids, and the lowest id that has it."""
+    """Grid (row tiles, column tiles): each row's largest logit among BLOCK_N ids, and the lowest id that has it."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK_N)
     first_id = tl.program_id(1) * BLOCK_N

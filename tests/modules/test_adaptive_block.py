@@ -113,10 +113,14 @@ class Forced(AdaptiveBlock):
 
 @settings(max_examples=12)
 @given(
-    name=st.sampled_from(sorted(MODELS)), script=st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=6),
+    name=st.sampled_from(sorted(MODELS)),
+    script=st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=6),
     right=st.lists(st.integers(-1, 7), min_size=1, max_size=3),
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=2), tokens=st.integers(1, 20), seed=st.integers(0, 9), stop=st.integers(0, 19),
-)  # fmt: skip
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=2),
+    tokens=st.integers(1, 20),
+    seed=st.integers(0, 9),
+    stop=st.integers(0, 19),
+)
 def test_switching_at_every_cycle_moves_no_token(name, script, right, lengths, tokens, seed, stop) -> None:
     model, prompts = MODELS[name], prompts_of(seed, lengths)
     answers = [ar_answer(model, prompt, 20) for prompt in prompts]
