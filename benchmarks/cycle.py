@@ -1,0 +1,120 @@
+"""Time of a decode cycle at a model's true shape, ours and others', against the memory floor of the same device.
+python -m benchmarks.cycle --shape qwen3-8b --context 2048 --batch 1 --providers ours,ours-ar,official,hf,hf-compiled"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.common import Report, Timing, copy_bandwidth, require_green
+from benchmarks.cycle_providers import PROVIDERS, CannotRun, Cycles, Workload, problems
+from benchmarks.shapes import SHAPES, build, bytes_per_pass
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHOWN = "provider context batch p20_ms p50_ms p80_ms floor_ms of_floor gb_s ttft_s tokens_s note".split()
+MEASURED = "samples p20_ms p50_ms p80_ms floor_ms of_floor gb_s ttft_s assumed_tokens_per_cycle tokens_s".split()
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "qwen3-8b",
+    context: Annotated[str, typer.Option(help="Tokens in the cache, one or several: 2048,32768.")] = "2048",
+    batch: Annotated[str, typer.Option(help="Sequences, one or several: 1,2,4.")] = "1",
+    providers: Annotated[str, typer.Option(help=", ".join(PROVIDERS))] = "ours,ours-ar,official,hf,hf-compiled",
+    tokens_per_cycle: Annotated[
+        float, typer.Option(help="ASSUMED acceptance, bonus token included, for tokens/s of drafted cycles.")
+    ] = 1.0,
+    cycles: Annotated[int, typer.Option(help="Cycles to time in each cell.")] = 40,
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    official: Annotated[Path | None, typer.Option(help="Checkout of the official repository; its code is run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for CSV, table and chart.")] = None,
+) -> None:
+    """Weights are random: times are right, acceptance is not measured. Tokens/s are the assumed ones."""
+    names = providers.split(",")
+    asked_for = [("--shape", shape, SHAPES), ("--dtype", dtype, DTYPES)]
+    asked_for += [("--providers", name, PROVIDERS) for name in names]
+    for option, value, known in asked_for:
+        if value not in known:
+            raise typer.BadParameter(f"{option} must be one of {', '.join(known)}, but got {value!r}")
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    model = build(SHAPES[shape], DTYPES[dtype], where)
+    bandwidth = copy_bandwidth(where)
+    report = Report(f"cycle_{shape}_{dtype}", where, out)
+    cells = [(int(c), int(b)) for c in context.split(",") for b in batch.split(",")]
+    require_green(problems(_workload(model, min(c for c, _ in cells), 2, cycles, official), names))
+    for tokens, sequences in cells:
+        load = _workload(model, tokens, sequences, cycles, official)
+        for name in names:
+            row = {"provider": name, "shape": shape, "dtype": dtype, "context": tokens, "batch": sequences}
+            row |= {"block_size": model.block_size, "copy_gb_s": round(bandwidth / 1e9, 1)}
+            try:
+                measured, note = PROVIDERS[name](load), ""
+            except CannotRun as reason:
+                measured, note = None, str(reason)
+            except torch.OutOfMemoryError:
+                measured, note = None, "out of memory"
+            report.add(**row, **_columns(measured, load, bandwidth, tokens_per_cycle), note=note)
+            gc.collect()
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+    _publish(report, tokens_per_cycle)
+
+
+def _workload(model, context: int, batch: int, cycles: int, official: Path | None) -> Workload:
+    generator = torch.Generator().manual_seed(context)
+    prompts = torch.randint(0, model.vocab_size - 1, (batch, context), generator=generator).to(model.device)
+    return Workload(model, prompts, cycles, official)
+
+
+def _columns(measured: Cycles | None, load: Workload, bandwidth: float, tokens_per_cycle: float) -> dict[str, object]:
+    """Times in ms, the floor (bytes of weights and K/V the views read, over copy bandwidth), and assumed tokens/s."""
+    if measured is None:
+        return dict.fromkeys(MEASURED, "")
+    timing = Timing.of(measured.seconds)
+    batch, context = load.prompts.shape
+    nbytes = sum(bytes_per_pass(load.model, view, context, batch) for view in measured.views)
+    tokens = tokens_per_cycle if len(measured.views) == 2 else 1.0
+    values = (
+        timing.samples, *(round(1e3 * t, 3) for t in (timing.p20, timing.p50, timing.p80)),
+        round(1e3 * nbytes / bandwidth, 3), round(timing.p50 * bandwidth / nbytes, 3),
+        round(nbytes / timing.p50 / 1e9, 1), round(measured.ttft, 3), tokens,
+        round(batch * tokens / timing.p50, 1),
+    )  # fmt: skip
+    return dict(zip(MEASURED, values))
+
+
+def _publish(report: Report, tokens_per_cycle: float) -> None:
+    table = report.markdown(SHOWN)
+    assumed = (
+        f"Random weights: acceptance is not measured. tokens_s assumes {tokens_per_cycle:g} tokens per drafted cycle. "
+        "of_floor: p50 over the time to read weights and K/V once per pass at the measured copy bandwidth."
+    )
+    lines = [table, "", assumed, *_comparisons(report.rows)]
+    print("\n".join(lines))
+    if path := report.write_csv():
+        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        drawn = copy.copy(report)
+        drawn.rows = [row for row in report.rows if row["p50_ms"] != ""]
+        drawn.write_chart(
+            "context", "p50_ms", lambda row: f"{row['provider']}, batch {row['batch']}", x_label="tokens of context",
+            y_label="ms per cycle (per token: -ar, hf)",
+        )  # fmt: skip
+
+
+def _comparisons(rows: list[dict]) -> list[str]:
+    """Our cycle beside the official one, wherever both were timed."""
+    times = {(row["provider"], row["context"], row["batch"]): row["p50_ms"] for row in rows if row["p50_ms"] != ""}
+    return [
+        f"context {context}, batch {batch}: the official cycle takes {theirs / times['ours', context, batch]:.2f}x ours"
+        for (provider, context, batch), theirs in times.items()
+        if provider == "official" and ("ours", context, batch) in times
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,93 @@
+"""The cycle benchmark end to end on a tiny shape: rows for who can run, reasons for who cannot, nothing when wrong."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import cycle, cycle_providers, shapes
+from orthrus_triton.modules import ConsensusDecoder
+
+
+def run(*arguments: str, ok: bool = True):
+    app = typer.Typer()
+    app.command()(cycle.main)
+    result = CliRunner().invoke(app, ["--shape", "tiny", "--dtype", "fp32", "--device", "cpu", *arguments])
+    assert (result.exit_code == 0) == ok, result.output
+    return result
+
+
+def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
+    providers = "ours,ours-ar,ours-ar-inexact,official,hf,hf-compiled"
+    result = run(
+        "--context", "40", "--batch", "1,2", "--cycles", "3", "--providers", providers, "--tokens-per-cycle", "4",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    (path,) = tmp_path.rglob("*.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["provider"], row["batch"]) for row in rows] == [(p, b) for b in "12" for p in providers.split(",")]
+    timed = [row for row in rows if row["p50_ms"]]
+    assert {row["provider"] for row in timed} == {"ours", "ours-ar", "ours-ar-inexact", "hf"}
+    for row in timed:
+        assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and int(row["samples"]) >= 3
+        assumed = 4 if row["provider"] == "ours" else 1
+        tokens_s = 1000 * int(row["batch"]) * assumed / float(row["p50_ms"])
+        assert float(row["tokens_s"]) == pytest.approx(tokens_s, rel=0.01)
+        assert float(row["ttft_s"]) > 0
+    notes = {row["provider"]: row["note"] for row in rows if not row["p50_ms"]}
+    assert "needs --official PATH" in notes["official"] and "on a GPU only" in notes["hf-compiled"]
+    assert "acceptance is not measured" in result.output and "assumes 4 tokens per drafted cycle" in result.output
+    assert "the official cycle takes" not in result.output
+    assert path.with_suffix(".md").read_text() in result.output + "\n"
+    if importlib.util.find_spec("matplotlib"):
+        assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_red_gate_prints_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = ConsensusDecoder.verify
+
+    def broken(self, candidate, *arguments):
+        choice = verify(self, candidate, *arguments)
+        return (choice + 1) % self.model.vocab_size if candidate.shape[1] > 1 else choice
+
+    monkeypatch.setattr(ConsensusDecoder, "verify", broken)
+    result = run("--context", "40", "--cycles", "2", "--providers", "ours", ok=False)
+    assert "gate is red" in result.output and "p50_ms" not in result.output
+
+
+def test_the_gate_sees_weights_that_are_not_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shapes.build(shapes.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    load = cycle._workload(model, 80, 2, 2, None)
+    assert cycle_providers.problems(load, ["ours", "hf"]) == []
+    transformers_model = shapes.transformers_model
+
+    def other(model):
+        theirs = transformers_model(model)
+        theirs.model.layers[1].self_attn.q_norm.weight = torch.nn.Parameter(torch.full((64,), 3.0))
+        return theirs
+
+    monkeypatch.setattr(shapes, "transformers_model", other)
+    (problem,) = cycle_providers.problems(load, ["ours", "hf"])
+    assert problem.startswith("transformers' AR logits are not ours")
+
+
+def test_bytes_of_a_pass() -> None:
+    model = shapes.build(shapes.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    # per layer: q, k, v, o, their norms, gate, up, down, two norms; then the final norm and the tied head
+    layer = 64 * (256 + 128 + 128) + 256 * 64 + 2 * 64 + 3 * 64 * 128 + 2 * 64
+    weights = 4 * (2 * layer + 64 + 256 * 64)
+    for view in ("ar", "diffusion"):
+        assert shapes.bytes_per_pass(model, view, context=0, batch=1) == weights
+        assert shapes.bytes_per_pass(model, view, context=10, batch=3) == weights + 3 * 10 * 2 * (2 * 2 * 64 * 4)
+
+
+def test_unknown_names_are_named() -> None:
+    result = run("--providers", "ours,theirs", ok=False)
+    assert "but got 'theirs'" in " ".join(result.output.replace("│", " ").split())
