@@ -61,8 +61,8 @@ def projections(family: str, dtype: torch.dtype) -> None:
 
 
 def fused_products(family: str, dtype: torch.dtype) -> None:
-    # gate/up of Qwen3-8B, whose depth is whole, and of 0.6B, whose depth is split; SmolLM2's bias-free head
-    for n, k in ((24576, 4096), (6144, 1024)):
+    # gate/up of Qwen3-32B, whose depth is whole on every chip, and of 0.6B, whose depth is split; two vocabularies
+    for n, k in ((51200, 5120), (6144, 1024)):
         shape = config("linear", dtype, family, N=n, K=k)
         launch_linear_swiglu(meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype), shape)
     for n, k in ((151_936, 4096), (49152, 576)):
