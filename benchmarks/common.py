@@ -260,10 +260,13 @@ class Report:
         return path
 
     def write_chart(
-        self, x: str, y: str, series: Callable[[dict[str, Any]], str], *, x_label: str, y_label: str, log_x: bool = True
-    ) -> Path | None:
-        """<folder>/<name>.png, one line per value of `series(row)`; None without a folder or without matplotlib."""
-        if self.folder is None or not self.rows:
+        self, x: str, y: str, series: Callable[[dict[str, Any]], str], *, x_label: str, y_label: str,
+        log_x: bool = True, rows: Sequence[dict[str, Any]] | None = None,
+    ) -> Path | None:  # fmt: skip
+        """<folder>/<name>.png, one line per value of `series(row)`, of all rows or of these; None without a folder or
+        without matplotlib."""
+        rows = self.rows if rows is None else rows
+        if self.folder is None or not rows:
             return None
         try:
             from matplotlib.figure import Figure  # no pyplot: no display, no global state
@@ -271,14 +274,14 @@ class Report:
             print(f"{self.name}.png was not drawn: pip install matplotlib", file=sys.stderr)
             return None
         lines: dict[str, list[tuple[float, float]]] = {}
-        for row in self.rows:
+        for row in rows:
             lines.setdefault(series(row), []).append((row[x], row[y]))
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         for label, points in lines.items():
             axes.plot(*zip(*sorted(points)), marker="o", label=label)
         if log_x:
-            ticks = sorted({row[x] for row in self.rows})
+            ticks = sorted({row[x] for row in rows})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_ylim(bottom=0)

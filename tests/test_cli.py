@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -277,7 +278,7 @@ def test_help_teaches_and_imports_nothing_heavy():
 import sys
 from typer.testing import CliRunner
 from orthrus_triton.cli import app
-for command in ([], ["generate"], ["convert"], ["demo"], ["doctor"]):
+for command in ([], ["generate"], ["convert"], ["demo"], ["doctor"], ["evaluate"], ["export-view"], ["distill-data"]):
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     name = command[0] if command else "demo"
@@ -302,17 +303,31 @@ def test_python_dash_m_gives_the_version():
 def tiny_demo(monkeypatch, model_folder, tokenizer):
     """The demo command, with the tiny model in place of SmolLM2."""
 
-    def load(dtype, block_size, device):
+    def load(dtype, block_size, device, view):
         return OrthrusForCausalLM.from_pretrained(model_folder, dtype=dtype, device=device), tokenizer
 
     monkeypatch.setattr("orthrus_triton.models.gguf.load_demo_model", load)
 
 
 def test_demo_compares_both_ways_of_decoding(tiny_demo):
-    result = run("demo", "the", "text", "--max-new-tokens", 9, "--dtype", "fp32")
+    result = run("demo", "the", "text", "--max-new-tokens", 9, "--dtype", "fp32", "--view", "copy")
     assert result.exit_code == 0, (result.stdout, result.stderr, result.exception)
     assert "AR decoding gave the same" in result.stdout
-    assert "untrained copy" in result.stdout and "tokens/cycle" in result.stdout
+    verdict = " ".join(result.stdout.split()).partition("token ids. ")[2]
+    pattern = (
+        r"SmolLM2-135M-Instruct, untrained copy: (\d\.\d\d) tokens per cycle, (\d+\.\d\d)x the tokens/s of one-row AR"
+    )
+    assert re.match(pattern, verdict), verdict
+
+
+def test_demo_says_which_view_it_used(tiny_demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("orthrus_triton.models.gguf.SHIPPED_VIEW", tmp_path / "view.safetensors")
+    command = ("demo", "the", "--max-new-tokens", 3, "--dtype", "fp32")
+    result = run(*command)
+    assert "untrained copy" in result.stdout and "no trained view" in " ".join(result.stderr.split())
+    (tmp_path / "view.safetensors").touch()
+    result = run(*command)
+    assert "shipped view: " in result.stdout and result.stderr == ""
 
 
 def test_demo_fails_when_the_tokens_differ(tiny_demo, monkeypatch):

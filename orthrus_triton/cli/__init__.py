@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orthrus_triton import __version__
-from orthrus_triton.cli import convert, demo, doctor, generate
+from orthrus_triton.cli import convert, demo, distill_data, doctor, evaluate, export_view, generate, verify
 
 __all__ = ["app", "main"]
 
@@ -21,6 +21,10 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(convert.convert)
+app.command()(distill_data.distill_data)
+app.command()(evaluate.evaluate)
+app.command()(export_view.export_view)
+app.command()(verify.verify)
 app.command()(doctor.doctor)
 
 
@@ -44,6 +48,9 @@ def _root(
     orthrus-triton demo                           see it work, no GPU needed
     orthrus-triton convert ./base ./orthrus       give a base model a second view
     orthrus-triton generate ./orthrus "Once upon" decode with it
+    orthrus-triton distill-data OUT --builtin     write training data with the frozen model
+    orthrus-triton evaluate --prompts FILE        measure what its drafts are worth
+    orthrus-triton verify --prompts FILE          check that both modes give the same tokens
     orthrus-triton doctor                         what runs where, and why
     """
 

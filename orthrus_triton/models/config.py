@@ -14,7 +14,7 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
-VIEW_FIELDS = ("base_model_type", "block_size", "mask_token_id", "view_rank")
+VIEW_FIELDS = ("base_model_type", "block_size", "mask_token_id", "view_rank", "mask_embedding")
 # of the file rather than of the model: written anew on saving, and auto_map names code that we neither ship nor run
 FILE_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version")
 
@@ -39,6 +39,8 @@ class OrthrusConfig(PreTrainedConfig):
         block_size: rows of the block the diffusion view drafts, anchor included, >= 2.
         mask_token_id: the token that stands for a position to be drafted, inside the vocabulary.
         view_rank: None when the diffusion view has full projections, r when it is a rank-r delta of the AR ones.
+        mask_embedding: the diffusion view embeds mask_token_id with a trained vector of its own, not with the row that
+            the AR view has for it.
 
     Raises:
         ValueError: a field that is out of range or that no kernel here implements; it names the field.
@@ -52,6 +54,7 @@ class OrthrusConfig(PreTrainedConfig):
     block_size: int | None = None
     mask_token_id: int | None = None
     view_rank: int | None = None
+    mask_embedding: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.base_model_type not in FAMILIES:
@@ -67,11 +70,18 @@ class OrthrusConfig(PreTrainedConfig):
 
     @classmethod
     def from_base_config(
-        cls, base: PreTrainedConfig, *, block_size: int, mask_token_id: int, view_rank: int | None = None
+        cls,
+        base: PreTrainedConfig,
+        *,
+        block_size: int,
+        mask_token_id: int,
+        view_rank: int | None = None,
+        mask_embedding: bool = False,
     ) -> OrthrusConfig:
         """The configuration of `base` with a second view."""
         fields = {name: value for name, value in base.to_dict().items() if name not in FILE_FIELDS}
         fields |= {"block_size": block_size, "mask_token_id": mask_token_id, "view_rank": view_rank}
+        fields["mask_embedding"] = mask_embedding
         return cls(**{**fields, "base_model_type": base.model_type})
 
     @classmethod
@@ -130,6 +140,8 @@ class OrthrusConfig(PreTrainedConfig):
             raise ValueError(f"mask_token_id must be in 0..{self.vocab_size - 1}, but got {self.mask_token_id!r}")
         if self.view_rank is not None and (not isinstance(self.view_rank, int) or self.view_rank < 1):
             raise ValueError(f"view_rank must be an integer >= 1 or None, but got {self.view_rank!r}")
+        if not isinstance(self.mask_embedding, bool):
+            raise ValueError(f"mask_embedding must be true or false, but got {self.mask_embedding!r}")
         if self.hidden_act != "silu":
             raise ValueError(
                 f"hidden_act must be 'silu', the activation that is implemented, but got {self.hidden_act!r}"

@@ -28,6 +28,9 @@ class OrthrusModel(nn.Module):
     def __init__(self, config: OrthrusConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.mask_token_id = config.mask_token_id
+        has_mask = config.mask_embedding
+        self.mask_embedding_diff = nn.Parameter(torch.empty(config.hidden_size)) if has_mask else None
         self.layers = nn.ModuleList(
             OrthrusDecoderLayer(
                 config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim,
@@ -40,11 +43,20 @@ class OrthrusModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
         """input_ids [B, T] through one view -> hidden states [B, T, H], normed."""
-        hidden = self.embed_tokens(input_ids)
+        hidden = self.embed(input_ids, view_pass.view)
         rope = self.rotary_emb(view_pass.positions, view_pass.prompt_len)
         for layer, cache_layer in zip(self.layers, cache.layers):
             hidden = layer(hidden, rope, cache_layer, view_pass)
         return self.norm(hidden, impl=view_pass.impl)
+
+    def embed(self, input_ids: torch.Tensor, view: View) -> torch.Tensor:
+        """input_ids [..., T] -> [..., T, H]. The mask token has an embedding of its own in a diffusion view that was
+        given one; everything else has the frozen row in both views."""
+        hidden = self.embed_tokens(input_ids)
+        if view == "ar" or self.mask_embedding_diff is None:
+            return hidden
+        is_mask = (input_ids == self.mask_token_id).unsqueeze(-1)
+        return torch.where(is_mask, self.mask_embedding_diff.to(hidden.dtype), hidden)
 
 
 class OrthrusForCausalLM(PreTrainedModel):
@@ -139,6 +151,7 @@ class OrthrusForCausalLM(PreTrainedModel):
         view_rank: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        mask_embedding: bool = False,
     ) -> OrthrusForCausalLM:
         """A dual-view model of a frozen base, whose diffusion view starts as a copy of the AR weights.
 
@@ -151,6 +164,7 @@ class OrthrusForCausalLM(PreTrainedModel):
                 the padding token unless it ends sequences; else the last row.
             view_rank: None for full projections, r for rank-r deltas.
             dtype, device: of the new model; by default those of the base (a folder's own dtype, the CPU).
+            mask_embedding: give the diffusion view a vector of its own for mask_token_id, to be trained with it.
 
         Raises:
             ValueError: an unsupported architecture or option, weights that do not fit the config, pickle files.
@@ -160,8 +174,9 @@ class OrthrusForCausalLM(PreTrainedModel):
         if mask_token_id is None:
             mask_token_id = choose_mask_token_id(base)
         config = OrthrusConfig.from_base_config(
-            base.config, block_size=block_size, mask_token_id=mask_token_id, view_rank=view_rank
-        )
+            base.config, block_size=block_size, mask_token_id=mask_token_id, view_rank=view_rank,
+            mask_embedding=mask_embedding,
+        )  # fmt: skip
         model = cls._load(config, base.weights, dtype or base.dtype, device or base.device, has_view=False)
         model.generation_config = base.generation_config
         model.reset_view()
@@ -222,6 +237,8 @@ class OrthrusForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def reset_view(self) -> None:
         """Start the diffusion view anew, as a copy of the AR view (for a low-rank view: a zero delta)."""
+        if self.model.mask_embedding_diff is not None:
+            self.model.mask_embedding_diff.copy_(self.model.embed_tokens.weight[self.mask_token_id])
         for module in self.modules():
             if isinstance(module, LowRankDelta):
                 module.down.reset_parameters()
@@ -244,7 +261,7 @@ class OrthrusForCausalLM(PreTrainedModel):
             model = cls(config)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if not has_view:
-            shapes = {name: shape for name, shape in shapes.items() if "_diff." not in name}
+            shapes = {name: shape for name, shape in shapes.items() if "_diff" not in name}
         checkpoint.check_weights(source, shapes, config.tie_word_embeddings)
         config.dtype = dtype
         model.to(dtype).to_empty(device=device)

@@ -46,7 +46,7 @@ def draft_hidden(
     keys = torch.arange(context.shape[-2], device=anchors.device)
     # [B, 1, 1, A, 1, S]: added to the scores of all rows of a block
     hidden_keys = torch.where(keys >= anchors[..., None], -torch.inf, 0.0)[:, None, None, :, None].to(context.dtype)
-    hidden = model.model.embed_tokens(ids.view(B, A * K))
+    hidden = model.model.embed(ids.view(B, A * K), "diffusion")
     for layer, (k_context, v_context) in zip(model.model.layers, context):
         arguments = (layer, hidden, rope, k_context, v_context, hidden_keys, K)
         hidden = checkpoint(_layer, *arguments, use_reentrant=False) if recompute else _layer(*arguments)

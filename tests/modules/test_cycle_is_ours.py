@@ -72,7 +72,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
     """Ways to put a foreign reduction or product into the cycle."""
 
     def argmax_in_the_choice() -> None:
-        def choose(self, hidden, state, view_pass):
+        def choose(self, hidden, state, view_pass, candidate=None):
             return self.model.compute_logits(hidden, view_pass.linear_impl).argmax(dim=-1)
 
         monkeypatch.setattr(ConsensusDecoder, "choose", choose)

@@ -1,0 +1,163 @@
+"""Products of few rows with a model's weights: ours, whose row bits ignore the row count, beside the library's.
+python -m benchmarks.linear --shape qwen3-8b --rows 1,32"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+
+from benchmarks.common import Report, copies_beyond_cache, copy_bandwidth, measure, require_green
+from benchmarks.shapes import SHAPES, Shape
+from orthrus_triton import ops
+from orthrus_triton.cli.common import one_line_errors, resolve_device
+from orthrus_triton.testing import assert_within_budget
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHECKED_COLUMNS = 1024  # of a wide weight, for the fp64 reference
+SHOWN = "shape weight N K rows provider p50_us p80_us gb_s of_copy".split()
+
+
+class Weight(NamedTuple):
+    """A weight [N, K] and what is computed with it; `width` is the number of results per row."""
+
+    name: str
+    N: int
+    K: int
+    width: int
+    ours: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    library: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def weights_of(shape: Shape) -> Iterator[Weight]:
+    """The products of one layer and of the head, plain and with what is fused behind them."""
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    heads = shape.num_attention_heads * shape.head_dim
+    qkv = heads + 2 * shape.num_key_value_heads * shape.head_dim
+    library = torch.nn.functional.linear
+    for name, N, K in (
+        ("qkv", qkv, hidden), ("o", hidden, heads), ("gate_up", 2 * intermediate, hidden),
+        ("down", hidden, intermediate), ("lm_head", shape.vocab_size, hidden),
+    ):  # fmt: skip
+        yield Weight(name, N, K, N, ops.linear, library)
+    yield Weight(
+        "gate_up+swiglu", 2 * intermediate, hidden, intermediate, ops.linear_swiglu,
+        lambda x, weight: _swiglu(library(x, weight)),
+    )  # fmt: skip
+    yield Weight(
+        "lm_head+choice", shape.vocab_size, hidden, 1, ops.lm_head_choice,
+        lambda x, weight: library(x, weight).argmax(dim=-1),
+    )  # fmt: skip
+
+
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def problems(weight: Weight, x: torch.Tensor, matrix: torch.Tensor, rows: list[int]) -> Iterator[str]:
+    """What is wrong with our result: too far from fp64, or a row that depends on the number of rows."""
+    where = f"{weight.name} [{weight.N}, {weight.K}] {str(x.dtype).removeprefix('torch.')}"
+    whole = weight.ours(x, matrix)
+    for count in rows:
+        if not torch.equal(weight.ours(x[:count], matrix), whole[:count]):
+            yield f"{where}: {count} rows have other bits than the same rows among {len(x)}"
+    if weight.width == weight.N:
+        columns = slice(None, None, max(weight.N // CHECKED_COLUMNS, 1))
+        try:
+            assert_within_budget(
+                whole[:, columns], weight.library(x, matrix)[:, columns], x.double() @ matrix[columns].double().T
+            )
+        except AssertionError as error:
+            yield f"{where}: {error}"
+    else:
+        unfused = ops.linear(x, matrix, out_dtype=torch.float32 if weight.width == 1 else None)
+        if not torch.equal(whole, ops.greedy_choice(unfused) if weight.width == 1 else ops.swiglu(unfused)):
+            yield f"{where}: other bits than the two ops it stands for"
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"One or several of {', '.join(SHAPES)}.")] = (
+        "qwen3-0.6b,qwen3-1.7b,qwen3-8b"
+    ),
+    rows: Annotated[str, typer.Option(help="Rows of x, one or several.")] = "1,8,32,128,256",
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    samples: Annotated[int, typer.Option(help="Samples of each cell.")] = 50,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for CSV and chart; on a GPU benchmarks/data by default.")
+    ] = None,
+) -> None:
+    """Time, GB/s and share of copy bandwidth of every weight of a shape, ours against the library (cuBLAS on a GPU).
+
+    A product of few rows is as fast as its weight can be read, so the yardstick is a large copy on the same device:
+    of_copy is (weight + x + result) / time over that. Time is CUDA-graph replay with cold L2. Each weight's results
+    are checked first (fp64, and equal row bits for all row counts); if one is wrong, nothing is timed and the exit
+    code is 1.
+
+    \b
+    python -m benchmarks.linear                              # what the README quotes, on a GPU
+    python -m benchmarks.linear --shape qwen3-8b --rows 1,32 --dtype fp16
+    python -m benchmarks.linear --shape tiny --device cpu    # does it run? the torch implementation, in seconds
+    """
+    with one_line_errors():
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}")
+        unknown = [name for name in shape.split(",") if name not in SHAPES]
+        if unknown:
+            raise ValueError(f"--shape must name some of {', '.join(SHAPES)}, but got {unknown[0]!r}")
+        counts = [int(count) for count in rows.split(",")]
+        where = resolve_device(device)
+    cells = [(name, weight) for name in shape.split(",") for weight in weights_of(SHAPES[name])]
+    generator = torch.Generator(where).manual_seed(0)
+
+    def randn(count: int, depth: int) -> torch.Tensor:
+        return torch.randn(count, depth, generator=generator, device=where, dtype=DTYPES[dtype])
+
+    def new_weight(weight: Weight) -> torch.Tensor:
+        return randn(weight.N, weight.K) * weight.K**-0.5
+
+    with torch.no_grad():
+        require_green([
+            problem for _, weight in cells
+            for problem in problems(weight, randn(max(*counts, 33), weight.K), new_weight(weight), counts)
+        ])  # fmt: skip
+        bandwidth = copy_bandwidth(where)
+        report = Report(f"linear_{dtype}", where, out)
+        for name, weight in cells:
+            first = new_weight(weight)
+            matrices = [first, *(first.clone() for _ in range(copies_beyond_cache(first.nbytes, where) - 1))]
+            for count in counts:
+                x = randn(count, weight.K)
+                timings = measure(
+                    {
+                        provider: [partial(run, x, matrix) for matrix in matrices]
+                        for provider, run in (("ours", weight.ours), ("library", weight.library))
+                    },
+                    where, samples=samples,
+                )  # fmt: skip
+                nbytes = first.nbytes + x.nbytes + count * weight.width * (8 if weight.width == 1 else x.itemsize)
+                for provider, timing in timings.items():
+                    report.add(
+                        shape=name, weight=weight.name, N=weight.N, K=weight.K, rows=count, dtype=dtype,
+                        provider=provider, **timing.columns(), gb_s=round(nbytes / timing.p50 / 1e9, 1),
+                        of_copy=round(nbytes / timing.p50 / bandwidth, 3), copy_gb_s=round(bandwidth / 1e9, 1),
+                        samples=timing.samples,
+                    )  # fmt: skip
+    table = report.markdown(SHOWN)
+    if path := report.write_csv():
+        path.with_suffix(".md").write_text(table + "\n")
+    report.write_chart(
+        "rows", "of_copy", lambda row: f"{row['shape']} {row['weight']}, {row['provider']}",
+        x_label="rows", y_label="share of copy bandwidth",
+        rows=[row for row in report.rows if row["shape"] == cells[-1][0] and "+" not in row["weight"]],
+    )  # fmt: skip
+    print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,158 @@
+"""`orthrus-triton distill-data`: the training data of a view, answers of the frozen model to prompts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from orthrus_triton.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    one_line_errors,
+    require_impl,
+    resolve_device,
+    resolve_dtype,
+    status_console,
+)
+from orthrus_triton.cli.load import DEMO_NAME, load_demo, load_model
+
+
+def distill_data(
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for shards and manifest; an earlier run goes on.")
+    ],
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help='One prompt a line, or .jsonl with {"prompt", "domain", "chat"}; may be repeated.'
+        ),
+    ] = None,
+    builtin: Annotated[
+        bool, typer.Option("--builtin", help="The prompts behind the shipped view, made from installed packages.")
+    ] = False,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --builtin: WordNet's index.noun and text files to ask about, too."),
+    ] = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Prompts for evaluation: leave out what repeats them; may be repeated."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder of an Orthrus model, or its hub id; its AR view answers.",
+            show_default=DEMO_NAME,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 192,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longer raw prompts are cut, longer chats left out.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Answers generated side by side.")] = 64,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a shard.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Take the first N prompts only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the built-in prompts' phrasings and order.")] = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    impl: Annotated[
+        Literal["auto", "triton", "torch", "reference"], typer.Option(help="auto: Triton on a GPU, torch on a CPU.")
+    ] = "auto",
+) -> None:
+    """Let the frozen model answer prompts, as training data for its diffusion view.
+
+    Rows are {"id", "domain", "prompt_ids", "answer_ids"}, in shards of jsonl. Stop it whenever you like: the same
+    command goes on where it stopped.
+
+    \b
+    orthrus-triton distill-data ./data --prompts questions.txt
+    orthrus-triton distill-data ./data --builtin --held-out examples/prompts/code.txt
+    orthrus-triton distill-data ./data --model ./orthrus --prompts chats.jsonl --max-new-tokens 512
+    """  # fmt: skip
+    with one_line_errors():
+        questions = _gather(prompts, builtin, corpus, held_out, limit, seed)
+        where = resolve_device(device)
+        precision = resolve_dtype(dtype, where)
+        require_impl(impl, where)
+        # the demo model's own view is not used, so an untrained one does
+        network, tokenizer, _ = (
+            load_demo("copy", precision, where) if model is None else load_model(model, precision, where)
+        )
+        from orthrus_triton.training.distill import distill
+
+        columns = (
+            TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=status_console) as progress:
+            meter = _Meter(progress)
+            try:
+                manifest = distill(
+                    network, tokenizer, questions, folder, max_new_tokens=max_new_tokens, impl=impl,
+                    max_prompt_tokens=max_prompt_tokens, batch_size=batch_size, shard_rows=shard_rows,
+                    on_row=meter.row, on_plan=meter.plan,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                progress.stop()
+                typer.echo(f"stopped; {meter.rows} new answers are kept in {folder}: run it again to go on", err=True)
+                raise typer.Exit(130) from None
+    status_console.print(
+        f"{folder}: {manifest['finished_rows']} rows, {manifest['answer_tokens']} answer tokens, "
+        f"{manifest['domains']}, {manifest['left_out']} prompts left out as too long",
+        highlight=False,
+    )
+
+
+class _Meter:
+    """Rows and tokens per second of this run on a progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.rows, self.tokens = progress, 0, 0
+        self.task = progress.add_task("", total=None, rate="")
+        self.started = time.perf_counter()
+
+    def plan(self, done: int, total: int) -> None:
+        self.started = time.perf_counter()
+        self.progress.update(self.task, completed=done, total=total)
+
+    def row(self, tokens: int) -> None:
+        self.rows, self.tokens = self.rows + 1, self.tokens + tokens
+        rate = self.tokens / (time.perf_counter() - self.started)
+        self.progress.update(self.task, advance=1, rate=f"{rate:.0f} tokens/s")
+
+
+def _gather(
+    files: list[Path] | None,
+    builtin: bool,
+    corpus: Path | None,
+    held_out: list[Path] | None,
+    limit: int | None,
+    seed: int,
+) -> list[Any]:
+    from orthrus_triton.training.overlap import find_overlaps
+    from orthrus_triton.training.prompts import read_prompts
+
+    if bool(files) == builtin:
+        raise ValueError("prompts must come from --prompts FILE or from --builtin, one of them")
+    if corpus is not None and not builtin:
+        raise ValueError("--corpus goes with --builtin, but --prompts was given")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be >= 1, but got {limit}")
+    if builtin:
+        from orthrus_triton.training.prompts_builtin import builtin_prompts
+
+        with status_console.status("Reading docstrings of installed packages"):
+            questions = builtin_prompts(seed, corpus)
+    else:
+        questions = [prompt for file in files or [] for prompt in read_prompts(file)]
+    if held_out:
+        reserved = [prompt.text for file in held_out for prompt in read_prompts(file)]
+        repeats = {overlap.training for overlap in find_overlaps(reserved, [prompt.text for prompt in questions])}
+        status_console.print(f"{len(repeats)} prompts repeat held-out ones and are left out", highlight=False)
+        questions = [prompt for n, prompt in enumerate(questions) if n not in repeats]
+        if not questions:
+            raise ValueError("--held-out must leave some prompts, but it covers all of them")
+    return questions[:limit]

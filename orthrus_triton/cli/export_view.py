@@ -1,0 +1,71 @@
+"""`orthrus-triton export-view`: the trained view of a model or of a training checkpoint as one small file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from orthrus_triton.cli.common import one_line_errors, status_console
+
+
+def export_view(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Folder of a trained Orthrus model, or a training checkpoint of the demo model."
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    rank: Annotated[
+        int | None, typer.Option(help="Keep the best rank-r approximation of each delta; by default all of it.")
+    ] = None,
+    storage: Annotated[
+        Literal["int8", "fp16", "bf16"], typer.Option(help="How deltas are stored; int8 has one scale per row.")
+    ] = "int8",
+    block_size: Annotated[
+        int | None, typer.Option(help="Block the view was trained with; a checkpoint without a config needs it.")
+    ] = None,
+    max_mb: Annotated[float, typer.Option(help="Refuse to write a larger file.")] = 30.0,
+) -> None:
+    """Write a trained diffusion view as a delta to its frozen AR weights; it loads over the same base only.
+
+    \b
+    orthrus-triton export-view ./trained view.safetensors
+    orthrus-triton export-view ./trained view.safetensors --rank 64 --storage fp16
+    orthrus-triton export-view ./run/checkpoint-3000 view.safetensors --block-size 8
+    orthrus-triton demo --view view.safetensors
+    """
+    with one_line_errors():
+        if target.suffix != ".safetensors":
+            raise ValueError(f"OUT must end in .safetensors, but got {str(target)!r}")
+        import torch
+
+        with status_console.status(f"Reading {source}"):
+            from orthrus_triton.models import OrthrusForCausalLM
+            from orthrus_triton.models.gguf import load_demo_model
+            from orthrus_triton.models.view import has_mask_embedding, load_checkpoint_view, save_view
+
+            if (source / "config.json").is_file():
+                model = OrthrusForCausalLM.from_pretrained(source, dtype=torch.float32)
+                _require_same_block(model.block_size, block_size)
+            elif (source / "model.safetensors").is_file():
+                if block_size is None:
+                    raise ValueError(f"--block-size must be given, for {source} has no config.json")
+                weights = source / "model.safetensors"
+                model, _ = load_demo_model(
+                    block_size=block_size, view="copy", mask_embedding=has_mask_embedding(weights)
+                )
+                load_checkpoint_view(model, weights)
+            else:
+                raise FileNotFoundError(f"MODEL must be a folder with model.safetensors, but {source} has none")
+        with status_console.status(f"Writing {target}"):
+            size = save_view(model, target, rank=rank, storage=storage, max_bytes=int(max_mb * 1e6))
+        kept = "full rank" if rank is None else f"rank {rank}"
+        status_console.print(f"{target}: {size / 1e6:.2f} MB, {kept}, {storage}", highlight=False)
+
+
+def _require_same_block(of_model: int, asked: int | None) -> None:
+    if asked is not None and asked != of_model:
+        raise ValueError(f"--block-size must be the model's own {of_model}, but got {asked}")

@@ -1,0 +1,58 @@
+"""The model a command works on: a folder or hub id with its tokenizer, or the demo model with its shipped view."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthrus_triton.cli.common import status_console
+
+if TYPE_CHECKING:
+    import torch
+
+    from orthrus_triton.models import OrthrusForCausalLM
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="MODEL", help="Folder of an Orthrus model, or its hub id.",
+        show_default=f"{DEMO_NAME} with the shipped view",
+    ),
+]  # fmt: skip
+
+
+def load_demo(
+    view: str, dtype: torch.dtype, device: torch.device, block_size: int | None = None
+) -> tuple[OrthrusForCausalLM, Any, str]:
+    """The demo model with "shipped", "copy" or a view file; its tokenizer; and a name that says which it got."""
+    with status_console.status(f"Loading {DEMO_NAME}"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        from orthrus_triton.models.gguf import SHIPPED_VIEW, load_demo_model, resolve_demo_view
+
+        view_file = resolve_demo_view(view)
+        model, tokenizer = load_demo_model(dtype=dtype, block_size=block_size, device=device, view=view_file or "copy")
+    for warning in caught:
+        status_console.print(f"note: {warning.message}", style="yellow", highlight=False)
+    if view_file is None:
+        return model, tokenizer, f"{DEMO_NAME}, untrained copy"
+    return model, tokenizer, f"{DEMO_NAME}, {'shipped view' if view_file == SHIPPED_VIEW else view_file.name}"
+
+
+def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> tuple[OrthrusForCausalLM, Any, str]:
+    """Model, tokenizer and a name for reports; the demo model with its shipped view where `name` is None.
+
+    Raises:
+        ValueError, OSError: it cannot be had; see `OrthrusForCausalLM.from_pretrained`.
+    """
+    if name is None:
+        return load_demo("shipped", dtype, device)
+    with status_console.status(f"Loading {name}"):
+        from transformers import AutoTokenizer
+
+        from orthrus_triton.models import OrthrusForCausalLM
+
+        model = OrthrusForCausalLM.from_pretrained(name, dtype=dtype, device=device)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), name

@@ -1,0 +1,81 @@
+"""Prompt files, one prompt a line or jsonl with its domain, and prompts as token ids.
+What evaluation reads and what distillation answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+DOMAINS = ("code", "chat", "prose", "docs")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. chat: put it through the chat template; None does so where the tokenizer has one."""
+
+    text: str
+    domain: str = "all"
+    chat: bool | None = None
+
+
+def read_prompts(path: str | PathLike[str]) -> list[Prompt]:
+    """The prompts of a file, blank lines left out.
+
+    A `.jsonl` file holds objects with `prompt` (or `text`), and optionally `domain` and `chat`. Any other file holds
+    one prompt a line; its domain is its name where that is code, chat, prose or docs, else "all".
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it holds no prompt, is not UTF-8, or has a line that is
+            not such an object; the message names file and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON text may hold other line separators
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts must be UTF-8 text, but in {path} {error}") from error
+    if path.suffix == ".jsonl":
+        prompts = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    else:
+        domain = path.stem if path.stem in DOMAINS else "all"
+        prompts = [Prompt(line.strip(), domain) for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts must hold at least one prompt, but {path} holds none")
+    return prompts
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """A prompt as token ids.
+
+    Raises:
+        ValueError: `prompt.chat` asks for a template the tokenizer does not have, or nothing is left to encode.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    chat = has_template if prompt.chat is None else prompt.chat
+    if chat and not has_template:
+        raise ValueError(f"prompt {prompt.text[:40]!r} asks for a chat template, but the tokenizer has none")
+    text = prompt.text
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # a chat template writes its special tokens itself
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise ValueError(f"prompt {prompt.text[:40]!r} must have at least one token, but encodes to none")
+    return list(ids)
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected a JSON object, but {error}") from error
+    text = (record.get("prompt") or record.get("text")) if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{where}: expected an object with a "prompt" or "text", but got {line[:60]!r}')
+    domain, chat = record.get("domain", "all"), record.get("chat")
+    if not isinstance(domain, str) or not (chat is None or isinstance(chat, bool)):
+        raise ValueError(f"{where}: domain must be a string and chat true or false, but got {domain!r} and {chat!r}")
+    return Prompt(text, domain, chat)

@@ -1,0 +1,107 @@
+"""The kernel benchmarks from end to end on a tiny shape: files and columns, and no figure where a result is wrong."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import attention, common, linear
+from orthrus_triton import ops
+
+OPTIONS = {
+    linear: ("--rows", "1,9"),
+    attention: ("--rows", "1,3", "--contexts", "40"),
+}
+CELLS = {linear: 7 * 2 * 2, attention: 2 * 2}  # weights x rows x providers, rows x providers
+
+
+@pytest.fixture(autouse=True)
+def no_long_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (linear, attention):
+        monkeypatch.setattr(module, "copy_bandwidth", lambda device: common.copy_bandwidth(device, 2**20))
+
+
+def run(module, *options: object):
+    app = typer.Typer()
+    app.command()(module.main)
+    arguments = ("--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--samples", 5, *options)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("module", OPTIONS, ids=lambda module: module.__name__)
+def test_it_runs_from_end_to_end(module, tmp_path: Path) -> None:
+    result = run(module, *OPTIONS[module], "--out", tmp_path)
+    assert result.exit_code == 0, (result.output, result.exception)
+    name = module.__name__.split(".")[-1] + "_fp32"
+    (path,) = tmp_path.glob(f"*/{name}.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == CELLS[module]
+    for row in rows:
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        # the share is of the very figures beside it
+        assert float(row["of_copy"]) == pytest.approx(float(row["gb_s"]) / float(row["copy_gb_s"]), rel=0.1, abs=0.02)
+        assert row["torch"] == torch.__version__ and row["git_sha"] and row["device"].startswith("CPU")
+    table = result.output.split("\n\n")[0].splitlines()
+    assert len(table) == CELLS[module] + 2 and sum("| ours |" in line for line in table) == CELLS[module] // 2
+    assert path.with_suffix(".md").read_text().startswith(table[0])
+    assert path.with_suffix(".png").exists() == bool(importlib.util.find_spec("matplotlib"))
+
+
+@pytest.mark.parametrize("module", OPTIONS, ids=lambda module: module.__name__)
+def test_a_wrong_result_is_never_timed(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "linear_swiglu" if module is linear else "dual_view_attention"
+    original = getattr(ops, name)
+
+    def depends_on_the_row_count(x, *args, **options):
+        rows = x.shape[0] if x.dim() == 2 else x.shape[1]
+        return original(x, *args, **options) + (1e-6 if rows == 1 else 0)
+
+    monkeypatch.setattr(ops, name, depends_on_the_row_count)
+    monkeypatch.setattr(module, "measure", lambda *_, **__: pytest.fail("timed"))
+    result = run(module, *OPTIONS[module], "--out", tmp_path)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "WRONG: " in result.stderr and "nothing was timed" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_options_are_one_line() -> None:
+    for module in OPTIONS:
+        for options, fragment in ((("--dtype", "int8"), "--dtype must be one of"), (("--shape", "9b"), "--shape must")):
+            result = run(module, *options)
+            assert result.exit_code == 2 and fragment in result.stderr and result.stdout == ""
+        assert "nothing is timed" in " ".join(run(module, "--help").stdout.split())
+
+
+def test_percentiles_and_slug() -> None:
+    timing = common.Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert (timing.p20, timing.p50, timing.p80, timing.samples) == (2.0, 3.0, 5.0, 6)
+    assert common.slug("NVIDIA H100 80GB HBM3 (SXM)") == "NVIDIA_H100_80GB_HBM3_SXM"
+
+
+def test_steps_of_one_sample_are_averaged_and_taken_in_turns() -> None:
+    log: list[str] = []
+    timings = common.measure(
+        {"a": [lambda: log.append("a")] * 3, "b": [lambda: log.append("b")]}, torch.device("cpu"), samples=5
+    )
+    assert timings["a"].samples == timings["b"].samples == 5
+    assert "".join(log[-20:]) == "aaab" * 5
+
+
+@pytest.mark.gpu
+def test_gpu_times_the_device_and_not_the_host() -> None:
+    """A copy of 1 GiB takes as long captured as eager, and twice the bytes take twice as long."""
+    device = torch.device("cuda")
+    one, two = (torch.empty(nbytes, dtype=torch.int8, device=device) for nbytes in (2**29, 2**30))
+    targets = torch.empty_like(one), torch.empty_like(two)
+    steps = {"one": [lambda: targets[0].copy_(one)], "two": [lambda: targets[1].copy_(two)]}
+    captured = common.measure(steps, device, samples=20)
+    eager = common.measure(steps, device, samples=20, graph=False)
+    assert captured["two"].p50 == pytest.approx(2 * captured["one"].p50, rel=0.1)
+    assert captured["two"].p50 == pytest.approx(eager["two"].p50, rel=0.1)

@@ -1,0 +1,354 @@
+"""Distillation data: rows are the model's own answers, a broken run goes on without loss, and nothing is mixed up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+import torch
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from typer.testing import CliRunner
+
+from orthrus_triton.cli import app
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.training import prompt_tables, prompts_builtin
+from orthrus_triton.training.data import read_rows
+from orthrus_triton.training.distill import distill
+from orthrus_triton.training.overlap import find_overlaps
+from orthrus_triton.training.prompts import Prompt, encode, read_prompts
+from orthrus_triton.training.shards import ShardFolder
+from tests.models.tiny_bases import base_config, build_base, tiny_tokenizer
+
+NEW = 7
+SETTINGS = {"max_new_tokens": NEW, "batch_size": 3, "shard_rows": 4}
+DOMAINS = ("code", "chat", "docs")
+
+
+@pytest.fixture(scope="module")
+def model() -> OrthrusForCausalLM:
+    base = build_base(base_config("llama", eos_token_id=list(range(2, 12))))  # one in ten answers ends at any token
+    return OrthrusForCausalLM.from_base(base, block_size=4, mask_token_id=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = tiny_tokenizer(list(range(2, 90)))
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.chat_template = "{% for m in messages %}w88 {{ m.content }} w89{% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    return [
+        Prompt(" ".join(f"w{20 + (7 * n + i) % 60}" for i in range(1 + n % 5)), DOMAINS[n % 3], chat=n % 2 == 0)
+        for n in range(11)
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(model, tokenizer, prompts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "unbroken"
+    return folder, distill(model, tokenizer, prompts, folder, **SETTINGS)
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_the_models_own_answers(model, tokenizer, prompts, unbroken):
+    folder, manifest = unbroken
+    decoder, rows = ConsensusDecoder(model, mode="ar"), rows_of(folder)
+    assert [row["id"] for row in rows] == [str(n) for n in range(len(prompts))]
+    for row, prompt in zip(rows, prompts):
+        assert set(row) == {"id", "domain", "prompt_ids", "answer_ids"}
+        assert row["domain"] == prompt.domain and row["prompt_ids"] == encode(tokenizer, prompt)
+        assert (row["prompt_ids"][0] == 88) == prompt.chat
+        alone = decoder.generate([torch.tensor(row["prompt_ids"])], max_new_tokens=NEW).sequences[0]
+        assert row["prompt_ids"] + row["answer_ids"] == alone.tolist()
+    lengths = {len(row["answer_ids"]) for row in rows}
+    assert max(lengths) == NEW and len(lengths) > 1  # some ended early, and their slots were taken again
+
+
+def test_shards_and_manifest_agree(unbroken, prompts):
+    folder, manifest = unbroken
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json", "shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl",
+    ]  # fmt: skip
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert manifest["complete"] and manifest["finished_rows"] == manifest["rows"] == len(prompts)
+    assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 3]
+    assert manifest["domains"] == Counter(prompt.domain for prompt in prompts)
+    assert manifest["answer_tokens"] == sum(len(row["answer_ids"]) for row in rows_of(folder))
+    for shard in manifest["shards"]:
+        assert shard["sha256"] == hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest()
+    rows, skipped = read_rows(folder, max_len=64)  # the trainer's own reader
+    assert len(rows) + skipped == len(prompts) and {row.domain for row in rows} <= set(DOMAINS)
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 7, 10])
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_killed_run_goes_on(model, tokenizer, prompts, unbroken, tmp_path, stop_after, torn):
+    class Killed(BaseException):
+        pass
+
+    seen = []
+
+    def kill(tokens: int) -> None:
+        seen.append(tokens)
+        if len(seen) == stop_after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        distill(model, tokenizer, prompts, tmp_path, **SETTINGS, on_row=kill)
+    assert not json.loads((tmp_path / "manifest.json").read_text())["complete"]
+    for part in tmp_path.glob("*.part") if torn else ():
+        with open(part, "a") as file:
+            file.write('{"id": "9", "domain": "co')
+    plan, again = [], []
+    manifest = distill(
+        model, tokenizer, prompts, tmp_path, **{**SETTINGS, "batch_size": 2}, on_row=again.append,
+        on_plan=lambda *counts: plan.append(counts),
+    )  # fmt: skip
+    assert plan == [(stop_after, len(prompts))] and len(again) == len(prompts) - stop_after  # no answer was lost
+    assert manifest["complete"] and manifest["shards"] == unbroken[1]["shards"]
+    assert rows_of(tmp_path) == rows_of(unbroken[0])
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_killed_between_a_shard_and_its_manifest(model, tokenizer, prompts, unbroken, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(self) -> None:
+        if self._shards:
+            raise Killed
+        original(self)
+
+    original = ShardFolder._write_manifest
+    monkeypatch.setattr(ShardFolder, "_write_manifest", kill)
+    with pytest.raises(Killed):
+        distill(model, tokenizer, prompts, tmp_path, **SETTINGS)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "manifest.json").read_text())["shards"] == []
+    again = []
+    distill(model, tokenizer, prompts, tmp_path, **SETTINGS, on_row=again.append)
+    assert len(again) <= len(prompts) - SETTINGS["shard_rows"] and rows_of(tmp_path) == rows_of(unbroken[0])
+
+
+def test_a_finished_run_is_left_as_it_is(model, tokenizer, prompts, unbroken):
+    before = {path: path.stat().st_mtime_ns for path in unbroken[0].glob("*.jsonl")}
+    again = []
+    manifest = distill(model, tokenizer, prompts, unbroken[0], **SETTINGS, on_row=again.append)
+    assert manifest["complete"] and again == []
+    assert before == {path: path.stat().st_mtime_ns for path in unbroken[0].glob("*.jsonl")}
+
+
+def test_runs_are_not_mixed(model, tokenizer, prompts, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    distill(model, tokenizer, prompts[:4], folder, **SETTINGS)
+    with pytest.raises(ValueError, match=r"other settings \(max_new_tokens\)"):
+        distill(model, tokenizer, prompts[:4], folder, **{**SETTINGS, "max_new_tokens": NEW + 1})
+    with pytest.raises(ValueError, match="other settings.*prompts"):
+        distill(model, tokenizer, prompts[1:5], folder, **SETTINGS)
+    other = OrthrusForCausalLM.from_base(build_base(base_config("llama"), seed=5), block_size=4, mask_token_id=1)
+    with pytest.raises(ValueError, match="other settings.*model"):
+        distill(other, tokenizer, prompts[:4], folder, **SETTINGS)
+    shard = folder / "shard-00000.jsonl"
+    lines = shard.read_text().splitlines(keepends=True)
+    row = json.loads(lines[0])
+    shard.write_text("".join([json.dumps({**row, "answer_ids": row["answer_ids"][::-1] + [7]}) + "\n", *lines[1:]]))
+    with pytest.raises(ValueError, match="shard-00000.jsonl.*changed"):
+        distill(model, tokenizer, prompts[:4], folder, **SETTINGS)
+    shard.write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match="must hold 4 rows, but has 3"):
+        distill(model, tokenizer, prompts[:4], folder, **SETTINGS)
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must be empty or hold an earlier run"):
+        distill(model, tokenizer, prompts[:4], tmp_path, **SETTINGS)
+
+
+def test_long_prompts(model, tokenizer, tmp_path):
+    long = " ".join(["w30"] * 20)
+    mixed = [Prompt(long, chat=True), Prompt(long, chat=False), Prompt("w31", chat=True)]
+    manifest = distill(model, tokenizer, mixed, tmp_path, max_new_tokens=2, max_prompt_tokens=6)
+    assert manifest["left_out"] == 1 and manifest["rows"] == 2
+    assert [row["prompt_ids"] for row in rows_of(tmp_path)] == [[30] * 6, [88, 31, 89]]
+    with pytest.raises(ValueError, match="at most 6 tokens"):
+        distill(model, tokenizer, mixed[:1], tmp_path / "none", max_prompt_tokens=6)
+    for wrong in ("max_new_tokens", "batch_size", "shard_rows", "max_prompt_tokens"):
+        with pytest.raises(ValueError, match=f"{wrong} must be an integer >= 1"):
+            distill(model, tokenizer, mixed, tmp_path, **{wrong: 0})
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def model_folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder, tokenizer=tokenizer)
+    return folder
+
+
+def run(model_folder, out, *options: object):
+    fixed = ("distill-data", out, "--model", model_folder, "--max-new-tokens", 3, "--device", "cpu", "--dtype", "fp32")
+    return CliRunner().invoke(app, [str(option) for option in (*fixed, *options)])
+
+
+def test_command(model_folder, tmp_path):
+    (tmp_path / "code.txt").write_text("w30 w31 w32 w33 w34\nw40 w41 w42 w43 w44\nw50\n")
+    (tmp_path / "held.txt").write_text("W40, w41 w42 w43 w44?\n")
+    result = run(
+        model_folder, tmp_path / "data", "--prompts", tmp_path / "code.txt", "--held-out", tmp_path / "held.txt"
+    )
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    rows = rows_of(tmp_path / "data")
+    assert [row["prompt_ids"] for row in rows] == [[88, 30, 31, 32, 33, 34, 89], [88, 50, 89]]
+    assert {row["domain"] for row in rows} == {"code"}
+    assert "1 prompts repeat held-out ones" in result.stderr and result.stdout == ""
+
+
+def test_command_stopped_by_hand(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "q.txt").write_text("w30\nw40\n")
+
+    def interrupted(*_args, on_row, **_options):
+        on_row(3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orthrus_triton.training.distill.distill", interrupted)
+    result = run(model_folder, tmp_path / "data", "--prompts", tmp_path / "q.txt")
+    assert result.exit_code == 130 and "1 new answers are kept" in result.stderr
+
+
+def test_command_names_bad_input(model_folder, tmp_path):
+    (tmp_path / "q.txt").write_text("w30\n")
+    for options, complaint in (
+        ((), "--prompts"),
+        (("--prompts", tmp_path / "q.txt", "--builtin"), "one of them"),
+        (("--prompts", tmp_path / "q.txt", "--corpus", tmp_path), "--corpus"),
+        (("--prompts", tmp_path / "q.txt", "--limit", 0), "--limit"),
+        (("--prompts", tmp_path / "missing.txt"), "missing.txt"),
+        (("--prompts", tmp_path / "q.txt", "--held-out", tmp_path / "q.txt"), "--held-out"),
+        (("--prompts", tmp_path / "q.txt", "--batch-size", 0), "batch_size"),
+    ):
+        result = run(model_folder, tmp_path / "data", *options)
+        assert result.exit_code == 2 and complaint in " ".join(result.stderr.split()), (result.stderr, result.exception)
+
+
+# --- prompts
+
+
+def test_docstrings_become_tasks():
+    as_task = prompts_builtin._as_task
+    assert (
+        as_task("Return the shortest path between two nodes.\n\nMore.") == "returns the shortest path between two nodes"
+    )
+    assert (
+        as_task("Parses a header and gives back\n  its main parts. Then more.")
+        == "parses a header and gives back its main parts"
+    )
+    assert as_task("Copy a file to another place on the disk") == "copies a file to another place on the disk"
+    for unfit in ("Return x.", "Nonsense that does not begin with a known verb", "Return self after all has been done",
+                  "Return the `value` of a node in a graph"):  # fmt: skip
+        assert as_task(unfit) is None
+
+
+def make_package(folder, name: str, text: str) -> None:
+    (folder / name / "tests").mkdir(parents=True)
+    (folder / name / "module.py").write_text(text)
+    (folder / name / "tests" / "test_module.py").write_text(
+        'def f():\n    """Return what a test alone would want."""\n'
+    )
+    (folder / name / "broken.py").write_text("def f(:\n")
+
+
+def test_builtin_prompts_come_from_docstrings_tables_and_a_corpus(tmp_path, monkeypatch):
+    opening = "This module is about many things. " * 20
+    make_package(tmp_path, "lib", f'"""{opening}"""\ndef f():\n    """Count the leaves of a given tree."""\n')
+    monkeypatch.setattr(prompts_builtin, "_training_roots", lambda: [tmp_path / "lib"])
+    prompts = prompts_builtin.builtin_prompts(seed=1)
+    assert prompts == prompts_builtin.builtin_prompts(seed=1) != prompts_builtin.builtin_prompts(seed=2)
+    assert len(set(prompts)) == len(prompts)
+    texts = [prompt.text for prompt in prompts]
+    assert sum("counts the leaves of a given tree" in text for text in texts) == 1
+    assert not any("a test alone would want" in text for text in texts)
+    by_domain = Counter(prompt.domain for prompt in prompts)
+    assert by_domain["code"] == len(set(prompts_builtin.template_tasks())) + 1
+    assert by_domain["chat"] == len(prompt_tables.SUBJECTS) * len(prompt_tables.CHAT_PHRASINGS)
+    assert [prompt for prompt in prompts if prompt.domain == "docs"] == [
+        Prompt(opening[:400].rsplit(" ", 1)[0], "docs", False)
+    ]
+    assert {prompt.domain for prompt in prompts[:11]} == {"code", "chat", "docs"}
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "index.noun").write_text(
+        "  1 licence\n"
+        "owl n 1 2 @ ~ 1 1 01621127\n"  # two pointers, one sense, tagged once
+        "zyx n 1 1 @ 1 0 01621128\n"
+        "old_hand n 1 1 @ 1 1 01621129\n"
+    )
+    (corpus / "essay.txt").write_text("Once there was a long story. " * 30)
+    more = set(prompts_builtin.builtin_prompts(seed=1, corpus=corpus)) - set(prompts)
+    assert {"an owl"} == {noun for noun in ("an owl", "a zyx", "old") for prompt in more if noun in prompt.text}
+    assert sum(prompt.domain == "prose" and not prompt.chat for prompt in more) == 1
+    with pytest.raises(NotADirectoryError, match="corpus"):
+        prompts_builtin.builtin_prompts(corpus=corpus / "essay.txt")
+
+
+def test_held_out_prompts_are_of_other_sources(tmp_path, monkeypatch):
+    roots = prompts_builtin._training_roots()
+    assert {root.name for root in roots[1:]} == {"networkx", "sympy"}
+    assert {"site-packages", "dist-packages", "test"} <= prompts_builtin.SKIPPED_FOLDERS
+    same = 'def f():\n    """Count the leaves of a given tall tree."""\n'
+    make_package(tmp_path, "lib", same)
+    make_package(tmp_path, "numpy", same + 'def g():\n    """Return the inverse of a square array."""\n')
+    make_package(tmp_path, "pip", 'def h():\n    """Remove every package that nobody needs."""\n')
+    monkeypatch.setattr(prompts_builtin, "_training_roots", lambda: [tmp_path / "lib"])
+    monkeypatch.setattr(prompts_builtin, "_package_folder", lambda name: tmp_path / name)
+    assert prompts_builtin.held_out_prompts(5) == [
+        Prompt("Write a Python function that returns the inverse of a square array.", "code: numpy", chat=True),
+        Prompt("Write a Python function that removes every package that nobody needs.", "code: pip", chat=True),
+    ]
+    (tmp_path / "numpy" / "guide.txt").write_text("How to do it, in many words. " * 30)
+    docs = prompts_builtin.held_out_prompts(1, corpus=tmp_path / "numpy")[2:]
+    assert [(prompt.domain, prompt.chat) for prompt in docs] == [("docs", False)]
+    with pytest.raises(ValueError, match="count must be >= 1"):
+        prompts_builtin.held_out_prompts(0)
+
+
+def test_overlap_sees_the_same_task_in_other_words():
+    phrased = [f"Write a Python function that handles case number {n}." for n in range(20)]
+    training = [*phrased, "Please write a Python function that counts the red birds in a tree, with a docstring."]
+    held_out = [
+        "Write a Python function that counts the red birds in a tree.",
+        "Write a Python function that paints a house before the winter comes.",
+        "write a python function that handles case number 3",
+        "Write a Python function that",
+    ]
+    found = {(overlap.held_out, overlap.training): overlap.share for overlap in find_overlaps(held_out, training)}
+    assert found[0, 20] >= 0.5 and found[2, 3] == 1.0
+    assert {pair[0] for pair in found} == {0, 2}
+
+
+def test_held_out_prompts_are_not_among_our_templates():
+    """Those of the tables; the command checks docstrings too."""
+    from pathlib import Path
+
+    folder = Path(__file__).parents[2] / "examples" / "prompts"
+    held_out = {name: read_prompts(folder / f"{name}.txt") for name in ("code", "chat", "prose", "docs")}
+    assert {name: len(prompts) for name, prompts in held_out.items()} == {
+        "code": 40,
+        "chat": 20,
+        "prose": 20,
+        "docs": 20,
+    }
+    assert all(prompt.domain == name for name, prompts in held_out.items() for prompt in prompts)
+    training = [f"Write a Python function that {task}." for task in prompts_builtin.template_tasks()]
+    training += [phrasing.format(s) for s in prompt_tables.SUBJECTS for phrasing in prompt_tables.CHAT_PHRASINGS]
+    texts = [prompt.text for prompts in held_out.values() for prompt in prompts]
+    assert len(set(texts)) == 100
+    assert [(texts[o.held_out], training[o.training]) for o in find_overlaps(texts, training)] == []

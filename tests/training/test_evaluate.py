@@ -1,0 +1,185 @@
+"""Evaluation: figures recomputed from the decoder's own runs, exactness that notices a difference, the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from typer.testing import CliRunner
+
+from orthrus_triton.cli import app
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.training.evaluate import evaluate, repetition_share
+from orthrus_triton.training.prompts import Prompt, encode, read_prompts
+from tests.models.tiny_bases import base_config, build_base, randomise_view, tiny_tokenizer
+
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def model() -> OrthrusForCausalLM:
+    base = build_base(base_config("llama", eos_token_id=None))
+    return randomise_view(OrthrusForCausalLM.from_base(base, block_size=4, mask_token_id=1), scale=0.05)
+
+
+PROMPTS = [("code", [5, 6, 7]), ("prose", [8, 9, 10, 11]), ("code", [50, 3])]
+
+
+def test_figures_are_those_of_the_runs(model):
+    report = evaluate(model, PROMPTS, max_new_tokens=NEW)
+    decoder = ConsensusDecoder(model)
+    runs = [decoder.generate([torch.tensor(ids)], max_new_tokens=NEW).stats for _, ids in PROMPTS]
+    cycles = sum(run.cycles for run in runs)
+    assert report["tokens"] == 3 * NEW and report["cycles"] == cycles < 3 * (NEW - 1)  # some drafts are accepted
+    assert report["tokens_per_cycle"] == pytest.approx(3 * (NEW - 1) / cycles)
+    assert report["tokens_per_cycle_per_question"] == pytest.approx(sum((NEW - 1) / run.cycles for run in runs) / 3)
+    assert report["tpf"] == pytest.approx(3 * NEW / (3 + 2 * cycles))
+    assert report["tpf_per_question"] == pytest.approx(sum(NEW / (1 + 2 * run.cycles) for run in runs) / 3)
+    accepted = [sum(column) for column in zip(*(run.accepted_histogram for run in runs))]
+    assert report["acceptance_by_position"] == pytest.approx([sum(accepted[n:]) / cycles for n in (1, 2, 3)])
+    given = report["acceptance_given_previous"]
+    assert report["acceptance_by_position"][1] == pytest.approx(given[0] * given[1])
+    assert list(report["domains"]) == ["code", "prose"]
+    assert report["domains"]["code"]["prompts"] == 2
+    assert report["domains"]["prose"]["tokens_per_cycle"] == pytest.approx((NEW - 1) / runs[1].cycles)
+    assert report["exactness"] == {"checked": 3, "equal": 3, "different": []}
+    for name in ("ar", "ar_one_row"):
+        rates = report["tokens_per_second"]
+        assert report["speedup"][name] == pytest.approx(rates["consensus"] / rates[name])
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_a_difference_is_found_and_no_speedup_claimed(model, monkeypatch):
+    generate = ConsensusDecoder.generate
+
+    def wrong_in_ar_mode(self, prompts, **options):
+        output = generate(self, prompts, **options)
+        if self.mode == "ar" and prompts[0].tolist() == PROMPTS[1][1]:
+            output.sequences[0][-2] += 1
+        return output
+
+    monkeypatch.setattr(ConsensusDecoder, "generate", wrong_in_ar_mode)
+    report = evaluate(model, PROMPTS, max_new_tokens=NEW)
+    assert report["exactness"] == {"checked": 3, "equal": 2, "different": [{"prompt": 1, "token": NEW - 2}]}
+    assert set(report["speedup"].values()) == {None}
+    assert None not in report["domains"]["code"]["speedup"].values()
+
+
+def test_what_is_not_asked_for_is_not_run(model):
+    report = evaluate(model, PROMPTS[:1], max_new_tokens=4, check_exact=False, baseline=False)
+    assert report["exactness"] is None and report["speedup"] == {}
+    assert list(report["seconds"]) == ["consensus"]
+    with pytest.raises(ValueError, match="max_new_tokens must be >= 2"):
+        evaluate(model, PROMPTS, max_new_tokens=1)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        evaluate(model, [])
+
+
+def test_an_answer_of_the_prefill_alone_has_no_cycle(model):
+    first = ConsensusDecoder(model).generate([torch.tensor(PROMPTS[0][1])], max_new_tokens=1).sequences[0][-1]
+    stops = OrthrusForCausalLM.from_base(
+        build_base(base_config("llama", eos_token_id=int(first))), block_size=4, mask_token_id=1
+    )
+    report = evaluate(stops, PROMPTS[:1], max_new_tokens=NEW)
+    assert (report["tokens"], report["cycles"], report["tokens_per_cycle"]) == (1, 0, 0.0)
+    assert report["acceptance_by_position"] == [None] * 3
+
+
+def test_repetition_share():
+    assert repetition_share([1, 2, 3]) == 0.0
+    assert repetition_share(range(20)) == 0.0
+    assert repetition_share([7] * 8) == pytest.approx(4 / 5)
+    assert repetition_share([1, 2, 3, 4, 5, 1, 2, 3, 4, 6]) == pytest.approx(1 / 7)
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "code.txt").write_text("one\n\n  two words \n")
+    assert read_prompts(tmp_path / "code.txt") == [Prompt("one", "code"), Prompt("two words", "code")]
+    (tmp_path / "mine.txt").write_text("one")
+    assert read_prompts(tmp_path / "mine.txt") == [Prompt("one", "all")]
+    lines = ['{"prompt": "a", "domain": "docs", "chat": false}', "", '{"text": "b"}']
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    assert read_prompts(tmp_path / "x.jsonl") == [Prompt("a", "docs", False), Prompt("b", "all")]
+    for bad in (
+        "{",
+        "[]",
+        '{"prompt": " "}',
+        '{"prompt": 3}',
+        '{"text": "a", "chat": 1}',
+        '{"text": "a", "domain": 4}',
+    ):
+        (tmp_path / "x.jsonl").write_text(f'{{"prompt": "a"}}\n{bad}\n')
+        with pytest.raises(ValueError, match="x.jsonl, line 2"):
+            read_prompts(tmp_path / "x.jsonl")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+def test_encode_follows_the_template():
+    tokenizer = tiny_tokenizer([3, 4, 5])
+    tokenizer.chat_template = "{% for m in messages %}w5{% endfor %}"
+    assert encode(tokenizer, Prompt("w3")) == encode(tokenizer, Prompt("w3", chat=True)) == [5]
+    assert encode(tokenizer, Prompt("w4", chat=False)) == [4]
+    tokenizer.chat_template = None
+    assert encode(tokenizer, Prompt("w4")) == [4]
+    with pytest.raises(ValueError, match="chat template"):
+        encode(tokenizer, Prompt("w4", chat=True))
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("evaluated")
+    tokenizer = tiny_tokenizer(list(range(2, 90)))
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    model.save_pretrained(path / "model", tokenizer=tokenizer)
+    (path / "code.txt").write_text("w5\nw8\nw9\n")
+    (path / "q.jsonl").write_text('{"prompt": "w30", "domain": "prose"}\n')
+    return path
+
+
+def run(folder, *options: object):
+    fixed = ("evaluate", "--model", folder / "model", "--max-new-tokens", 6, "--device", "cpu", "--dtype", "fp32")
+    return CliRunner().invoke(app, [str(option) for option in (*fixed, *options)])
+
+
+def test_command_ends_with_json_and_draws(folder, tmp_path):
+    pytest.importorskip("matplotlib", reason="the chart needs matplotlib")
+    result = run(
+        folder, "--prompts", folder / "code.txt", "--prompts", folder / "q.jsonl", "--json", "--output", tmp_path
+    )
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    report = json.loads(result.stdout)
+    assert len(result.stdout.splitlines()) == 1
+    assert report["prompts"] == 4 and report["domains"].keys() == {"code", "prose"}
+    assert report["tokens_per_cycle"] >= 1 and report["tpf"] > 0 and report["exactness"]["equal"] == 4
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_prints_a_table(folder):
+    result = run(folder, "--prompts", folder / "code.txt", "--limit", 2, "--no-baseline")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert "same token ids on all 2 prompts" in result.stdout and "tokens/s of exact AR" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ((), "--prompts FILE or --builtin N"),
+        (("--prompts", "missing.txt"), "missing.txt"),
+        (("--prompts", "{folder}/code.txt", "--corpus", "{folder}"), "--corpus"),
+        (("--prompts", "{folder}/code.txt", "--limit", 0), "--limit"),
+        (("--prompts", "{folder}/code.txt", "--output", "{folder}/code.txt"), "--output"),
+        (("--prompts", "{folder}/code.txt", "--block-size", 9), "block_size"),
+        (("--prompts", "{folder}/code.txt", "--max-new-tokens", 1), "max_new_tokens"),
+        (("--prompts", "{folder}/code.txt", "--model", "{folder}/none/here"), "none/here"),
+    ],
+)
+def test_command_names_bad_input(folder, options, complaint):
+    result = run(folder, *(str(option).format(folder=folder) for option in options))
+    assert result.exit_code == 2, (result.stdout, result.exception)
+    assert complaint in result.stderr.splitlines()[-1]

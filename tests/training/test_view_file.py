@@ -1,0 +1,238 @@
+"""View files: what is stored comes back over the same base, in any dtype, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from orthrus_triton.cli import app
+from orthrus_triton.models import OrthrusForCausalLM, gguf
+from orthrus_triton.models.view import load_view, merge_view, read_view_config, save_view
+from orthrus_triton.modules import ConsensusDecoder
+from tests.models.tiny_bases import base_config, build_base, randomise_view
+
+K = 4
+
+
+def make_model(case: str = "qwen3", seed: int = 0, **options) -> OrthrusForCausalLM:
+    """A random base whose view moved a little, as training moves it."""
+    base = build_base(base_config(case), seed=seed)
+    return randomise_view(
+        OrthrusForCausalLM.from_base(base, **{"block_size": K, "mask_token_id": 1, **options}), scale=0.1
+    )
+
+
+def fresh(model: OrthrusForCausalLM, dtype: torch.dtype = torch.float32) -> OrthrusForCausalLM:
+    """The same base with an untrained view."""
+    other = copy.deepcopy(model).to(dtype)
+    other.reset_view()
+    return other
+
+
+def view_of(model: OrthrusForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if "_diff" in name}
+
+
+def worst_error(model: OrthrusForCausalLM, trained: OrthrusForCausalLM) -> float:
+    """Largest error of a projection's delta, relative to its largest entry."""
+    worst, base = 0.0, trained.state_dict()
+    for name, tensor in view_of(model).items():
+        if name.endswith("_proj_diff.weight"):
+            wanted = base[name] - base[name.replace("_diff", "")]
+            got = tensor - base[name.replace("_diff", "")]
+            worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("storage", "rank", "bound"),
+    [("int8", None, 0.005), ("fp16", None, 0.001), ("bf16", None, 0.005), ("fp16", 64, 0.005), ("int8", 64, 0.05)],
+)
+def test_what_is_stored_comes_back(tmp_path, storage, rank, bound):
+    trained = make_model("qwen3 biases, tied, window by layer types", mask_embedding=True)
+    size = save_view(trained, tmp_path / "v.safetensors", storage=storage, rank=rank)
+    assert size == (tmp_path / "v.safetensors").stat().st_size
+    model = fresh(trained)
+    assert worst_error(model, trained) > 0.9  # nothing came back yet
+    load_view(model, tmp_path / "v.safetensors")
+    assert worst_error(model, trained) < bound
+    for name, tensor in trained.state_dict().items():
+        if not name.endswith("_proj_diff.weight"):  # mask embedding, norms and biases, and all frozen weights
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_low_rank_delta_needs_no_more_than_its_rank(tmp_path):
+    trained = make_model("qwen2", view_rank=3)
+    save_view(trained, tmp_path / "v.safetensors", rank=3, storage="fp16")
+    whole = OrthrusForCausalLM.from_base(build_base(base_config("qwen2")), block_size=K, mask_token_id=1)
+    load_view(whole, tmp_path / "v.safetensors")
+    ids = torch.randint(2, 100, (1, K))
+    whole.requires_grad_(False), trained.requires_grad_(False)
+    ours, theirs = (m(ids, view="diffusion") for m in (whole, trained))
+    assert torch.allclose(ours, theirs, atol=5e-3 * theirs.abs().max().item())
+    assert not torch.allclose(whole(ids, view="ar"), theirs, atol=0.05 * theirs.abs().max().item())
+    save_view(trained, tmp_path / "w.safetensors", rank=1, storage="fp16")
+    load_view(whole, tmp_path / "w.safetensors")
+    assert not torch.allclose(whole(ids, view="diffusion"), theirs, atol=5e-3 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_is_known_in_every_dtype_and_drafts_come_with_it(tmp_path, dtype):
+    trained = make_model()
+    save_view(trained, tmp_path / "v.safetensors", storage="fp16")
+    model = fresh(trained, dtype)
+    load_view(model, tmp_path / "v.safetensors")
+    ids = torch.randint(2, 100, (1, K))
+    drafted = model(ids, view="diffusion")
+    assert drafted.argmax(-1).eq(trained(ids, view="diffusion").argmax(-1)).float().mean() >= 0.75
+    assert not torch.equal(drafted, fresh(trained, dtype)(ids, view="diffusion"))
+    with pytest.raises(ValueError, match="one of"):
+        load_view(fresh(trained, torch.float64), tmp_path / "v.safetensors")
+
+
+def test_another_base_is_refused(tmp_path):
+    trained = make_model()
+    save_view(trained, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match="other base weights"):
+        load_view(make_model(seed=1), tmp_path / "v.safetensors")
+    tuned = fresh(trained)  # fine-tuned by a hair
+    tuned.state_dict()["model.layers.1.mlp.down_proj.weight"].mul_(1.0001)
+    before = {name: tensor.clone() for name, tensor in view_of(tuned).items()}
+    with pytest.raises(ValueError, match="other base weights"):
+        load_view(tuned, tmp_path / "v.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in view_of(tuned).items())
+
+
+def test_options_must_fit(tmp_path):
+    trained = make_model()
+    path = tmp_path / "v.safetensors"
+    save_view(trained, path)
+    options = read_view_config(path)
+    assert (options["block_size"], options["mask_token_id"], options["view_rank"]) == (K, 1, None)
+    for wrong, complaint in (
+        ({"block_size": K + 1}, "block_size"), ({"mask_token_id": 2}, "mask_token_id"), ({"view_rank": 2}, "view_rank"),
+        ({"mask_embedding": True}, "mask_embedding"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=complaint):
+            load_view(make_model(**wrong), path)
+    load_view(make_model(block_size=K - 1), path)
+    with pytest.raises(ValueError, match="at most 0.01 MB.*rank=None.*int8"):
+        save_view(trained, tmp_path / "w.safetensors", max_bytes=10_000)
+    with pytest.raises(ValueError, match="storage"):
+        save_view(trained, tmp_path / "w.safetensors", storage="int4")
+    with pytest.raises(ValueError, match="rank"):
+        save_view(trained, tmp_path / "w.safetensors", rank=0)
+    trained.state_dict()["model.layers.0.self_attn.k_proj_diff.weight"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="finite.*k_proj_diff"):
+        save_view(trained, tmp_path / "w.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_damaged_and_foreign_files(tmp_path):
+    trained, path = make_model(), tmp_path / "v.safetensors"
+    with pytest.raises(FileNotFoundError, match="v.safetensors"):
+        load_view(trained, path)
+    save_view(trained, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="complete safetensors"):
+        load_view(trained, path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="must be a view file"):
+        load_view(trained, path)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    dropped = "model.layers.1.self_attn.o_proj_diff.weight"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({name: t for name, t in tensors.items() if not name.startswith(dropped)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="whole view.*layers.1.*o_proj_diff"):
+        load_view(trained, path)
+
+
+def test_loading_is_deterministic(tmp_path):
+    trained = make_model()
+    save_view(trained, tmp_path / "a.safetensors", rank=8)
+    save_view(trained, tmp_path / "b.safetensors", rank=8)
+    stored, again = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert stored.keys() == again.keys() and all(torch.equal(stored[name], again[name]) for name in stored)
+    base = trained.state_dict()
+    one, two = (merge_view(tmp_path / "a.safetensors", base) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_demo_model_takes_shipped_file_and_copy(tmp_path, monkeypatch):
+    trained = make_model("llama", mask_embedding=True)
+    base_state = {name: tensor.clone() for name, tensor in trained.state_dict().items() if "_diff" not in name}
+    monkeypatch.setattr(gguf, "find_demo_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf, "load_gguf", lambda path: (base_config("llama"), dict(base_state), "tokenizer"))
+    monkeypatch.setattr(gguf, "SHIPPED_VIEW", tmp_path / "shipped.safetensors")
+    with pytest.warns(UserWarning, match="no trained view"):
+        model, tokenizer = gguf.load_demo_model()
+    copied = model.state_dict()
+    assert tokenizer == "tokenizer" and model.block_size == 8
+    assert all(torch.equal(tensor, copied[name.replace("_diff", "")]) for name, tensor in view_of(model).items())
+    assert model.model.mask_embedding_diff is None
+    assert gguf.load_demo_model(view="copy", mask_embedding=True)[0].model.mask_embedding_diff is not None
+    save_view(trained, gguf.SHIPPED_VIEW, storage="fp16")
+    model, _ = gguf.load_demo_model()
+    assert torch.equal(model.model.mask_embedding_diff, trained.model.mask_embedding_diff)
+    assert (model.block_size, model.mask_token_id) == (K, 1) and worst_error(model, trained) < 0.001
+    assert worst_error(gguf.load_demo_model(view="copy", block_size=K)[0], trained) > 0.9
+    assert gguf.load_demo_model(view=gguf.SHIPPED_VIEW, block_size=2)[0].block_size == 2
+    with pytest.raises(ValueError, match="at most the view's 4"):
+        gguf.load_demo_model(block_size=5)
+    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
+        gguf.load_demo_model(view=tmp_path / "nothing.safetensors")
+    bf16, _ = gguf.load_demo_model(dtype=torch.bfloat16)
+    for name, tensor in view_of(model).items():
+        assert torch.equal(bf16.state_dict()[name], tensor.bfloat16())  # merged in fp32, then cast
+    assert ConsensusDecoder(bf16).generate(torch.tensor([[5, 6]]), max_new_tokens=3).stats.tokens <= 3
+
+
+def export(*arguments: object):
+    return CliRunner().invoke(app, ["export-view", *map(str, arguments)])
+
+
+def test_export_from_a_model_and_from_a_checkpoint(tmp_path, monkeypatch):
+    trained = make_model("llama")
+    trained.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out" / "v.safetensors"
+    result = export(tmp_path / "model", out, "--rank", 8, "--storage", "fp16")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert f"{out.stat().st_size / 1e6:.2f} MB, rank 8, fp16" in " ".join(result.stderr.split())
+    # what the trainer leaves: the view alone, under a prefix
+    trained = make_model("llama", mask_embedding=True)
+    (tmp_path / "checkpoint-3").mkdir()
+    view = {f"orthrus.{name}": tensor.clone() for name, tensor in view_of(trained).items()}
+    save_file(view, tmp_path / "checkpoint-3" / "model.safetensors")
+
+    def load_copy(block_size, view, mask_embedding):
+        assert (block_size, view, mask_embedding) == (K, "copy", True)
+        return fresh(trained), None
+
+    monkeypatch.setattr(gguf, "load_demo_model", load_copy)
+    result = export(tmp_path / "checkpoint-3", out, "--block-size", K)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    model = fresh(trained)
+    load_view(model, out)
+    assert worst_error(model, trained) < 0.005
+    assert torch.equal(model.model.mask_embedding_diff, trained.model.mask_embedding_diff)
+
+
+def test_export_names_bad_input(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "model")
+    for arguments, complaint in (
+        ((tmp_path / "model", tmp_path / "v.bin"), "OUT"),
+        ((tmp_path / "none", tmp_path / "v.safetensors"), "MODEL"),
+        ((tmp_path / "model", tmp_path / "v.safetensors", "--block-size", K + 1), "--block-size"),
+        ((tmp_path / "model", tmp_path / "v.safetensors", "--max-mb", 0.01), "at most 0.01 MB"),
+    ):
+        result = export(*arguments)
+        assert result.exit_code == 2 and complaint in result.stderr, (result.stderr, result.exception)
+    assert not (tmp_path / "v.safetensors").exists()
