@@ -1,17 +1,46 @@
 """Functional kernels: they know tensors, not models. Each runs as Triton, torch or fp64 reference (`impl=`)."""
 
+from orthrus_triton.ops.block_attention import block_attention
 from orthrus_triton.ops.consensus import consensus_
 from orthrus_triton.ops.dual_view_attention import dual_view_attention
 from orthrus_triton.ops.linear import linear
+from orthrus_triton.ops.linear_kl import HiddenTeacher, LabelTeacher, LinearKL, TopKTeacher, linear_kl
 from orthrus_triton.ops.linear_swiglu import linear_swiglu
 from orthrus_triton.ops.lm_head import lm_head_choice
+from orthrus_triton.ops.logits_filter import SamplingTensors
+from orthrus_triton.ops.process_logits import ProcessorTensors, process_logits
+from orthrus_triton.ops.rejection import filtered_probs, rejection_choice
 from orthrus_triton.ops.rms_norm import rms_norm
 from orthrus_triton.ops.rope_cache import rope_cache
 from orthrus_triton.ops.rotary_angles import rotary_angles
 from orthrus_triton.ops.sample import greedy_choice
+from orthrus_triton.ops.sampling import sample_choice
 from orthrus_triton.ops.swiglu import swiglu
+from orthrus_triton.ops.void_rows import VOID, void_rows
 
 __all__ = [
-    "consensus_", "dual_view_attention", "greedy_choice", "linear", "linear_swiglu", "lm_head_choice", "rms_norm",
-    "rope_cache", "rotary_angles", "swiglu",
+    "HiddenTeacher",
+    "LabelTeacher",
+    "LinearKL",
+    "ProcessorTensors",
+    "SamplingTensors",
+    "TopKTeacher",
+    "VOID",
+    "block_attention",
+    "consensus_",
+    "dual_view_attention",
+    "filtered_probs",
+    "greedy_choice",
+    "linear",
+    "linear_kl",
+    "linear_swiglu",
+    "lm_head_choice",
+    "process_logits",
+    "rejection_choice",
+    "rms_norm",
+    "rope_cache",
+    "rotary_angles",
+    "sample_choice",
+    "swiglu",
+    "void_rows",
 ]  # fmt: skip

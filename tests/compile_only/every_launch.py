@@ -13,16 +13,20 @@ import torch
 from orthrus_triton.autotune.aot import TARGETS, Launch, compile_launch, record_launches
 from orthrus_triton.autotune.defaults import RULES
 from orthrus_triton.autotune.store import KernelConfig
+from orthrus_triton.ops.block_attention.launch import launch_backward, launch_forward
 from orthrus_triton.ops.consensus import launch_consensus
 from orthrus_triton.ops.dual_view_attention.api import HEAD_DIMS
 from orthrus_triton.ops.dual_view_attention.launch import launch as launch_attention
 from orthrus_triton.ops.linear import launch_linear
+from orthrus_triton.ops.linear_kl.chunks import Target
+from orthrus_triton.ops.linear_kl.launch import launch_rows, launch_teacher
 from orthrus_triton.ops.linear_swiglu import launch_linear_swiglu
 from orthrus_triton.ops.lm_head import launch_lm_head_choice
 from orthrus_triton.ops.rms_norm import launch_rms_norm
 from orthrus_triton.ops.rope_cache import launch_rope_cache
 from orthrus_triton.ops.sample import launch_greedy_choice
 from orthrus_triton.ops.swiglu import launch_swiglu
+from tests.compile_only.sampling_launches import sampling
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # [N, K] of SmolLM2-135M's and Qwen3-8B's layers: K a multiple of the tile and not, K split and whole
@@ -61,13 +65,15 @@ def projections(family: str, dtype: torch.dtype) -> None:
 
 
 def fused_products(family: str, dtype: torch.dtype) -> None:
-    # gate/up of Qwen3-32B, whose depth is whole on every chip, and of 0.6B, whose depth is split; two vocabularies
-    for n, k in ((51200, 5120), (6144, 1024)):
+    bf16 = dtype == torch.bfloat16
+    # gate/up of Qwen3-32B, whose depth is whole on every chip, and of 0.6B, whose depth is split
+    for n, k in ((51200, 5120), (6144, 1024))[: 1 + bf16]:
         shape = config("linear", dtype, family, N=n, K=k)
         launch_linear_swiglu(meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype), shape)
-    for n, k in ((151_936, 4096), (49152, 576)):
-        shape = config("linear", dtype, family, N=n, K=k)
-        launch_lm_head_choice(meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), shape)
+    # heads of Qwen3-8B and SmolLM2-135M
+    n, k = (151_936, 4096) if bf16 else (49152, 576)
+    shape = config("linear", dtype, family, N=n, K=k)
+    launch_lm_head_choice(meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), shape)
 
 
 def small_ops(dtype: torch.dtype) -> None:
@@ -84,6 +90,19 @@ def small_ops(dtype: torch.dtype) -> None:
     launch_greedy_choice(meta(4, 49152, dtype=dtype))
 
 
+def training(family: str, dtype: torch.dtype, head_dims: tuple[int, ...]) -> None:
+    for head_dim in head_dims:
+        q, block = meta(2, 64, 8, head_dim, dtype=dtype), meta(2, 64, 2, head_dim, dtype=dtype)
+        context, limit = meta(2, 2, 4096, head_dim, dtype=dtype), meta(2, 64, dtype=torch.int32)
+        options = (32, 4096, head_dim**-0.5, family)
+        _, lse = launch_forward(q, context, context, limit, block, block, *options)
+        launch_backward(q, q, context, context, limit, block, block, q, lse, *options)
+    logits, ids = meta(4, 49152, dtype=torch.float32), meta(4, 32, dtype=torch.int64)
+    launch_teacher(logits)
+    for target in (Target(logits, line=ids[:, 0]), Target(logits[:, :32], ids=ids)):
+        launch_rows(logits, target, meta(4, 49152, dtype=dtype))
+
+
 def choice_and_consensus() -> None:
     launch_greedy_choice(meta(4, 151_936, dtype=torch.float32))
     for rows in (1, 8, 32):
@@ -94,15 +113,26 @@ def choice_and_consensus() -> None:
         )  # fmt: skip
 
 
-def all_launches(family: str) -> Iterator[Launch]:
-    """Every kernel with every default configuration of the family, each variant once."""
+def decoding(family: str) -> None:
+    choice_and_consensus()
+    sampling()
+    for dtype in DTYPES:
+        small_ops(dtype)
+        attention(family, dtype)
+        projections(family, dtype)
+        fused_products(family, dtype)
+
+
+def all_launches(family: str, only_training: bool = False) -> Iterator[Launch]:
+    """Every kernel with every default configuration of the family, each variant once. Of the training kernels, which
+    are many and slow to compile, one head size in bf16, unless they are asked for alone: then all."""
     with record_launches() as launches:
-        choice_and_consensus()
-        for dtype in DTYPES:
-            small_ops(dtype)
-            attention(family, dtype)
-            projections(family, dtype)
-            fused_products(family, dtype)
+        if only_training:
+            for dtype in DTYPES:
+                training(family, dtype, HEAD_DIMS)
+        else:
+            training(family, torch.bfloat16, (128,))
+            decoding(family)
     seen = set()
     for launch in launches:
         kinds = {k: v.dtype if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
@@ -115,12 +145,14 @@ def all_launches(family: str) -> Iterator[Launch]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=sorted(TARGETS))
+    parser.add_argument("--training", action="store_true", help="every head size and dtype of training, nothing else")
+    options = parser.parse_args()
     failed = 0
-    for launch in all_launches(parser.parse_args().family):
+    for launch in all_launches(options.family, options.training):
         constants = {k: v for k, v in launch.arguments.items() if not isinstance(v, torch.Tensor)}
         line = {"kernel": launch.kernel.__name__, "arguments": {k: str(v) for k, v in constants.items()}}
         try:
-            report = compile_launch(launch, parser.parse_args().family)
+            report = compile_launch(launch, options.family)
             line |= {"shared": report.shared, "registers": report.registers, "problems": report.problems()}
         except Exception as error:  # the compiler raises many types; each is a finding
             line["problems"] = [f"{type(error).__name__}: {error}"]

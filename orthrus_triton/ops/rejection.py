@@ -1,0 +1,245 @@
+"""Rejection (speculative) sampling over a block: a drafted token d, drawn from q, is kept with probability
+min(1, p(d) / q(d)), else replaced by a draw from max(p - q, 0). Exact in distribution, accepts as often as can be."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
+from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops.gumbel import (
+    ACCEPT,
+    CHOICE,
+    gumbel,
+    gumbel_torch,
+    row_key,
+    row_key_torch,
+    uniform,
+    uniform_torch,
+)
+from orthrus_triton.ops.logits_filter import (
+    KEY_BITS,
+    SamplingTensors,
+    kept_reference,
+    load_scaled,
+    mass,
+    mass_from,
+    mass_torch,
+    order_key,
+    order_key_torch,
+    row_max,
+    scaled_torch,
+    top_k_key,
+    top_k_torch,
+)
+from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch, portable_log, portable_log_torch
+from orthrus_triton.ops.sampling import check_sampling
+
+BLOCK, NUM_WARPS = 2048, 8
+
+
+def rejection_choice(
+    logits: torch.Tensor,
+    draft_logits: torch.Tensor,
+    candidate: torch.Tensor,
+    positions: torch.Tensor,
+    sampling: SamplingTensors,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """One token per row: the drafted one if it is accepted, else a draw from the residual, which is another one.
+
+    So the longest prefix on which choice and draft agree is what was accepted, and `consensus_` commits it. The last
+    row has no draft and draws from p: the bonus token. A sequence of temperature 0 gets its largest logit everywhere.
+
+    Args:
+        logits: [B, K, V] of the AR view, for p.
+        draft_logits: [B, K - 1, V] of the diffusion view, for q; filtered by the same parameters.
+        candidate: [B, K] int64: anchor, then drafts; draft t + 1 was drawn from row t of q (`sample_choice` with
+            the stream DRAFT).
+        positions: [B, K] int32, where the chosen token will stand.
+        sampling: see `SamplingTensors`, tensors [B].
+        impl: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        [B, K] int64.
+    """
+    check_sampling(logits, positions, sampling)
+    B, K, V = logits.shape
+    require_same("draft_logits", tuple(draft_logits.shape), (B, K - 1, V), "shape")
+    require_same("candidate", tuple(candidate.shape), (B, K), "shape")
+    impl = resolve_impl(impl, logits)
+    return torch.ops.orthrus_triton.rejection_choice(logits, draft_logits, candidate, positions, *sampling, impl)
+
+
+def filtered_probs(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
+    """The distribution a row samples from, [B, T, V] fp32: softmax over what the filters keep (see `sample_choice`)."""
+    z = scaled_torch(logits, sampling.temperature)
+    z_max = z.amax(-1, keepdim=True)
+    masses = torch.where(z >= top_k_torch(z, sampling.top_k), mass_torch(z, z_max), 0)
+    masses = torch.where(order_key_torch(z) >= _top_p_key(z, masses, sampling.top_p), masses, 0)
+    masses = torch.where(portable_exp_torch(z - z_max) >= sampling.min_p[:, None, None], masses, 0)
+    return masses.to(torch.float32) / masses.sum(-1, keepdim=True).to(torch.float32)
+
+
+def _top_p_key(z: torch.Tensor, masses: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Smallest key [B, T, 1] such that less than top_p of the mass is strictly above it, by bisection."""
+    keys = order_key_torch(z)
+    bound = top_p[:, None, None] * masses.sum(-1, keepdim=True).to(torch.float32)
+    low = torch.full_like(keys[..., :1], -1)  # too small, unless everything is kept
+    high = keys.amax(-1, keepdim=True)
+    low = torch.where(top_p[:, None, None] < 1.0, low, high - 1)
+    for _ in range(KEY_BITS + 1):
+        middle = (low + high) >> 1
+        above = torch.where(keys > middle, masses, 0).sum(-1, keepdim=True).to(torch.float32)
+        enough = above < bound
+        high = torch.where(enough, middle, high)
+        low = torch.where(enough, low, middle)
+    return torch.where(top_p[:, None, None] < 1.0, high, 0)
+
+
+@triton.jit
+def kept_range(row_ptr, temperature, top_k, top_p, min_p, V: tl.constexpr, BLOCK: tl.constexpr):
+    """(largest scaled logit, its id, smallest kept key by top-k and top-p, mass that all three filters keep)."""
+    z_max, best_id = row_max(row_ptr, temperature, V, BLOCK)
+    key_min = top_k_key(row_ptr, temperature, top_k, V, BLOCK).to(tl.int64)
+    if top_p < 1.0:
+        bound = top_p * mass_from(row_ptr, temperature, z_max, key_min, V, BLOCK).to(tl.float32)
+        low, high = key_min - 1, order_key(z_max).to(tl.int64)
+        while high - low > 1:
+            middle = (low + high) >> 1
+            enough = mass_from(row_ptr, temperature, z_max, middle + 1, V, BLOCK).to(tl.float32) < bound
+            high = tl.where(enough, middle, high)
+            low = tl.where(enough, low, middle)
+        key_min = high
+    total = tl.full((), 0, tl.int64)
+    for start in range(0, V, BLOCK):
+        z = load_scaled(row_ptr, start + tl.arange(0, BLOCK), temperature, V)
+        kept = (order_key(z).to(tl.int64) >= key_min) & (portable_exp(z - z_max) >= min_p)
+        total += tl.sum(tl.where(kept, mass(z, z_max), 0), axis=0)
+    return z_max, best_id, key_min, total.to(tl.float32)
+
+
+@triton.jit
+def kept_probs(row_ptr, ids, temperature, min_p, z_max, key_min, total, V: tl.constexpr):
+    """Probabilities of the tokens `ids` in a row with this `kept_range`."""
+    z = load_scaled(row_ptr, ids, temperature, V)
+    kept = (order_key(z).to(tl.int64) >= key_min) & (portable_exp(z - z_max) >= min_p)
+    masses = tl.where(kept, mass(z, z_max), 0).to(tl.float32)
+    return tl.div_rn(masses, tl.zeros_like(masses) + total)
+
+
+@triton.jit(do_not_specialize=["K"])
+def rejection_choice_kernel(
+    logits_ptr, draft_ptr, candidate_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
+    sequence_ptr, out_ptr, K, REPLACE_STREAM: tl.constexpr, ACCEPT_STREAM: tl.constexpr, V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // K, row % K
+    p_ptr = logits_ptr + row * V
+    temperature = tl.load(temperature_ptr + b)
+    top_k, top_p, min_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b), tl.load(min_p_ptr + b)
+    if temperature > 0:
+        seed, sequence, position = tl.load(seed_ptr + b), tl.load(sequence_ptr + b), tl.load(positions_ptr + row)
+        p_max, choice, p_key, p_total = kept_range(p_ptr, temperature, top_k, top_p, min_p, V, BLOCK)
+        has_draft = t < K - 1
+        # the last row reads some row of q and drops it
+        q_ptr = draft_ptr + (b * (K - 1) + tl.minimum(t, K - 2)) * V
+        q_max, q_best, q_key, q_total = kept_range(q_ptr, temperature, top_k, top_p, min_p, V, BLOCK)
+        drafted = tl.load(candidate_ptr + row + 1, mask=has_draft, other=0).to(tl.int32)
+        key0, key1 = row_key(seed, sequence, position, REPLACE_STREAM)
+        best = tl.full((), float("-inf"), tl.float32)
+        p_drafted, q_drafted = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+        for start in range(0, V, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            p = kept_probs(p_ptr, ids, temperature, min_p, p_max, p_key, p_total, V)
+            q = kept_probs(q_ptr, ids, temperature, min_p, q_max, q_key, q_total, V)
+            p_drafted += tl.sum(tl.where(ids == drafted, p, 0.0), axis=0)
+            q_drafted += tl.sum(tl.where(ids == drafted, q, 0.0), axis=0)
+            rest = tl.where(has_draft, p - q, p)
+            score = portable_log(tl.where(rest > 0, rest, 1.0)) + gumbel(ids, key0, key1)
+            score = tl.where(rest > 0, score, float("-inf"))
+            tile_best = tl.max(score, axis=0)
+            tile_id = tl.min(tl.where(score == tile_best, ids, V), axis=0)
+            choice = tl.where(tile_best > best, tile_id, choice)
+            best = tl.maximum(best, tile_best)
+        accept_key0, accept_key1 = row_key(seed, sequence, position, ACCEPT_STREAM)
+        # a residual that is empty but for rounding means p is q
+        accepted = (uniform(accept_key0, accept_key1) * q_drafted < p_drafted) | (best == float("-inf"))
+        choice = tl.where(has_draft & accepted, drafted, choice)
+    else:
+        p_max, choice = row_max(p_ptr, temperature, V, BLOCK)
+    tl.store(out_ptr + row, choice.to(tl.int64))
+
+
+def launch_rejection_choice(
+    logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence
+) -> torch.Tensor:
+    out = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    rejection_choice_kernel[(out.numel(),)](
+        logits.contiguous(), draft_logits.contiguous(), candidate.contiguous(), positions.contiguous(), temperature,
+        top_k, top_p, min_p, seed, sequence, out, logits.shape[1],
+        REPLACE_STREAM=CHOICE, ACCEPT_STREAM=ACCEPT, V=logits.shape[-1], BLOCK=BLOCK, num_warps=NUM_WARPS,
+        **EXACT_LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def rejection_choice_torch(
+    logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence
+) -> torch.Tensor:
+    """The same algorithm on all rows at once, the same ids."""
+    sampling = SamplingTensors(temperature, top_k, top_p, min_p, seed, sequence)
+    p, q = filtered_probs(logits, sampling), filtered_probs(draft_logits, sampling)
+    return _accept_or_replace(logits, p, q, candidate, positions, sampling)
+
+
+def _accept_or_replace(logits, p, q, candidate, positions, sampling) -> torch.Tensor:
+    rest = p.clone()
+    rest[:, :-1] -= q
+    seed, sequence = sampling.seed[:, None], sampling.sequence[:, None]
+    noise = gumbel_torch(p.shape[-1], *row_key_torch(seed, sequence, positions, CHOICE))
+    score = portable_log_torch(torch.where(rest > 0, rest, 1.0)) + noise
+    best, choice = torch.where(rest > 0, score, -torch.inf).max(dim=-1)
+    u = uniform_torch(*row_key_torch(seed, sequence, positions[:, :-1], ACCEPT))
+    drafted = candidate[:, 1:, None]
+    accepted = u * q.gather(-1, drafted)[..., 0] < p[:, :-1].gather(-1, drafted)[..., 0]
+    accepted |= best[:, :-1] == -torch.inf
+    choice[:, :-1] = torch.where(accepted, candidate[:, 1:], choice[:, :-1])
+    sampled = sampling.temperature > 0
+    return torch.where(sampled[:, None], choice, scaled_torch(logits, sampling.temperature).argmax(-1))
+
+
+def rejection_choice_reference(
+    logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence
+) -> torch.Tensor:
+    """The definition over fp64 softmaxes of what `kept_reference` keeps."""
+    sampling = SamplingTensors(temperature, top_k, top_p, min_p, seed, sequence)
+    p, q = (
+        torch.where(
+            kept_reference(rows, sampling), scaled_torch(rows, temperature).double(), -torch.inf
+        ).softmax(-1).float()
+        for rows in (logits, draft_logits)
+    )  # fmt: skip
+    return _accept_or_replace(logits, p, q, candidate, positions, sampling)
+
+
+@torch.library.custom_op(
+    "orthrus_triton::rejection_choice",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor draft_logits, Tensor candidate, Tensor positions, Tensor temperature, Tensor top_k, "
+    "Tensor top_p, Tensor min_p, Tensor seed, Tensor sequence, str impl) -> Tensor",
+)
+def _rejection_choice_op(
+    logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence, impl
+):  # fmt: skip
+    run = {
+        "triton": launch_rejection_choice, "torch": rejection_choice_torch, "reference": rejection_choice_reference,
+    }[impl]  # fmt: skip
+    return run(logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence)
+
+
+@_rejection_choice_op.register_fake
+def _(logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence, impl):
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64)

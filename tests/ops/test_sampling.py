@@ -1,0 +1,150 @@
+"""Coupled sampling: one answer from Triton, torch and the definition; filters as transformers has them; a row's token
+depends on that row alone; and its distribution is softmax's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from orthrus_triton.ops import SamplingTensors, filtered_probs, greedy_choice, sample_choice, sampling
+from orthrus_triton.ops.gumbel import CHOICE, DRAFT, gumbel_torch, philox_torch, row_key_torch
+from orthrus_triton.ops.logits_filter import kept_reference
+from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
+from tests.ops.sampling_cases import DEVICE, make_logits, mixed_sampling, positions_of, sampling_of
+
+
+@pytest.mark.parametrize(("vocab", "block"), [(100, 2048), (100, 64)])
+def test_triton_torch_and_definition_choose_alike(vocab: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "BLOCK", block)
+    rows = 2 if block > vocab else 1
+    logits, positions, how = make_logits(block, 8, rows, vocab), positions_of(8, rows), mixed_sampling()
+    ids = {impl: sample_choice(logits, positions, how, impl=impl) for impl in ("triton", "torch", "reference")}
+    assert torch.equal(ids["triton"], ids["torch"])
+    assert torch.equal(ids["torch"], ids["reference"])
+    assert torch.equal(ids["torch"][0], greedy_choice(logits[0]))  # temperature 0
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10**6), vocab=st.integers(6, 60), top_k=st.integers(0, 70), data=st.data())
+def test_torch_is_the_definition(seed: int, vocab: int, top_k: int, data: st.DataObject) -> None:
+    logits = make_logits(seed, 2, 4, vocab, scale=data.draw(st.sampled_from([0.1, 1.0, 8.0, 60.0])))
+    how = sampling_of(
+        2, temperature=data.draw(st.sampled_from([0.05, 0.5, 1.0, 3.0])), top_k=top_k, seed=seed,
+        top_p=data.draw(st.sampled_from([1.0, 0.93, 0.51, 0.02])), min_p=data.draw(st.sampled_from([0.0, 0.03, 0.6])),
+    )  # fmt: skip
+    positions = positions_of(2, 4)
+    assert torch.equal(
+        sample_choice(logits, positions, how, impl="torch"), sample_choice(logits, positions, how, impl="reference")
+    )
+    probs = filtered_probs(logits, how)
+    # what is kept and too unlikely for fixed point has probability 0
+    assert torch.equal(probs > 1e-9, kept_reference(logits, how) & (probs > 1e-9))
+    torch.testing.assert_close(probs.sum(-1), torch.ones_like(probs[..., 0]))
+
+
+def test_rows_do_not_know_of_each_other() -> None:
+    """Any row alone, with its position and parameters, gives what it gave in the batch: block size and place in the
+    batch change nothing."""
+    logits, positions, how = make_logits(3, 8, 4, 97), positions_of(8, 4), mixed_sampling()
+    together = sample_choice(logits, positions, how, impl="torch")
+    for b in range(8):
+        alone = SamplingTensors(*(tensor[b : b + 1] for tensor in how))
+        for t in range(4):
+            at = (slice(b, b + 1), slice(t, t + 1))
+            assert sample_choice(logits[at].contiguous(), positions[at], alone, impl="torch") == together[b, t]
+    alone = SamplingTensors(*(tensor[5:6] for tensor in how))
+    assert torch.equal(sample_choice(logits[5:6, 1:3], positions[5:6, 1:3], alone, impl="triton"), together[5:6, 1:3])
+
+
+def test_filters_are_those_of_transformers() -> None:
+    logits = torch.randn(1, 1, 80, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 2
+    for temperature, top_k, top_p, min_p in [
+        (0.7, 10, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.2), (0.9, 30, 0.6, 0.05), (2.0, 79, 0.99, 0.01),
+    ]:  # fmt: skip
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_k:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
+        if min_p:
+            warpers.append(MinPLogitsWarper(min_p))
+        theirs = warpers(None, logits[0]).softmax(-1)
+        ours = filtered_probs(logits, sampling_of(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))[0]
+        assert torch.equal(ours > 0, theirs > 0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_the_joint_distribution_of_a_chain_is_the_models() -> None:
+    """Three tokens of a Markov chain, 30,000 sequences: chi-square over all 4**3 outcomes."""
+    table = torch.randn(4, 4, generator=torch.Generator().manual_seed(2)).to(DEVICE) * 1.5
+    n, rows = 30_000, []
+    how = sampling_of(n, seed=11)
+    token = torch.zeros(n, dtype=torch.int64, device=DEVICE)
+    for step in range(3):
+        token = sample_choice(table[token][:, None], positions_of(n, 1, start=step), how, impl="torch")[:, 0]
+        rows.append(token)
+    counts = torch.bincount((rows[0] * 4 + rows[1]) * 4 + rows[2], minlength=64).double()
+    p = table.double().softmax(-1)
+    expected = n * (p[0][:, None, None] * p[:, :, None] * p[None])
+    chi_square = float(((counts - expected.flatten()) ** 2 / expected.flatten()).sum())
+    assert chi_square < 103.4  # the 99.9 % point of 63 degrees of freedom
+
+
+def test_noise_is_gumbel_and_streams_are_independent() -> None:
+    keys = [row_key_torch(torch.arange(400), torch.tensor(0), torch.tensor(3), stream) for stream in (CHOICE, DRAFT)]
+    first, second = (gumbel_torch(500, *key).double() for key in keys)
+    for noise in (first, second):
+        u = torch.exp(-torch.exp(-noise)).flatten().sort().values
+        grid = (torch.arange(u.numel(), dtype=torch.float64) + 0.5) / u.numel()
+        assert float((u - grid).abs().max()) * u.numel() ** 0.5 < 1.95  # Kolmogorov-Smirnov, 99.9 %
+    assert abs(float(torch.corrcoef(torch.stack((first.flatten(), second.flatten())))[0, 1])) < 0.0075
+
+
+def test_known_noise_stays_as_it_is() -> None:
+    """A sampled text must be the same in the next release: these words were computed with Python's integers."""
+    c0, c1, key = 17, 2**31 + 5, 0xDEADBEEF
+    got = [int(word) for word in philox_torch(*(torch.tensor(value) for value in (c0, c1, key)))]
+    for _ in range(7):
+        product = c0 * 0xD256D193
+        c0, c1, key = (product >> 32) ^ key ^ c1, product & 0xFFFFFFFF, (key + 0x9E3779B9) & 0xFFFFFFFF
+    assert got == [c0, c1]
+
+
+def test_portable_exp_and_log_are_accurate() -> None:
+    x = torch.linspace(-86, 0, 200_001)
+    relative = (portable_exp_torch(x).double() / x.double().exp() - 1).abs().max()
+    assert float(relative) < 4 * 2.0**-24
+    y = torch.cat((torch.linspace(0.5, 2, 100_001), torch.logspace(-25, 25, 100_001)))
+    error = (portable_log_torch(y).double() - y.double().log()).abs() / y.double().log().abs().clamp(min=1e-3)
+    assert float(error.max()) < 4 * 2.0**-24
+
+
+def test_rows_without_a_choice_give_the_first_id() -> None:
+    logits = torch.full((2, 1, 9), torch.nan, device=DEVICE)
+    logits[1] = -torch.inf
+    for impl in ("triton", "torch", "reference"):
+        assert sample_choice(logits, positions_of(2, 1), sampling_of(2, top_p=0.5), impl=impl).tolist() == [[0], [0]]
+    logits[0, 0, 4], logits[1, 0, 6] = torch.inf, 1.0
+    for impl in ("triton", "torch"):
+        assert sample_choice(logits, positions_of(2, 1), sampling_of(2), impl=impl).tolist() == [[4], [6]]
+
+
+def test_wrong_arguments_are_named() -> None:
+    logits, positions = make_logits(0, 2, 3, 9), positions_of(2, 3)
+    with pytest.raises(ValueError, match="positions must have shape"):
+        sample_choice(logits, positions[:, :2], sampling_of(2))
+    with pytest.raises(ValueError, match="temperature must have shape"):
+        sample_choice(logits, positions, sampling_of(3))
+    with pytest.raises(ValueError, match="top_k must have dtype"):
+        sample_choice(logits, positions, sampling_of(2)._replace(top_k=torch.zeros(2, device=DEVICE)))
+    with pytest.raises(TypeError, match="logits must be floating point"):
+        sample_choice(logits.long(), positions, sampling_of(2))
