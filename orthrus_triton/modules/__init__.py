@@ -9,9 +9,12 @@ from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear
 from orthrus_triton.modules.rms_norm import RMSNorm
 from orthrus_triton.modules.rotary import RotaryEmbedding
+from orthrus_triton.modules.run_to_end import NonFiniteLogitsError
+from orthrus_triton.modules.sampling_params import Choosing, SamplingParams
 
 __all__ = [
     "CacheLayer",
+    "Choosing",
     "ConsensusDecoder",
     "DecodeOutput",
     "DecodeRun",
@@ -19,9 +22,11 @@ __all__ = [
     "DualViewAttention",
     "FusedLinear",
     "Linear",
+    "NonFiniteLogitsError",
     "OrthrusDecoderLayer",
     "RMSNorm",
     "RotaryEmbedding",
+    "SamplingParams",
     "SharedKVCache",
     "ViewPass",
 ]

@@ -5,25 +5,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from orthrus_triton import ops
 from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, BlockRule, FixedBlock, auto_sizes
+from orthrus_triton.modules.choose import choose_tokens, draft_and_judge
 from orthrus_triton.modules.compiled import compile_apart
 from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses
-from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun, Progress, tokens_to_cache
+from orthrus_triton.modules.decode_options import BlockSize, Mode, stop_ids, widest_block
+from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun, Slot, tokens_to_cache
 from orthrus_triton.modules.decode_state import DecodeState
-from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats
+from orthrus_triton.modules.decode_stats import DecodeOutput
 from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill
 from orthrus_triton.modules.prompts import split_prompts
+from orthrus_triton.modules.run_to_end import Stop, run_to_end
+from orthrus_triton.modules.sampling_params import Choosing, SamplingParams, SamplingRule, params_of
 from orthrus_triton.ops._dispatch import IMPLS, resolve_impl
 
-Mode = Literal["consensus", "ar"]
-BlockSize = int | Literal["auto"]
 EOS_SLOTS = 8  # places for stop ids are made in eights, so that calls with few of them share buffers
 
 
@@ -75,9 +77,10 @@ class ConsensusDecoder:
             raise ValueError(f"prefill_chunk must be >= 1 or None, but got {prefill_chunk}")
         self.model, self.mode, self.exact = model, mode, exact
         self._block_option = block_size
-        self.block_size = self._widest_block(block_size)
+        self.block_size = widest_block(block_size, self.model)
         self.impl, self.max_cache_len, self.prefill_chunk = impl, max_cache_len, prefill_chunk
         self.batch_invariant_prefill, self.cuda_graph = batch_invariant_prefill, cuda_graph
+        self.choosing = Choosing()
         self.cache: SharedKVCache | None = None
         self.run: DecodeRun | None = None
         self.clock: Callable[[], float] = time.perf_counter
@@ -87,7 +90,7 @@ class ConsensusDecoder:
         self._compile_options = None
         if compile:
             self._compile_options = {"backend": "inductor" if compile is True else compile}
-        self._compiled: dict[int, Callable] = {}
+        self._compiled: dict[tuple, Callable] = {}
 
     @torch.no_grad()  # not inference_mode: callers may edit the sequences in place
     def generate(
@@ -99,8 +102,13 @@ class ConsensusDecoder:
         eos_token_id: int | list[int] | None = None,
         block_size: BlockSize | None = None,
         streamer: Any | None = None,
+        params: Sequence[SamplingParams] | None = None,
+        sampling: SamplingRule = "coupled",
+        stop: Stop | None = None,
+        reuse_cache: bool = False,
+        **options: Any,
     ) -> DecodeOutput:
-        """Generate greedily for every prompt.
+        """Generate for every prompt, greedily unless told otherwise.
 
         Args:
             input_ids: [B, L] integers, or a list of 1-D prompts of any lengths.
@@ -110,41 +118,33 @@ class ConsensusDecoder:
                 empty list none.
             block_size: for this call, by default the decoder's.
             streamer: an object with transformers' `put(ids)` and `end()`; one sequence only.
+            params: how each sequence samples; or, for all alike, the fields of `SamplingParams` as keywords
+                (temperature=0.8, top_p=0.9, seed=1, ...), where sequence b draws noise of its own.
+            sampling: "coupled" gives the tokens that AR mode gives with the same parameters; "rejection" gives other
+                tokens of the same distribution and accepts as many drafts as can be.
+            stop: called with a sequence's number and its new tokens after each of them; True ends it there.
+            reuse_cache: keep of the cache what prompt b has in common with sequence b of the last call: a conversation
+                goes on without prefilling it again.
 
         Returns:
             `sequences`, a list of B 1-D LongTensors (prompt without padding, then what was generated), and `stats`.
 
         Raises:
             ValueError: an argument out of range; it names the argument, what was expected and what came.
+            NonFiniteLogitsError: a ValueError; the model gave NaN or infinity. Other sequences are not affected.
         """
         prompts = split_prompts(input_ids, attention_mask, self.model.vocab_size)
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be an integer >= 1, but got {max_new_tokens!r}")
         if streamer is not None and len(prompts) != 1:
             raise ValueError(f"streamer takes one sequence, but got {len(prompts)}")
+        params = params_of(len(prompts), params, options, self.model.vocab_size)
         max_len = tokens_to_cache(max(prompt.numel() for prompt in prompts), max_new_tokens)
-        run = self.open(len(prompts), max_len, eos_token_id=eos_token_id, block_size=block_size)
-        started = self.clock()
-        for b, prompt in enumerate(prompts):
-            run.admit(b, prompt, max_new_tokens)
-        first = run.poll(lag=0)
-        prefilled = self.clock()
-        if streamer is not None:
-            streamer.put(prompts[0][None].cpu())
-            _stream(streamer, first)
-        while not run.done:
-            progress = run.advance()
-            if streamer is not None:
-                _stream(streamer, progress)
-        finished = self.clock()
-        if streamer is not None:
-            streamer.end()
-        tokens = [slot.tokens for slot in run.slots]
-        stats = DecodeStats.measure(
-            [len(ids) for ids in tokens], [dict(slot.cycles) for slot in run.slots],
-            run.state.accepted_histogram.tolist(), prefilled - started, finished - prefilled,
-        )  # fmt: skip
-        return DecodeOutput([torch.cat((ids, ids.new_tensor(new))) for ids, new in zip(prompts, tokens)], stats)
+        choosing = Choosing.of(params, sampling)
+        run = self.open(len(prompts), max_len, eos_token_id=eos_token_id, block_size=block_size, choosing=choosing)
+        return run_to_end(
+            run, prompts, max_new_tokens, params, self.clock, streamer=streamer, stop=stop, reuse_cache=reuse_cache
+        )
 
     def open(
         self,
@@ -153,6 +153,7 @@ class ConsensusDecoder:
         *,
         eos_token_id: int | list[int] | None = None,
         block_size: BlockSize | None = None,
+        choosing: Choosing = Choosing(),
     ) -> DecodeRun:
         """A run of `batch_size` free slots, to be driven step by step; `generate` is a loop on one.
 
@@ -162,10 +163,11 @@ class ConsensusDecoder:
             batch_size: sequences that decode side by side.
             max_len: most tokens of any of them in the cache: prompt + new tokens - 1.
             eos_token_id, block_size: as in `generate`.
+            choosing: what the sequences may ask for beyond greedy decoding.
         """
         option = self._block_option if block_size is None else block_size
-        widest = self._widest_block(option)
-        eos_ids = self._eos_ids(eos_token_id)
+        widest = widest_block(option, self.model)
+        eos_ids = stop_ids(eos_token_id, self.model)
         if self.max_cache_len is not None:
             if max_len > self.max_cache_len:
                 raise ValueError(
@@ -173,30 +175,41 @@ class ConsensusDecoder:
                     f"but prompt + max_new_tokens - 1 is {max_len}"
                 )
             max_len = self.max_cache_len
-        self._reserve(batch_size, max_len, max(widest, self.block_size), len(eos_ids))
-        self._state.reset(eos_ids)
+        last, last_cache = self.run, self.cache
+        self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids))
+        self._state.reset(eos_ids, choosing, self.model.vocab_size)
+        self.choosing = choosing
         self._runner.keep_or_drop(weight_addresses(self.model))
         impl = resolve_impl(self.impl, self.cache.context_len)
-        lag = 1 if self._runner.captures_steps else 0
+        # what runs on the host cannot be captured
+        runner = StepRunner(None, self._state.idle) if choosing.hosted else self._runner
+        lag = 1 if runner.captures_steps else 0
         rule = self._block_rule(option, batch_size)
-        self.run = DecodeRun(self, self.cache, self._state, self._runner, rule, impl, lag)
+        self.run = DecodeRun(self, self.cache, self._state, runner, rule, impl, lag, choosing)
+        if last is not None and last_cache is self.cache:
+            self.run.slots = [Slot(slot.prompt, tokens=slot.tokens, failed=slot.failed) for slot in last.slots]
         self.run.prepare()
         return self.run
 
     def run_cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
-        """`cycle`, or what was compiled of it: once per block size."""
+        """`cycle`, or what was compiled of it: once per block size and kind of choosing."""
         cycle = self.cycle
-        if self._compile_options is not None:
-            if block_size not in self._compiled:
-                self._compiled[block_size] = compile_apart(self.cycle, **self._compile_options)
-            cycle = self._compiled[block_size]
+        if self._compile_options is not None and not self.choosing.hosted:
+            key = (block_size, self.choosing)
+            if key not in self._compiled:
+                self._compiled[key] = compile_apart(self.cycle, **self._compile_options)
+            cycle = self._compiled[key]
         cycle(cache, state, block_size, impl)
 
     def cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
         """Draft, verify, consensus over all slots; with block size 1, one pass of the AR view. Device work only."""
+        if self.choosing.processed:
+            state.sampling.absorb(state.output_ids, state.output_len, state.block.shape[1])
         if block_size == AR:
             linear_impl = "library" if not self.exact and impl != "triton" else None
-            candidate = choice = self.verify(state.block[:, :1], cache, state, impl, linear_impl)
+            candidate = choice = self.verify(state.anchors(1), cache, state, impl, linear_impl)
+        elif self.choosing.rejection:
+            candidate, choice = draft_and_judge(self.model, cache, state, block_size, impl, self.choosing)
         else:
             candidate = self.draft(cache, state, block_size, impl)
             choice = self.verify(candidate, cache, state, impl)
@@ -208,9 +221,10 @@ class ConsensusDecoder:
         Row i proposes the token at position context_len + i + 1, so the last row has nothing to propose.
         """
         view_pass = cache.view_pass("diffusion", block_size, impl=impl)
-        hidden = self.model.forward_view(state.block[:, :block_size], cache, view_pass)
+        block = state.anchors(block_size)
+        hidden = self.model.forward_view(block, cache, view_pass)
         drafted = self.choose(hidden[:, : block_size - 1], state, view_pass)
-        return torch.cat((state.block[:, :1], drafted), dim=1)
+        return torch.cat((block[:, :1], drafted), dim=1)
 
     def verify(
         self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,
@@ -219,30 +233,32 @@ class ConsensusDecoder:
         """One causal pass over the block -> the AR view's own choice in every row, [B, K]. Writes its K/V in place."""
         view_pass = cache.view_pass("ar", candidate.shape[1], impl=impl, linear_impl=linear_impl)
         hidden = self.model.forward_view(candidate, cache, view_pass)
-        return self.choose(hidden, state, view_pass)
+        return ops.void_rows(self.choose(hidden, state, view_pass, candidate), hidden, impl=impl)
 
-    def choose(self, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass) -> torch.Tensor:
+    def choose(
+        self, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass, candidate: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The one place where hidden states become tokens, for drafts, for the AR view and after the prefill.
 
         hidden [B, T, H], T rows from the first of `view_pass` on; row t's token stands at position
-        `view_pass.positions[b, t] + 1`. Returns [B, T] int64. A row's token must depend on that row and that position
-        alone, or the two modes part.
+        `view_pass.positions[b, t] + 1`. `candidate` [B, T] is what the rows read; a draft has none. Returns [B, T]
+        int64. A row's token must depend on that row, its history and that position alone, or the two modes part.
         """
-        choose = getattr(self.model, "choose", None)
-        if choose is not None and view_pass.linear_impl == view_pass.impl:
-            return choose(hidden, view_pass.impl)
-        return ops.greedy_choice(self.model.compute_logits(hidden, view_pass.linear_impl), impl=view_pass.impl)
+        return choose_tokens(self.model, hidden, state, view_pass, self.choosing, candidate)[0]
 
     def prefill(
-        self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str
-    ) -> None:
+        self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str,
+        params: SamplingParams, cached: int,
+    ) -> None:  # fmt: skip
         """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot."""
         state.start(max_new_tokens)
+        if state.sampling is not None:
+            state.sampling.start(params, prompt)
         on_gpu = cache.context_len.device.type == "cuda"
         chunk = self.prefill_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
         linear_impl = impl if self.batch_invariant_prefill or impl == "reference" else "library"
-        hidden, view_pass = prefill(self.model, prompt, cache, chunk, impl, linear_impl)
-        choice = self.choose(hidden, state, view_pass)
+        hidden, view_pass = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached)
+        choice = ops.void_rows(self.choose(hidden, state, view_pass), hidden, impl=impl)
         state.commit(choice, choice, cache.context_len, impl)
         state.accepted_histogram.zero_()
 
@@ -279,31 +295,6 @@ class ConsensusDecoder:
         if self.mode == "ar":
             return FixedBlock(AR)
         if option != "auto":
-            return FixedBlock(self._widest_block(option))
+            return FixedBlock(widest_block(option, self.model))
         # cycle times differ by batch size
         return self._adaptive.setdefault(batch_size, AdaptiveBlock(auto_sizes(self.model.block_size)))
-
-    def _widest_block(self, block_size: BlockSize | None) -> int:
-        if block_size is None or block_size == "auto":
-            return self.model.block_size
-        if not isinstance(block_size, int) or not 2 <= block_size <= self.model.block_size:
-            raise ValueError(
-                f"block_size must be in 2..{self.model.block_size}, the size the view was made for, or 'auto', "
-                f"but got {block_size!r}"
-            )
-        return block_size
-
-    def _eos_ids(self, eos_token_id: int | list[int] | None) -> list[int]:
-        if eos_token_id is None:
-            return list(self.model.eos_token_ids)
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        for token in ids:
-            if not 0 <= token < self.model.vocab_size:
-                raise ValueError(f"eos_token_id must be in 0..{self.model.vocab_size - 1}, but got {token}")
-        return ids
-
-
-def _stream(streamer: Any, progress: list[Progress]) -> None:
-    for part in progress:
-        if part.tokens:
-            streamer.put(torch.tensor(part.tokens))

@@ -15,6 +15,8 @@ from orthrus_triton.modules.cuda_graph import StepRunner
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.report_ring import Report, ReportRing
+from orthrus_triton.modules.sampling_params import GREEDY_PARAMS, Choosing, SamplingParams
+from orthrus_triton.ops import VOID
 
 if TYPE_CHECKING:
     from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
@@ -32,14 +34,25 @@ class Progress(NamedTuple):
 
 @dataclass
 class Slot:
-    """What the host knows of one sequence: late by the steps in flight, and never wrong."""
+    """What the host knows of one sequence: late by the steps in flight, and never wrong.
+
+    failed: the model gave NaN or infinity where the next token should have come from.
+    """
 
     prompt: torch.Tensor | None = None
     limit: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: bool = True
+    failed: bool = False
     cycles: Counter[int] = field(default_factory=Counter)
     born: int = 0  # reports posted before this one are about the slot's previous sequence
+
+    @property
+    def cached(self) -> list[int]:
+        """Tokens whose K/V the slot's cache surely holds, from its first row on: all but the newest."""
+        if self.prompt is None or self.failed:
+            return []
+        return [*self.prompt.tolist(), *self.tokens][:-1]
 
 
 class _Work(NamedTuple):
@@ -66,9 +79,10 @@ class DecodeRun:
 
     def __init__(
         self, decoder: ConsensusDecoder, cache: SharedKVCache, state: DecodeState, runner: StepRunner, rule: BlockRule,
-        impl: str, lag: int,
+        impl: str, lag: int, choosing: Choosing,
     ) -> None:  # fmt: skip
         self.cache, self.state, self.rule, self.impl, self.lag = cache, state, rule, impl, lag
+        self.choosing = choosing
         self.slots = [Slot() for _ in range(cache.batch_size)]
         self._decoder, self._runner = decoder, runner
         self._ring = ReportRing(state.report, decoder.clock)
@@ -82,11 +96,17 @@ class DecodeRun:
         return all(slot.finished for slot in self.slots)
 
     @torch.no_grad()
-    def admit(self, b: int, prompt: torch.Tensor, max_new_tokens: int) -> None:
+    def admit(
+        self, b: int, prompt: torch.Tensor, max_new_tokens: int, params: SamplingParams = GREEDY_PARAMS,
+        cached: int = 0,
+    ) -> None:  # fmt: skip
         """Prefill `prompt` [L] int64 into free slot `b` and choose its first token; it takes part in every later step.
 
+        `cached` of its first tokens are taken from the slot's cache as they are: see `cached_prefix`.
+
         Raises:
-            ValueError: the slot is taken, or prompt and new tokens do not fit the cache.
+            ValueError: the slot is taken, prompt and new tokens do not fit the cache, or the run is not open for
+                `params`.
         """
         if not self.slots[b].finished:
             raise ValueError(f"slot {b} must be free, but its sequence has not finished: release it first")
@@ -94,16 +114,34 @@ class DecodeRun:
         if needed > self.cache.capacity:
             raise ValueError(f"prompt + max_new_tokens - 1 must be at most {self.cache.capacity}, but is {needed}")
         self._require_current()
-        self.slots[b] = Slot(prompt, max_new_tokens, finished=False, born=self._posted)
+        self.choosing.require(params)
+        params.require_vocab(self._decoder.model.vocab_size)
+        # failed until the prefill is through: a cache that was half written must not be taken for the prompt's
+        self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
         self._ring.begin()
-        self._decoder.prefill(prompt, self.cache.sequence(b), self.state.slot(b), max_new_tokens, self.impl)
+        self._decoder.prefill(
+            prompt, self.cache.sequence(b), self.state.slot(b), max_new_tokens, self.impl, params, cached
+        )
+        self.slots[b].failed = False
         self.state.write_report()
         self._post(0, 0)
 
+    def cached_prefix(self, b: int, prompt: torch.Tensor) -> int:
+        """How many of `prompt`'s first tokens have their K/V in slot `b`: at most all but the last."""
+        length = 0
+        for held, token in zip(self.slots[b].cached, prompt[:-1].tolist()):
+            if held != token:
+                break
+            length += 1
+        return length
+
     @torch.no_grad()
-    def release(self, b: int) -> None:
-        """Stop slot `b` now and free it for another sequence. What it generated so far stays in `slots[b].tokens`."""
+    def release(self, b: int, keep: int | None = None) -> None:
+        """Stop slot `b` now and free it for another sequence. What it generated stays in `slots[b].tokens`, or the
+        first `keep` of it."""
         self._require_current()
+        if keep is not None:
+            del self.slots[b].tokens[keep:]
         self.slots[b].finished = True
         self.state.finished[b : b + 1].fill_(True)
 
@@ -116,7 +154,7 @@ class DecodeRun:
             return False
         size = self.rule.next_size()
         cycles = AR_STEPS if size == AR and self._runner.captures_steps and missing >= AR_STEPS else 1
-        key, work = (size, cycles), self._work(size, cycles)
+        key, work = self._key(size, cycles), self._work(size, cycles)
         self._runner.prepare(key, work)
         self._ring.begin()
         self._runner.run(key, work)
@@ -139,7 +177,10 @@ class DecodeRun:
         """Capture a graph for every block size the rule may ask for, the largest first. Without graphs, nothing."""
         for size in sorted(self.rule.sizes, reverse=True):
             for cycles in (AR_STEPS, 1) if size == AR else (1,):
-                self._runner.prepare((size, cycles), self._work(size, cycles))
+                self._runner.prepare(self._key(size, cycles), self._work(size, cycles))
+
+    def _key(self, size: int, cycles: int) -> tuple:
+        return (size, cycles, self.choosing)
 
     def _work(self, size: int, cycles: int) -> Callable[[], None]:
         def work() -> None:
@@ -173,8 +214,11 @@ class DecodeRun:
                 continue
             new = length - len(slot.tokens)
             tokens = newest[len(newest) - new :]
-            slot.tokens += tokens
             slot.finished = bool(finished)
+            slot.failed = slot.finished and tokens[-1:] == [VOID]
+            if slot.failed:
+                tokens.pop()
+            slot.tokens += tokens
             if work.size:
                 # a cycle of AR commits one token, so a replay that ended early ran as many cycles as it gave tokens
                 slot.cycles[work.size] += new if work.size == AR else 1

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 
 from orthrus_triton import ops
+from orthrus_triton.modules.sampling_params import Choosing
+from orthrus_triton.modules.sampling_state import SamplingState
 
 NO_TOKEN = -1  # fills unused places for EOS ids: no choice is ever equal to it
 
@@ -22,6 +24,7 @@ class DecodeState:
     output_len [B] int32: committed tokens. limit [B] int32: most tokens of each. finished [B] bool: a finished slot is
     an exact no-op in every further cycle. eos_ids [E] int64, padded with -1. accepted_histogram [B, W] int32: cycles
     by accepted length. report [B, 2 + R] int64: output_len, finished and the newest R committed tokens, for the host.
+    sampling: parameters of the slots, None until a run is open for more than greedy decoding.
     """
 
     block: torch.Tensor
@@ -34,6 +37,7 @@ class DecodeState:
     report: torch.Tensor
     report_columns: torch.Tensor
     mask_token_id: int
+    sampling: SamplingState | None = None
 
     @classmethod
     def allocate(
@@ -55,19 +59,28 @@ class DecodeState:
             mask_token_id=mask_token_id,
         )
 
-    def reset(self, eos_ids: list[int]) -> None:
-        """Free every slot and set the ids that stop a sequence, at most E of them."""
+    def reset(self, eos_ids: list[int], choosing: Choosing, vocab_size: int) -> None:
+        """Free every slot, set the ids that stop a sequence, at most E - 1 of them, and be ready for `choosing`."""
         self.finished.fill_(True)
         self.output_len.zero_()
         self.accepted_histogram.zero_()
-        padded = eos_ids + [NO_TOKEN] * (self.eos_ids.numel() - len(eos_ids))
+        stops = [ops.VOID, *eos_ids]
+        padded = stops + [NO_TOKEN] * (self.eos_ids.numel() - len(stops))
         self.eos_ids.copy_(torch.tensor(padded, dtype=torch.int64))
+        if any(choosing):
+            self.sampling = self.sampling or SamplingState.allocate(self.block.shape[0], self.block.device)
+            self.sampling.prepare(choosing, vocab_size)
 
     def slot(self, b: int) -> DecodeState:
         """The buffers of one sequence, as views: what is written to them is written here."""
         shared = ("eos_ids", "report_columns", "mask_token_id")
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return DecodeState(**{name: value if name in shared else value[b : b + 1] for name, value in values.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "sampling"}
+        views = {name: value if name in shared else value[b : b + 1] for name, value in values.items()}
+        return DecodeState(**views, sampling=None if self.sampling is None else self.sampling.slot(b))
+
+    def anchors(self, block_size: int) -> torch.Tensor:
+        """The next block [B, K]. A sequence that ended for want of a token has some token there: nobody looks."""
+        return self.block[:, :block_size].clamp(min=0)
 
     def start(self, limit: int) -> None:
         """Make these slots live, with nothing committed yet."""

@@ -13,9 +13,10 @@ ROW_QUANTUM = 8  # passes have whole eights of rows: below that a library may sw
 
 
 def prefill(
-    model: DualViewModel, prompt: torch.Tensor, cache: SharedKVCache, chunk: int, impl: str, linear_impl: str
-) -> tuple[torch.Tensor, ViewPass]:
-    """Write a prompt's K/V into an empty one-sequence cache.
+    model: DualViewModel, prompt: torch.Tensor, cache: SharedKVCache, chunk: int, impl: str, linear_impl: str,
+    cached: int = 0,
+) -> tuple[torch.Tensor, ViewPass]:  # fmt: skip
+    """Write a prompt's K/V into a one-sequence cache.
 
     Memory grows with `chunk`, not with the prompt: a pass keeps activations of one chunk, and hidden states only of
     the last row. Rows past the prompt's end compute garbage and write it past its length, where nobody looks.
@@ -27,6 +28,7 @@ def prefill(
             prompt token is the anchor of the choice that follows, and committing that choice advances past it.
         chunk: prompt tokens per pass.
         impl, linear_impl: of the attention and small ops, and of the products.
+        cached: how many of the prompt's first tokens the cache holds already, < L.
 
     Returns:
         The final hidden state of the last prompt token [1, 1, H], and the pass that a choice there belongs to.
@@ -36,7 +38,7 @@ def prefill(
     ids = torch.zeros(1, length + ROW_QUANTUM, dtype=torch.int64, device=device)
     ids[0, :length] = prompt.to(device)
     hidden = None
-    for start in range(0, length, chunk):
+    for start in range(cached, length, chunk):
         tokens = min(chunk, length - start)
         rows = -(-tokens // ROW_QUANTUM) * ROW_QUANTUM
         cache.context_len.fill_(start)

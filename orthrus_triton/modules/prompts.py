@@ -55,6 +55,10 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list
             f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, "
             f"but got {tuple(attention_mask.shape)}"
         )
+    if attention_mask.device != input_ids.device:
+        raise ValueError(
+            f"attention_mask must be on the device of input_ids, {input_ids.device}, but got {attention_mask.device}"
+        )
     rows = []
     for b, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool())):
         kept = mask.nonzero().flatten()

@@ -1,0 +1,106 @@
+"""From hidden states to tokens: logits, what processes them, and the choice. The same for drafts, for the AR view and
+after the prefill, so that consensus is equality of choices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from orthrus_triton import ops
+from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
+from orthrus_triton.modules.sampling_params import Choosing
+from orthrus_triton.ops.gumbel import CHOICE, DRAFT
+
+if TYPE_CHECKING:
+    from orthrus_triton.modules.decode_state import DecodeState
+    from orthrus_triton.modules.dual_view_model import DualViewModel
+
+
+def choose_tokens(
+    model: DualViewModel, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass, choosing: Choosing,
+    candidate: torch.Tensor | None, stream: int = CHOICE,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Tokens [B, T] int64 of T rows, and the processed logits [B, T, V] fp32 they come from, if there are any.
+
+    Args:
+        model: see `DualViewModel`.
+        hidden: [B, T, H].
+        state: of the B slots.
+        view_pass: the pass `hidden` comes from; row t's token stands at `view_pass.positions[b, t] + 1`.
+        choosing: what the run is open for.
+        candidate: [B, T], the block these rows read, or None in a draft, whose tokens are not known yet.
+        stream: which of the independent draws at a position.
+    """
+    impl = view_pass.impl
+    choose = getattr(model, "choose", None)
+    if choosing == Choosing() and choose is not None and view_pass.linear_impl == impl:
+        return choose(hidden, impl), None
+    logits = choose_logits(model, hidden, state, view_pass, choosing, candidate, stream)
+    if not choosing.sampled:
+        return ops.greedy_choice(logits, impl=impl), logits
+    positions = view_pass.positions[:, : hidden.shape[1]] + 1
+    return ops.sample_choice(logits, positions, state.sampling.sampling, stream=stream, impl=impl), logits
+
+
+def choose_logits(
+    model: DualViewModel, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass, choosing: Choosing,
+    candidate: torch.Tensor | None, stream: int = CHOICE,
+) -> torch.Tensor:  # fmt: skip
+    """The logits [B, T, V] fp32 that the tokens are chosen from, processed. Arguments as in `choose_tokens`."""
+    impl = view_pass.impl
+    logits = model.compute_logits(hidden, view_pass.linear_impl)
+    positions = view_pass.positions[:, : hidden.shape[1]] + 1
+    if choosing.processed:
+        logits = ops.process_logits(logits, positions, candidate, state.eos_ids, state.sampling.processors, impl=impl)
+    if choosing.hosted:
+        logits = process_on_host(logits, positions, state, candidate, stream, impl)
+    return logits
+
+
+def draft_and_judge(
+    model: DualViewModel, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str, choosing: Choosing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draft and verify for rejection sampling -> the block [B, K], and in every row its draft or what replaces it."""
+    view_pass = cache.view_pass("diffusion", block_size, impl=impl)
+    block = state.anchors(block_size)
+    hidden = model.forward_view(block, cache, view_pass)[:, : block_size - 1]
+    drafted, draft_logits = choose_tokens(model, hidden, state, view_pass, choosing, None, stream=DRAFT)
+    candidate = torch.cat((block[:, :1], drafted), dim=1)
+    view_pass = cache.view_pass("ar", block_size, impl=impl)
+    hidden = model.forward_view(candidate, cache, view_pass)
+    logits = choose_logits(model, hidden, state, view_pass, choosing, candidate)
+    choice = ops.rejection_choice(
+        logits, draft_logits, candidate, view_pass.positions + 1, state.sampling.sampling, impl=impl
+    )
+    return candidate, ops.void_rows(choice, hidden, impl=impl)
+
+
+def process_on_host(
+    logits: torch.Tensor, positions: torch.Tensor, state: DecodeState, candidate: torch.Tensor | None, stream: int,
+    impl: str,
+) -> torch.Tensor:  # fmt: skip
+    """Logits after each slot's own function, called row by row with the row's history. Slow, and right.
+
+    In a draft, row t's history is what rows 0..t-1 draft.
+    """
+    logits = logits.clone()
+    for b in range(logits.shape[0]):
+        number = state.sampling.first + b
+        if number not in state.sampling.hosts or bool(state.finished[b]):
+            continue
+        prompt, process = state.sampling.hosts[number]
+        ids = torch.cat((prompt.to(logits.device), state.output_ids[b, : int(state.output_len[b])]))
+        slot = ops.SamplingTensors(*(tensor[b : b + 1] for tensor in state.sampling.sampling))
+        for t in range(logits.shape[1]):
+            if t and candidate is not None:
+                ids = torch.cat((ids, candidate[b, t : t + 1]))
+            scores = process(ids[None], logits[b, t][None].clone())
+            if tuple(scores.shape) != (1, logits.shape[-1]):
+                raise ValueError(f"logits_processor must return [1, {logits.shape[-1]}], but got {tuple(scores.shape)}")
+            logits[b, t] = scores[0]
+            if candidate is None:
+                row = logits[b : b + 1, t : t + 1]
+                drafted = ops.sample_choice(row, positions[b : b + 1, t : t + 1], slot, stream=stream, impl=impl)
+                ids = torch.cat((ids, drafted[0]))
+    return logits

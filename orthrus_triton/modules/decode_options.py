@@ -1,0 +1,41 @@
+"""Options of a decoder that are checked against its model: block sizes and stop tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orthrus_triton.modules.dual_view_model import DualViewModel
+
+Mode = Literal["consensus", "ar"]
+BlockSize = int | Literal["auto"]
+
+
+def widest_block(block_size: BlockSize | None, model: DualViewModel) -> int:
+    """Rows of the largest block that `block_size` allows; None and "auto" allow the trained one.
+
+    Raises:
+        ValueError: it is not in 2..model.block_size.
+    """
+    if block_size is None or block_size == "auto":
+        return model.block_size
+    if not isinstance(block_size, int) or not 2 <= block_size <= model.block_size:
+        raise ValueError(
+            f"block_size must be in 2..{model.block_size}, the size the view was made for, or 'auto', "
+            f"but got {block_size!r}"
+        )
+    return block_size
+
+
+def stop_ids(eos_token_id: int | list[int] | None, model: DualViewModel) -> list[int]:
+    """The ids that end a sequence; None means the model's own.
+
+    Raises:
+        ValueError: one is outside the vocabulary.
+    """
+    if eos_token_id is None:
+        return list(model.eos_token_ids)
+    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    for token in ids:
+        if not 0 <= token < model.vocab_size:
+            raise ValueError(f"eos_token_id must be in 0..{model.vocab_size - 1}, but got {token}")
+    return ids

@@ -1,0 +1,89 @@
+"""A run driven to its end: prompts in, streaming and stopping on the way, sequences and what they cost out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from orthrus_triton.modules.decode_run import DecodeRun, Progress
+from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats
+from orthrus_triton.modules.sampling_params import SamplingParams
+
+Stop = Callable[[int, list[int]], bool]
+
+
+class NonFiniteLogitsError(ValueError):
+    """The model gave NaN or infinity. `output` has what every sequence got; those in `failed` end before it."""
+
+    def __init__(self, failed: list[int], output: DecodeOutput) -> None:
+        lengths = {b: output.stats.sequence_tokens[b] for b in failed}
+        super().__init__(
+            f"logits must be finite, but the model gave NaN or infinity in sequence(s) {failed} after "
+            f"{list(lengths.values())} new tokens; the others are whole, see `output` of this error"
+        )
+        self.failed, self.output = failed, output
+
+
+def run_to_end(
+    run: DecodeRun, prompts: Sequence[torch.Tensor], max_new_tokens: int, params: Sequence[SamplingParams],
+    clock: Callable[[], float], *, streamer: Any | None = None, stop: Stop | None = None, reuse_cache: bool = False,
+) -> DecodeOutput:  # fmt: skip
+    """Decode one prompt per slot. Arguments as in `ConsensusDecoder.generate`.
+
+    Raises:
+        NonFiniteLogitsError: after all sequences have ended, if any of them had to.
+    """
+    started = clock()
+    for b, prompt in enumerate(prompts):
+        run.admit(b, prompt, max_new_tokens, params[b], run.cached_prefix(b, prompt) if reuse_cache else 0)
+    watch = _Watch(run, stop, streamer)
+    first = run.poll(lag=0)
+    prefilled = clock()
+    if streamer is not None:
+        streamer.put(prompts[0][None].cpu())
+    watch(first)
+    while not run.done:
+        watch(run.advance())
+    finished = clock()
+    if streamer is not None:
+        streamer.end()
+    tokens = [slot.tokens for slot in run.slots]
+    stats = DecodeStats.measure(
+        [len(ids) for ids in tokens], [dict(slot.cycles) for slot in run.slots], run.state.accepted_histogram.tolist(),
+        prefilled - started, finished - prefilled,
+    )  # fmt: skip
+    output = DecodeOutput([torch.cat((ids, ids.new_tensor(new))) for ids, new in zip(prompts, tokens)], stats)
+    failed = [b for b, slot in enumerate(run.slots) if slot.failed]
+    if failed:
+        raise NonFiniteLogitsError(failed, output)
+    return output
+
+
+class _Watch:
+    """Shows new tokens to `stop`, one after the other, and what it lets through to the streamer."""
+
+    def __init__(self, run: DecodeRun, stop: Stop | None, streamer: Any | None) -> None:
+        self.run, self.stop, self.streamer = run, stop, streamer
+        self.shown: Counter[int] = Counter()  # tokens per slot; its host view may be several reports ahead
+        self.stopped: set[int] = set()
+
+    def __call__(self, progress: list[Progress]) -> None:
+        for part in progress:
+            if part.slot in self.stopped:
+                continue
+            tokens = part.tokens if self.stop is None else self._before_stop(part)
+            if tokens and self.streamer is not None:
+                self.streamer.put(torch.tensor(tokens))
+
+    def _before_stop(self, part: Progress) -> list[int]:
+        b, slot = part.slot, self.run.slots[part.slot]
+        for count in range(1, len(part.tokens) + 1):
+            self.shown[b] += 1
+            if self.stop(b, slot.tokens[: self.shown[b]]):
+                self.run.release(b, keep=self.shown[b])
+                self.stopped.add(b)
+                return part.tokens[:count]
+        return part.tokens

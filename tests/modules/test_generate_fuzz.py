@@ -1,0 +1,282 @@
+"""Thousands of random generate() calls against an unbatched AR oracle; batches that sequences join and leave; cache
+that is kept; what is wrong with the input or the model, and that it harms nobody else."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from orthrus_triton.modules import ConsensusDecoder, NonFiniteLogitsError, SamplingParams
+from orthrus_triton.modules.run_to_end import run_to_end
+from orthrus_triton.modules.sampling_params import Choosing
+from orthrus_triton.testing import TinyDualViewModel
+from tests.modules.ledger_model import LedgerModel, oracle
+
+VOCAB, CALLS = 17, 2000
+
+
+def random_params(rng: random.Random, sequence: int, hosted: bool = False) -> SamplingParams:
+    values: dict = {"sequence": sequence, "seed": rng.randrange(-(2**63), 2**63)}
+    if rng.random() < 0.7:
+        values["temperature"] = rng.choice([0.1, 0.7, 1.0, 2.5])
+        for name, choices in (("top_k", [1, 3, 8, 50]), ("top_p", [0.01, 0.5, 0.9]), ("min_p", [0.02, 0.3, 1.0])):
+            if rng.random() < 0.4:
+                values[name] = rng.choice(choices)
+    if rng.random() < 0.4:
+        for name, choices in (
+            ("repetition_penalty", [0.7, 1.3, 5.0]), ("presence_penalty", [-0.5, 1.0]),
+            ("frequency_penalty", [-0.3, 0.4]), ("min_new_tokens", [2, 7]),
+        ):  # fmt: skip
+            if rng.random() < 0.5:
+                values[name] = rng.choice(choices)
+        if rng.random() < 0.4:
+            values["logit_bias"] = {rng.randrange(VOCAB): rng.choice([-torch.inf, -1.0, 2.0]) for _ in range(2)}
+    if hosted:
+        values["logits_processor"] = no_token_twice_in_three
+    return SamplingParams(**values)
+
+
+def no_token_twice_in_three(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    scores = scores.clone()
+    scores[:, input_ids[0, -3:]] = -50.0
+    return scores
+
+
+def test_two_thousand_calls_are_their_ar_oracle() -> None:
+    rng = random.Random(7)
+    model = LedgerModel(VOCAB)
+    decoders = [
+        ConsensusDecoder(model, impl="torch", max_cache_len=64, **options)
+        for options in ({}, {"block_size": 2}, {"block_size": "auto"}, {"mode": "ar"})
+    ]
+    for call in range(CALLS):
+        decoder = decoders[rng.choice([0, 0, 0, 1, 2, 3])]
+        prompts = [
+            torch.tensor(rng.choices(range(VOCAB), k=rng.randint(1, 20))) for _ in range(rng.choice([1, 1, 1, 2, 3]))
+        ]
+        eos, hosted, tokens = rng.sample(range(VOCAB), k=rng.randint(0, 2)), rng.random() < 0.05, rng.randint(1, 9)
+        if rng.random() < 0.2:
+            params = [SamplingParams()] * len(prompts)
+        else:
+            params = [random_params(rng, b, hosted) for b in range(len(prompts))]
+        expected = [oracle(model, p.tolist(), tokens, one, eos) for p, one in zip(prompts, params)]
+        stop = None
+        if rng.random() < 0.2:  # ends with a token of the text that may lie in the middle of an accepted block
+            last = [rng.choice(new) for new in expected]
+            expected = [new[: new.index(token) + 1] for new, token in zip(expected, last)]
+            stop = lambda b, new, last=last: new[-1] == last[b]  # noqa: E731
+        output = decoder.generate(
+            prompts, max_new_tokens=tokens, eos_token_id=eos, params=params, stop=stop,
+            block_size=rng.choice([None, 3, 5]) if decoder is decoders[0] else None, reuse_cache=rng.random() < 0.3,
+        )  # fmt: skip
+        got = [ids[len(prompt) :].tolist() for prompt, ids in zip(prompts, output.sequences)]
+        assert got == expected, f"call {call}: {params}"
+
+
+@pytest.mark.parametrize("mode", ["consensus", "ar"])
+def test_sequences_join_and_leave(mode: str) -> None:
+    """Forty sequences over three slots, released at random, each as if it had been alone."""
+    rng = random.Random(1)
+    model = LedgerModel(VOCAB)
+    decoder = ConsensusDecoder(model, impl="torch", mode=mode)
+    run = decoder.open(3, 64, eos_token_id=[3], choosing=Choosing(sampled=True, processed=True))
+    waiting = [
+        (rng.choices(range(VOCAB), k=rng.randint(1, 30)), rng.randint(1, 25), random_params(rng, i)) for i in range(40)
+    ]
+    seated: dict[int, list] = {}
+    finished = 0
+    while waiting or seated:
+        for b in range(3):
+            if b not in seated and waiting:
+                seated[b] = waiting.pop()
+                prompt = torch.tensor(seated[b][0])
+                run.admit(b, prompt, *seated[b][1:], cached=run.cached_prefix(b, prompt))
+        run.advance()
+        for b in list(seated):
+            if not run.slots[b].finished and rng.random() < 0.1:
+                run.release(b)
+                cut = True
+            else:
+                cut = False
+            if run.slots[b].finished:
+                prompt, tokens, params = seated.pop(b)
+                expected = oracle(model, prompt, tokens, params, [3])
+                got = run.slots[b].tokens
+                assert got == (expected[: len(got)] if cut else expected)
+                finished += 1
+    assert finished == 40
+
+
+class Listener:
+    """A streamer that remembers."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.heard += ids.flatten().tolist()
+
+    def end(self) -> None:
+        self.heard.append(-1)
+
+
+@pytest.mark.parametrize("lag", [0, 3])
+def test_a_host_that_looks_late_stops_at_the_same_token(lag: int) -> None:
+    """On a GPU several cycles may be known at once: what lies behind the stop is neither kept nor streamed."""
+    model, prompt = LedgerModel(VOCAB), torch.tensor([3, 1])
+    answer = oracle(model, prompt.tolist(), 25, SamplingParams())
+    for count, more in itertools.product(range(1, 12), (1, 2, 4)):
+        decoder, streamer = ConsensusDecoder(model, impl="torch", block_size=3), Listener()
+        run = decoder.open(1, 64)
+        run.lag = lag
+        output = run_to_end(
+            run, [prompt], count + more, [SamplingParams()], decoder.clock, streamer=streamer,
+            stop=lambda b, new, count=count: len(new) == count,
+        )  # fmt: skip
+        assert output.sequences[0].tolist() == [3, 1, *answer[:count]]
+        assert streamer.heard == [3, 1, *answer[:count], -1]
+
+
+def tiny() -> TinyDualViewModel:
+    torch.manual_seed(3)
+    model = TinyDualViewModel(hidden_size=32, num_layers=1, intermediate_size=32, num_heads=2, block_size=6)
+    model.layers[0].self_attn.o_proj.weight.data *= 8
+    model.layers[0].self_attn.copy_ar_to_diffusion()
+    return model
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_coupled_consensus_is_sampled_ar_on_a_transformer(impl: str) -> None:
+    """Real attention, a ragged batch, any block size; and a sequence in a batch is that sequence alone."""
+    model, prompts = tiny(), [torch.arange(5), torch.arange(3, 12)]
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 5, "repetition_penalty": 1.2}
+    if impl == "triton":
+        prompts, lengths = prompts[:1], (4,)
+    else:
+        lengths = (24,)
+    for tokens in lengths:
+        ar = ConsensusDecoder(model, mode="ar", impl=impl).generate(prompts, max_new_tokens=tokens, **options)
+        for block_size in (6, 3) if impl == "torch" else (4,):
+            decoder = ConsensusDecoder(model, impl=impl, block_size=block_size)
+            output = decoder.generate(prompts, max_new_tokens=tokens, **options)
+            assert [ids.tolist() for ids in output.sequences] == [ids.tolist() for ids in ar.sequences]
+            if impl == "torch":
+                alone = decoder.generate(prompts[1:], max_new_tokens=tokens, **{**options, "sequence": 1})
+                assert torch.equal(alone.sequences[0], ar.sequences[1])
+    greedy = ConsensusDecoder(model, impl=impl).generate(prompts, max_new_tokens=5).sequences
+    assert greedy[0].tolist() != ar.sequences[0][: len(greedy[0])].tolist()
+
+
+def test_rejection_follows_the_ar_distribution() -> None:
+    """The decoder's own cycle, 1,200 sequences of three tokens: chi-square over all 27 texts."""
+    model = LedgerModel(vocab_size=3, block_size=3, certainty=1.0)
+    decoder = ConsensusDecoder(model, impl="torch")
+    n, prompt = 1200, torch.tensor([1, 2])
+    output = decoder.generate([prompt] * n, max_new_tokens=3, temperature=1.0, seed=2, sampling="rejection")
+    counts = torch.zeros(3, 3, 3, dtype=torch.float64)
+    expected = torch.zeros_like(counts)
+    for ids in output.sequences:
+        counts[tuple(ids[2:].tolist())] += 1
+    for a in range(3):
+        for b in range(3):
+            first, second, third = (
+                model.next_logits(ids).double().softmax(-1) for ids in ([1, 2], [1, 2, a], [1, 2, a, b])
+            )
+            expected[a, b] = n * first[a] * second[b] * third
+    assert float(((counts - expected) ** 2 / expected).sum()) < 54.1  # 99.9 % of 26 degrees of freedom
+    coupled = decoder.generate([prompt] * 200, max_new_tokens=12, temperature=1.0, seed=2)
+    rejection = decoder.generate([prompt] * 200, max_new_tokens=12, temperature=1.0, seed=2, sampling="rejection")
+    alone = [SamplingParams(temperature=1.0, seed=2, sequence=7)]
+    again = decoder.generate([prompt], max_new_tokens=12, params=alone, sampling="rejection").sequences[0]
+    assert torch.equal(again, rejection.sequences[7])
+    assert rejection.stats.tokens_per_cycle > coupled.stats.tokens_per_cycle > 1.1
+
+
+def test_the_cache_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    decoder = ConsensusDecoder(model, impl="torch", max_cache_len=128, batch_invariant_prefill=True)
+    first = decoder.generate([torch.arange(9)], max_new_tokens=10).sequences[0]
+    turn = torch.cat((first, torch.tensor([7, 8, 9])))
+    fresh = ConsensusDecoder(model, impl="torch", max_cache_len=128, batch_invariant_prefill=True)
+    expected = fresh.generate([turn], max_new_tokens=10).sequences[0]
+    seen = []
+    forward = type(model).forward_view
+    monkeypatch.setattr(
+        type(model), "forward_view", lambda self, ids, *rest: seen.append(ids.shape[1]) or forward(self, ids, *rest)
+    )
+    assert torch.equal(decoder.generate([turn], max_new_tokens=10, reuse_cache=True).sequences[0], expected)
+    assert seen[0] == 8  # four tokens, rounded up, instead of 22
+
+
+def test_nan_ends_that_sequence_alone() -> None:
+    """And the error names it; the decoder goes on."""
+    model = LedgerModel(VOCAB, poison=5)
+    healthy = LedgerModel(VOCAB)
+    decoder = ConsensusDecoder(model, impl="torch")
+    prompts = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5])]
+    with pytest.raises(NonFiniteLogitsError, match="sequence.s. .*2") as caught:
+        decoder.generate(prompts, max_new_tokens=12, eos_token_id=[])
+    error = caught.value
+    assert 2 in error.failed and error.output.sequences[2].tolist() == [4, 5]
+    for b, prompt in enumerate(prompts[:2]):
+        expected = oracle(healthy, prompt.tolist(), 12, SamplingParams())
+        if 5 in expected[:-1]:
+            assert b in error.failed
+            expected = expected[: expected.index(5) + 1]
+        assert error.output.sequences[b].tolist() == prompt.tolist() + expected
+    model.poison = None
+    again = decoder.generate(prompts[2:], max_new_tokens=6, reuse_cache=True).sequences[0].tolist()
+    assert again == [4, 5, *oracle(healthy, [4, 5], 6, SamplingParams())]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature must be in 0..10000, but got -0.1"),
+        ({"temperature": float("nan")}, r"temperature must be in 0..10000, but got nan"),
+        ({"temperature": 1, "top_p": 0.0}, r"top_p must be in \(0, 1\], but got 0.0"),
+        ({"temperature": 1, "top_p": 1.5}, r"top_p must be in \(0, 1\], but got 1.5"),
+        ({"top_k": -1}, r"top_k must be an integer >= 0, but got -1"),
+        ({"min_p": 2}, r"min_p must be in \[0, 1\], but got 2"),
+        ({"seed": 2**64}, r"seed must be an integer of 64 bits"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be in \(0, 10000\], but got 0.0"),
+        ({"logit_bias": {99: 1.0}}, r"logit_bias must be of tokens in 0..16, but got 99"),
+        ({"logit_bias": {1: float("nan")}}, r"logit_bias must be finite or -inf, but got nan"),
+        ({"sampling": "nucleus"}, r"sampling must be 'coupled' or 'rejection', but got 'nucleus'"),
+        ({"max_new_tokens": 100}, r"max_cache_len=64"),
+        ({"logits_processor": lambda ids, scores: scores[:, :3]}, r"logits_processor must return \[1, 17\]"),
+    ],
+)
+def test_bad_input_is_named_and_harms_nothing(options: dict, message: str) -> None:
+    model = LedgerModel(VOCAB)
+    decoder = ConsensusDecoder(model, impl="torch", max_cache_len=64)
+    prompts = [torch.tensor([1, 2]), torch.tensor([3])]
+    with pytest.raises(ValueError, match=message):
+        decoder.generate(prompts, **{"max_new_tokens": 5} | options)
+    output = decoder.generate(prompts, max_new_tokens=5)
+    assert output.sequences[1].tolist() == [3, *oracle(model, [3], 5, SamplingParams())]
+
+
+def test_bad_prompts_are_named() -> None:
+    decoder = ConsensusDecoder(LedgerModel(VOCAB), impl="torch")
+    for prompts, message in [
+        ([torch.tensor([1]), torch.tensor([], dtype=torch.int64)], "prompt 1 must be 1-D with at least one token"),
+        ([torch.tensor([1, 17])], r"ids in 0..16, but got 17"),
+        ([torch.tensor([-1])], r"ids in 0..16, but got -1"),
+        ([], "at least one prompt"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            decoder.generate(prompts, max_new_tokens=3)
+    with pytest.raises(ValueError, match="prompt 1 must be 1-D with at least one token"):
+        decoder.generate(torch.ones(2, 3).long(), torch.tensor([[1, 1, 1], [0, 0, 0]]), max_new_tokens=3)
+    elsewhere = torch.ones(2, 3, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="attention_mask must be on the device of input_ids, cpu, but got meta"):
+        decoder.generate(torch.ones(2, 3).long(), elsewhere, max_new_tokens=3)
+    with pytest.raises(ValueError, match="prompt 0 must hold integers, but got torch.float32"):
+        decoder.generate(torch.ones(2, 3), max_new_tokens=3)
+    run = decoder.open(1, 20)
+    with pytest.raises(ValueError, match="sampled=True"):
+        run.admit(0, torch.tensor([1]), 5, SamplingParams(temperature=1.0))
