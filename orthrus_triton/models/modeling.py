@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from orthrus_triton import ops
 from orthrus_triton.models import checkpoint
 from orthrus_triton.models.config import OrthrusConfig
 from orthrus_triton.models.convert import choose_mask_token_id, eos_token_ids, open_base, read_generation_config
+from orthrus_triton.models.generation import OrthrusGenerationMixin
+from orthrus_triton.models.loading_options import loading_options
 from orthrus_triton.models.rope import rotary_from_config
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
 from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
@@ -59,7 +62,7 @@ class OrthrusModel(nn.Module):
         return torch.where(is_mask, self.mask_embedding_diff.to(hidden.dtype), hidden)
 
 
-class OrthrusForCausalLM(PreTrainedModel):
+class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
     """A frozen Llama, Mistral, Qwen2 or Qwen3 with a diffusion view. Runs in `ConsensusDecoder` (`DualViewModel`).
 
     Make one with `from_base` or `from_pretrained`. Only the diffusion view's parameters require gradients.
@@ -186,20 +189,23 @@ class OrthrusForCausalLM(PreTrainedModel):
     def from_pretrained(
         cls,
         folder_or_hub_id: str | PathLike[str],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        **options: Any,
     ) -> OrthrusForCausalLM:
         """Load what `save_pretrained` wrote, or a published Orthrus checkpoint.
 
         Args:
             folder_or_hub_id: a folder with config.json and safetensors, or a hub id.
-            dtype: None takes the checkpoint's.
+            dtype: None or "auto" takes the checkpoint's.
             device: None is the CPU.
+            **options: what AutoModelForCausalLM and pipeline() pass along; `device_map` may name one device.
 
         Raises:
             ValueError: an unsupported architecture or option, weights that do not fit the config, pickle files.
             FileNotFoundError: no such folder, or a file it must hold is missing.
         """
+        dtype, device = loading_options(dtype, device, options)
         folder = checkpoint.resolve_folder(folder_or_hub_id)
         config = OrthrusConfig.from_dict(checkpoint.read_json(folder / "config.json"))
         config.name_or_path = str(folder_or_hub_id)
@@ -244,6 +250,14 @@ class OrthrusForCausalLM(PreTrainedModel):
                 module.down.reset_parameters()
         for layer in self.model.layers:
             layer.self_attn.copy_ar_to_diffusion()
+
+    @torch.no_grad()
+    def add_mask_embedding(self) -> None:
+        """Give the diffusion view a vector of its own for the mask token, for now a copy of the frozen row."""
+        if self.model.mask_embedding_diff is None:
+            row = self.model.embed_tokens.weight[self.mask_token_id]
+            self.model.mask_embedding_diff = nn.Parameter(row.detach().clone())
+            self.config.mask_embedding = True
 
     @classmethod
     def _load(

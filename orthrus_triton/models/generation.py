@@ -1,0 +1,149 @@
+"""generate() as transformers users know it, over ConsensusDecoder. Padded batches in, padded sequences out;
+every token is the frozen model's own."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from orthrus_triton.models.generation_settings import GenerationSettings, merged_config
+from orthrus_triton.models.stop_strings import StopStrings
+from orthrus_triton.modules import ConsensusDecoder, DecodeStats
+from orthrus_triton.modules.prompts import split_prompts
+from orthrus_triton.modules.run_to_end import Stop
+
+# what callers pass out of habit, with the only values that mean what happens here
+HABITS = {
+    "use_cache": (True, None), "synced_gpus": (False, None), "past_key_values": (None,), "inputs_embeds": (None,),
+    "assistant_model": (None,), "negative_prompt_ids": (None,), "token_type_ids": None, "position_ids": (None,),
+    "cache_implementation": (None,), "return_legacy_cache": None, "custom_generate": (None,),
+}  # fmt: skip
+
+
+class OrthrusGenerationMixin:
+    """`generate` for a `DualViewModel` that is a transformers model.
+
+    Attributes:
+        last_stats: what the last call cost; see `DecodeStats`.
+    """
+
+    last_stats: DecodeStats | None = None
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """transformers asks."""
+        return True
+
+    def consensus_decoder(self, mode: str = "consensus") -> ConsensusDecoder:
+        """The decoder that `generate` uses for "consensus" or "ar". It keeps its cache from call to call; set its
+        attributes (impl, max_cache_len ...) to change how it runs."""
+        key = (mode, self.device, self.dtype)
+        decoders = self.__dict__.setdefault("_decoders", {})
+        if key not in decoders:
+            decoders[key] = ConsensusDecoder(self, mode=mode)
+        return decoders[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies get decoders of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_decoders"}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Any | None = None,
+        streamer: Any | None = None,
+        *,
+        use_diffusion_mode: bool = True,
+        seed: int | None = None,
+        sampling: str = "coupled",
+        block_size: int | None = None,
+        reuse_cache: bool = False,
+        tokenizer: Any | None = None,
+        **options: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """Generate tokens.
+
+        Args:
+            inputs: [B, L] prompts, or `input_ids=`; padding on the left or right, with `attention_mask=`.
+            generation_config: by default the model's own; its fields may be passed as keywords too.
+            logits_processor: run on the host, row by row with the row's own history. Each must be a function of
+                (input_ids, scores) alone.
+            stopping_criteria: asked after every token, sequence by sequence, with scores None.
+            prefix_allowed_tokens_fn: as in transformers.
+            streamer: TextStreamer, TextIteratorStreamer or the like; one sequence.
+            use_diffusion_mode: False decodes with the AR view alone. The tokens are the same.
+            seed: of sampling; by default drawn from torch's global generator.
+            sampling: "coupled", or "rejection"; see `ConsensusDecoder.generate`.
+            block_size: rows of a draft block.
+            reuse_cache: go on from the cache of the last call where the prompt begins as that text did.
+            tokenizer: needed with stop_strings.
+
+        Returns:
+            [B * num_return_sequences, L + new] int64: the prompts as they came, what was generated, then pad tokens;
+            or, with return_dict_in_generate, an object with these `sequences`.
+
+        Raises:
+            ValueError: an option out of range, or one that asks for what cannot be had; it names the option.
+            TypeError: an option nobody knows.
+        """
+        if inputs is None:
+            inputs = options.pop("input_ids", None)
+        attention_mask = options.pop("attention_mask", None)
+        for name, allowed in HABITS.items():
+            value = options.pop(name, None)
+            if allowed is not None and value is not None and value not in allowed:
+                hint = "; reuse_cache=True continues a text" if name == "past_key_values" else ""
+                raise ValueError(f"{name} must be {allowed[0]}, but got {type(value).__name__} {value!r:.40}{hint}")
+        config, unknown = merged_config(self.generation_config, generation_config, options)
+        if unknown:
+            raise TypeError(f"generate() got options it does not know: {sorted(unknown)}")
+        if not isinstance(inputs, torch.Tensor):
+            raise ValueError(f"input_ids must be a tensor [B, L], but got {type(inputs).__name__}")
+        inputs = inputs[None] if inputs.dim() == 1 else inputs
+        prompts = split_prompts(inputs, attention_mask, self.vocab_size)
+        settings = GenerationSettings.of(
+            config, inputs.shape[1], [len(prompt) for prompt in prompts], seed=seed, default_eos=self.eos_token_ids,
+            processors=logits_processor, prefix_allowed=prefix_allowed_tokens_fn,
+        )  # fmt: skip
+        prompts = [prompt for prompt in prompts for _ in range(settings.num_return_sequences)]
+        strings = None
+        if settings.stop_strings:
+            if tokenizer is None:
+                raise ValueError("tokenizer must be given with stop_strings, but got None")
+            strings = StopStrings(tokenizer, settings.stop_strings)
+        output = self.consensus_decoder("consensus" if use_diffusion_mode else "ar").generate(
+            prompts, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_ids, streamer=streamer,
+            block_size=block_size, params=settings.params, sampling=sampling, reuse_cache=reuse_cache,
+            stop=_stop(stopping_criteria or [], strings, prompts, settings.max_time),
+        )  # fmt: skip
+        self.last_stats = output.stats
+        new = [ids[len(prompt) :] for prompt, ids in zip(prompts, output.sequences)]
+        new = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=settings.pad_token_id)
+        sequences = torch.cat((inputs.repeat_interleave(settings.num_return_sequences, 0), new.to(inputs)), dim=1)
+        return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict else sequences
+
+
+def _stop(
+    criteria: StoppingCriteriaList, strings: StopStrings | None, prompts: list[torch.Tensor], max_time: float | None
+) -> Stop | None:
+    if not criteria and strings is None and max_time is None:
+        return None
+    deadline = None if max_time is None else time.monotonic() + max_time
+
+    def stop(b: int, new: list[int]) -> bool:
+        if deadline is not None and time.monotonic() > deadline:
+            return True
+        if strings is not None and strings(new):
+            return True
+        ids = torch.cat((prompts[b], prompts[b].new_tensor(new)))[None]
+        return any(bool(torch.as_tensor(one(ids, None)).all()) for one in criteria)
+
+    return stop

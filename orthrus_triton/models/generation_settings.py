@@ -1,0 +1,166 @@
+"""What transformers' GenerationConfig asks for, in terms of this library: lengths, stop tokens, SamplingParams.
+What cannot be done is refused by name, never ignored."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+)
+
+from orthrus_triton.modules import SamplingParams
+
+# with do_sample and nothing said, as in transformers
+DEFAULT_MAX_LENGTH, DEFAULT_TOP_K = 20, 50
+# fields that must be as if they had not been set, and what to do instead
+UNSUPPORTED = {
+    "num_beams": "one sequence of tokens is verified at a time: num_return_sequences with do_sample gives several",
+    "num_beam_groups": "there is no beam search", "penalty_alpha": "there is no contrastive search",
+    "diversity_penalty": "there is no beam search", "constraints": "there is no beam search",
+    "force_words_ids": "there is no beam search", "dola_layers": "there is no layer contrast",
+    "typical_p": "use top_p or min_p", "epsilon_cutoff": "use min_p", "eta_cutoff": "use min_p", "top_h": "use min_p",
+    "encoder_repetition_penalty": "use repetition_penalty", "encoder_no_repeat_ngram_size": "use no_repeat_ngram_size",
+    "guidance_scale": "there is no second prompt", "watermarking_config": "pass a logits_processor",
+    "forced_bos_token_id": "put it into the prompt", "forced_eos_token_id": "cut or append it afterwards",
+    "exponential_decay_length_penalty": "pass a logits_processor", "token_healing": "heal the prompt before",
+    "prompt_lookup_num_tokens": "the diffusion view drafts", "assistant_early_exit": "the diffusion view drafts",
+    "use_mtp": "the diffusion view drafts", "speculation_type": "the diffusion view drafts",
+    "output_scores": "tokens leave the cycle without logits; model(sequences) gives logits of every position",
+    "output_logits": "tokens leave the cycle without logits; model(sequences) gives logits of every position",
+    "output_attentions": "attention weights are never formed", "output_hidden_states": "they are not kept",
+    "renormalize_logits": "nothing reads the logits afterwards",
+}  # fmt: skip
+NEUTRAL = (None, False, 0, 0.0, 1, 1.0)
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """A GenerationConfig, resolved for prompts of `prompt_length` columns."""
+
+    max_new_tokens: int
+    eos_token_ids: list[int] | None
+    pad_token_id: int
+    num_return_sequences: int
+    return_dict: bool
+    stop_strings: list[str]
+    max_time: float | None
+    params: list[SamplingParams]
+
+    @classmethod
+    def of(
+        cls, config: GenerationConfig, prompt_length: int, lengths: list[int], *, seed: int | None = None,
+        default_eos: list[int], processors: LogitsProcessorList | None = None, prefix_allowed: Any = None,
+    ) -> GenerationSettings:  # fmt: skip
+        """Read `config`.
+
+        Args:
+            config: transformers' own.
+            prompt_length: columns of the padded prompts, which max_length and min_length count.
+            lengths: of the prompts without padding; with num_return_sequences > 1 each is decoded that often.
+            seed: of sampling; None draws one from torch's global generator.
+            default_eos: stop tokens when the config has none.
+            processors: the caller's own, run on the host.
+            prefix_allowed: transformers' `prefix_allowed_tokens_fn`.
+
+        Raises:
+            ValueError: a field that asks for what this library does not do.
+        """
+        for name, instead in UNSUPPORTED.items():
+            value = getattr(config, name, None)
+            if (value is True or value not in NEUTRAL) and not (name == "speculation_type" and value == "none"):
+                raise ValueError(f"{name} must be left at its default, but got {value!r}: {instead}")
+        max_new = config.max_new_tokens
+        if max_new is None:
+            max_new = (config.max_length or DEFAULT_MAX_LENGTH) - prompt_length
+            if max_new < 1:
+                raise ValueError(
+                    f"max_length must exceed the prompt's {prompt_length} tokens, but is "
+                    f"{config.max_length or DEFAULT_MAX_LENGTH}: pass max_new_tokens"
+                )
+        eos = config.eos_token_id
+        eos_ids = default_eos if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        pad = config.pad_token_id
+        if isinstance(config.stop_strings, str):
+            stop_strings = [config.stop_strings]
+        else:
+            stop_strings = list(config.stop_strings or [])
+        copies = config.num_return_sequences or 1
+        if copies < 1:
+            raise ValueError(f"num_return_sequences must be >= 1, but got {copies}")
+        if copies > 1 and not config.do_sample:
+            raise ValueError(f"num_return_sequences must be 1 without do_sample, but got {copies}: all would be equal")
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ())) if config.do_sample else 0
+        shared = _shared_params(config, prompt_length, seed)
+        hosts = [
+            _host_processors(config, length, processors, prefix_allowed, row)
+            for row, length in enumerate(lengths) for _ in range(copies)
+        ]  # fmt: skip
+        return cls(
+            max_new, eos_ids, pad if pad is not None else (eos_ids[0] if eos_ids else 0), copies,
+            bool(config.return_dict_in_generate), stop_strings, config.max_time,
+            [SamplingParams(**shared, sequence=b, logits_processor=host or None) for b, host in enumerate(hosts)],
+        )  # fmt: skip
+
+
+def _shared_params(config: GenerationConfig, prompt_length: int, seed: int) -> dict[str, Any]:
+    bias = {token: -torch.inf for token in config.suppress_tokens or []}
+    for words in config.bad_words_ids or []:
+        if len(words) == 1:
+            bias[words[0]] = -torch.inf
+    params = {
+        "seed": seed,
+        "repetition_penalty": 1.0 if config.repetition_penalty is None else config.repetition_penalty,
+        "min_new_tokens": max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length),
+        "logit_bias": bias,
+    }
+    if config.do_sample:
+        params |= {
+            "temperature": 1.0 if config.temperature is None else config.temperature,
+            "top_k": DEFAULT_TOP_K if config.top_k is None else config.top_k,
+            "top_p": 1.0 if config.top_p is None else config.top_p,
+            "min_p": 0.0 if config.min_p is None else config.min_p,
+        }
+        if params["temperature"] == 0:
+            raise ValueError("temperature must be > 0 with do_sample, but got 0: use do_sample=False")
+    return params
+
+
+def _host_processors(
+    config: GenerationConfig, prompt_length: int, processors: LogitsProcessorList | None, prefix_allowed: Any, row: int
+) -> LogitsProcessorList:
+    """What needs the history as a sequence: transformers' own classes, row by row on the host."""
+    found = LogitsProcessorList()
+    if config.sequence_bias:
+        found.append(SequenceBiasLogitsProcessor(config.sequence_bias))
+    if config.no_repeat_ngram_size:
+        found.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    several = [words for words in config.bad_words_ids or [] if len(words) > 1]
+    if several:
+        found.append(NoBadWordsLogitsProcessor(several))
+    if prefix_allowed is not None:
+        found.append(PrefixConstrainedLogitsProcessor(lambda _, ids: prefix_allowed(row, ids), 1))
+    if config.begin_suppress_tokens:
+        found.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, prompt_length))
+    found.extend(processors or [])
+    return found
+
+
+def merged_config(own: GenerationConfig | None, given: GenerationConfig | None, options: dict[str, Any]) -> tuple:
+    """(config, options that are no fields of it): the model's config, then the caller's, then the keywords."""
+    config = copy.deepcopy(own) if own is not None else GenerationConfig()
+    if given is not None:
+        config.update(**{name: value for name, value in given.to_dict().items() if value is not None})
+    if options.get("max_new_tokens") is None and options.get("max_length") is not None:
+        config.max_new_tokens = None  # a length the caller names is stronger than one the checkpoint came with
+    return config, config.update(**options)

@@ -1,0 +1,181 @@
+"""generate() as transformers users call it: every option does what it does there, or says that it cannot."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from orthrus_triton.models import OrthrusForCausalLM
+from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
+
+PAD, EOS = 0, 2
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A frozen base and its dual-view model."""
+    base = build_base(base_config("qwen3", num_hidden_layers=1, hidden_size=32, intermediate_size=32))
+    base.generation_config = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS)
+    return base, randomise_view(OrthrusForCausalLM.from_base(base, block_size=5, mask_token_id=100))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w2", clean_up_tokenization_spaces=False
+    )
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = random_ids(6, batch=2).clamp(min=3), torch.ones(2, 6, dtype=torch.int64)
+    ids[1, :3], mask[1, :3] = PAD, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"repetition_penalty": 1.8}, {"min_new_tokens": 6}, {"bad_words_ids": [[7], [8, 9]]},
+        {"no_repeat_ngram_size": 2}, {"suppress_tokens": [11, 12]}, {"min_length": 11}, {"max_length": 14},
+        {"sequence_bias": [[[5], 4.0]]}, {"begin_suppress_tokens": [4, 5, 6]},
+    ],
+)  # fmt: skip
+def test_greedy_is_transformers_own(pair, options: dict) -> None:
+    """fp32 on tiny weights with wide margins: the same ids as the base model's generate, options and all."""
+    base, model = pair
+    ids = random_ids(6, seed=4).clamp(min=3)
+    options = {"max_new_tokens": 9} | options
+    if "max_length" in options:
+        del options["max_new_tokens"]
+    expected = base.generate(ids, do_sample=False, **options)
+    assert model.generate(ids, do_sample=False, **options).tolist() == expected.tolist()
+
+
+def test_padded_batches_in_and_out(pair) -> None:
+    base, model = pair
+    ids, mask = padded()
+    expected = base.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12).tolist() == expected.tolist()
+    result = model.generate(ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True)
+    assert result.sequences.tolist() == expected.tolist()
+    ar = model.generate(ids, attention_mask=mask, max_new_tokens=12, use_diffusion_mode=False)
+    assert ar.tolist() == expected.tolist() and model.last_stats.tokens_per_cycle == 1
+
+
+def test_sampling_is_ar_sampling_of_the_same_seed(pair) -> None:
+    _, model = pair
+    ids, mask = padded()
+    options = {"attention_mask": mask, "do_sample": True, "temperature": 1.5, "top_k": 30, "max_new_tokens": 10}
+    options |= {"num_return_sequences": 3, "logits_processor": LogitsProcessorList([lambda ids, scores: scores * 0.9])}
+    first = model.generate(ids, **options, seed=1)
+    assert first.shape[0] == 6 and len({tuple(row) for row in first[:3, 6:].tolist()}) > 1
+    assert first.tolist() == model.generate(ids, **options, seed=1, use_diffusion_mode=False).tolist()
+    assert first.tolist() != model.generate(ids, **options, seed=2).tolist()
+    torch.manual_seed(0)
+    drawn = model.generate(ids, **options)
+    assert drawn.tolist() != model.generate(ids, **options).tolist()
+    torch.manual_seed(0)
+    assert drawn.tolist() == model.generate(ids, **options).tolist()
+    assert model.generate(ids, **options, seed=1, sampling="rejection").shape[0] == 6
+
+
+def test_stopping_and_streaming(pair, tokenizer) -> None:
+    _, model = pair
+    ids = random_ids(4, seed=4).clamp(min=3)
+    free = model.generate(ids, max_new_tokens=12, eos_token_id=[])[0, 4:].tolist()
+    word = tokenizer.decode([free[4]])
+    stopped = model.generate(ids, max_new_tokens=12, stop_strings=[word], tokenizer=tokenizer, eos_token_id=[])
+    first = min(i for i, token in enumerate(free) if word in tokenizer.decode(free[: i + 1]))
+    assert stopped[0, 4:].tolist() == free[: first + 1]
+    criteria = StoppingCriteriaList([MaxLengthCriteria(7)])
+    assert model.generate(ids, max_new_tokens=12, stopping_criteria=criteria).shape[1] == 7
+    assert model.generate(ids, max_new_tokens=12, max_time=0.0).shape[1] == 5
+    with pytest.raises(ValueError, match="tokenizer must be given with stop_strings"):
+        model.generate(ids, stop_strings=["w5"])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(
+        target=model.generate, args=(ids,), kwargs={"max_new_tokens": 12, "eos_token_id": [], "streamer": streamer}
+    )
+    thread.start()
+    assert "".join(streamer).split() == tokenizer.decode(free).split()
+    thread.join()
+
+
+def test_a_conversation_goes_on_from_its_cache(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = pair
+    model.consensus_decoder().max_cache_len = 64
+    first = model.generate(random_ids(8, seed=9), max_new_tokens=6, eos_token_id=[])
+    turn = torch.cat((first, torch.tensor([[5, 6]])), dim=1)
+    expected = model.generate(turn, max_new_tokens=5, eos_token_id=[])
+    model.generate(random_ids(8, seed=9), max_new_tokens=6, eos_token_id=[])
+    rows = []
+    forward = OrthrusForCausalLM.forward_view
+    monkeypatch.setattr(
+        OrthrusForCausalLM,
+        "forward_view",
+        lambda self, ids, *rest: rows.append(ids.shape[1]) or forward(self, ids, *rest),
+    )
+    assert model.generate(turn, max_new_tokens=5, eos_token_id=[], reuse_cache=True).tolist() == expected.tolist()
+    assert rows[0] == 8  # three tokens in a pass of eight, not sixteen
+    model.consensus_decoder().max_cache_len = None
+
+
+def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
+    _, model = pair
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert type(loaded) is OrthrusForCausalLM
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model.generate(ids, max_new_tokens=6)
+    assert loaded.generate(ids, max_new_tokens=6).tolist() == expected.tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for source in (str(tmp_path), loaded):
+            generator = pipeline("text-generation", model=source, tokenizer=tokenizer, device="cpu")
+            text = generator("w5 w6 w7", max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+            assert text.split() == tokenizer.decode(expected[0, 3:], skip_special_tokens=True).split()
+        several = generator(["w5 w6", "w9 w8 w7"], max_new_tokens=3, batch_size=2, do_sample=True)
+    assert len(several) == 2
+    with pytest.raises(ValueError, match="load_in_8bit is not an option"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, load_in_8bit=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_beams": 4}, ValueError, "num_beams must be left at its default, but got 4"),
+        ({"output_scores": True}, ValueError, "output_scores must be left at its default"),
+        ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha must be left"),
+        ({"num_return_sequences": 2}, ValueError, "num_return_sequences"),
+        ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature must be > 0 with do_sample"),
+        ({"do_sample": True, "top_p": 1.2}, ValueError, r"top_p must be in \(0, 1\], but got 1.2"),
+        ({"past_key_values": ()}, ValueError, "past_key_values must be None.*reuse_cache=True"),
+        ({"use_cache": False}, ValueError, "use_cache must be True"),
+        ({"beam_width": 3}, TypeError, "does not know.*beam_width"),
+        ({"max_length": 3}, ValueError, "max_length must exceed the prompt's 4 tokens, but is 3"),
+        ({"streamer": object(), "input_ids": torch.ones(2, 4).long()}, ValueError, "streamer takes one sequence"),
+        ({"input_ids": None}, ValueError, "input_ids must be a tensor"),
+        ({"input_ids": torch.full((1, 4), 101)}, ValueError, r"ids in 0..100, but got 101"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(pair, options: dict, error: type, message: str) -> None:
+    _, model = pair
+    with pytest.raises(error, match=message):
+        model.generate(**{"input_ids": torch.ones(1, 4).long()} | options)
