@@ -1,23 +1,24 @@
-"""Rows of text the frozen model wrote itself, and the seeded choice of rows and anchors for every training example."""
+"""Rows of text the frozen model wrote itself: read from .jsonl shards, cut to length, packed where that is wanted."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import numpy as np
-from torch.utils.data import Dataset
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class TextRow:
-    """One prompt with the frozen model's answer. ids: prompt and answer; prompt_len: where the answer begins."""
+class TextRow(NamedTuple):
+    """Token ids of one row, and where in it the frozen model's answers stand: (start, end) of each."""
 
     domain: str
     ids: list[int]
-    prompt_len: int
+    answers: list[tuple[int, int]]
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens before the first answer."""
+        return self.answers[0][0]
 
 
 def read_rows(path: str | Path, max_len: int) -> tuple[list[TextRow], int]:
@@ -26,8 +27,8 @@ def read_rows(path: str | Path, max_len: int) -> tuple[list[TextRow], int]:
     Each line is an object with `prompt_ids`, `answer_ids` and, if it likes, `domain`.
 
     Returns:
-        The rows, and how many were skipped because no draft can be supervised in them: the answer is empty or begins
-        beyond `max_len`.
+        The rows, and how many were skipped because no draft can be supervised in them: there is no prompt, the answer
+        has fewer than two tokens, or it begins beyond `max_len`.
 
     Raises:
         FileNotFoundError: no such file, or no .jsonl file in the folder.
@@ -54,54 +55,30 @@ def read_rows(path: str | Path, max_len: int) -> tuple[list[TextRow], int]:
                 if not prompt or len(ids) - len(prompt) < 2:
                     skipped += 1
                     continue
-                rows.append(TextRow(record.get("domain", "all"), ids, len(prompt)))
+                rows.append(TextRow(record.get("domain", "all"), ids, [(len(prompt), len(ids))]))
     return rows, skipped
 
 
-class AnchorExamples(Dataset):
-    """Example i: a row drawn by domain weight and `num_anchors` anchors in its answer, a pure function of (seed, i).
+def pack_rows(rows: Sequence[TextRow], row_len: int) -> list[TextRow]:
+    """Join rows of the same domain, in order, into rows of at most `row_len` tokens.
 
-    So a resumed run sees what an unbroken one would have seen.
-
-    Args:
-        rows: at least one.
-        num_examples: length of the data set: steps x rows per step.
-        num_anchors: drawn without replacement while the answer is long enough.
-        domain_weights: share of the examples by domain; domains not named, and all without it, by number of rows.
-        seed: of everything drawn.
+    A later text sees the ones before it, in training as in the frozen model's pass over the packed row: fewer and
+    longer rows, for GPUs. Rows longer than `row_len` stay alone.
     """
+    packed = []
+    for domain in dict.fromkeys(row.domain for row in rows):
+        packed += _pack((row for row in rows if row.domain == domain), row_len)
+    return packed
 
-    def __init__(
-        self,
-        rows: Sequence[TextRow],
-        num_examples: int,
-        num_anchors: int,
-        domain_weights: dict[str, float] | None = None,
-        seed: int = 0,
-    ) -> None:
-        if not rows:
-            raise ValueError("rows must not be empty: no row has an answer to learn from")
-        self.rows, self.num_examples, self.num_anchors, self.seed = rows, num_examples, num_anchors, seed
-        counts: dict[str, int] = {}
-        for row in rows:
-            counts[row.domain] = counts.get(row.domain, 0) + 1
-        weights = domain_weights or {}
-        if unknown := set(weights) - set(counts):
-            raise ValueError(
-                f"domain_weights must name domains of the data {sorted(counts)}, but got {sorted(unknown)}"
-            )
-        share = np.array([weights.get(row.domain, counts[row.domain]) / counts[row.domain] for row in rows])
-        self.share = share / share.sum()
 
-    def __len__(self) -> int:
-        return self.num_examples
-
-    def __getitem__(self, index: int) -> dict[str, object]:
-        generator = np.random.default_rng((self.seed, index))
-        row_id = int(generator.choice(len(self.rows), p=self.share))
-        row = self.rows[row_id]
-        # from the prompt's last token to the last one that has a successor to predict
-        first, last = row.prompt_len - 1, len(row.ids) - 2
-        enough = last - first + 1 >= self.num_anchors
-        anchors = first + generator.choice(last - first + 1, self.num_anchors, replace=not enough)
-        return {"row_id": row_id, "anchors": np.sort(anchors)}
+def _pack(rows: Iterable[TextRow], row_len: int) -> list[TextRow]:
+    packed: list[TextRow] = []
+    for row in rows:
+        if packed and len(packed[-1].ids) + len(row.ids) <= row_len:
+            before = packed[-1]
+            start = len(before.ids)
+            moved = [(first + start, end + start) for first, end in row.answers]
+            packed[-1] = TextRow(row.domain, before.ids + row.ids, before.answers + moved)
+        else:
+            packed.append(row)
+    return packed

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from orthrus_triton.models.modeling import OrthrusForCausalLM
 from orthrus_triton.modules import SharedKVCache
 from orthrus_triton.training.data import TextRow
 
-FORMAT = 1
+FORMAT = 2
 RECORD_EVERY = 32  # rows after which a build that is cut short goes on
+KEY_QUANTUM = 64  # contexts are padded to a multiple of it, for kernels like few different shapes
 
 
 class FrozenCache:
     """Memory-mapped K/V [tokens, layers, 2, HKV, D] and teacher top-k (ids, probabilities) [tokens, k] of all rows.
 
     Token n of row r lies at `starts[r] + n`. The probabilities are those of the token after it, renormalised over the
-    k kept ones.
+    k kept ones; they are there for answers only. Make one with `open_or_build`.
     """
 
     def __init__(self, folder: Path, manifest: dict) -> None:
@@ -46,7 +48,19 @@ class FrozenCache:
         """The cache of these rows and this model in `folder`: the one there if it is theirs, else a new one.
 
         A build that was cut short goes on where it stopped.
+
+        Args:
+            folder: made if it does not exist.
+            model: its frozen AR view reads every row.
+            rows: all that the cache is to serve, in the order of their row ids.
+            top_k: probabilities kept per position.
+            dtype: of K/V on disk; 23 kB a token for SmolLM2-135M in bf16.
+
+        Raises:
+            ValueError: top_k is out of range. OSError: the disk has no room for it.
         """
+        if not 1 <= top_k <= model.vocab_size:
+            raise ValueError(f"top_k must be in 1..{model.vocab_size}, but got {top_k}")
         folder = Path(folder)
         layer = model.model.layers[0].self_attn
         starts, tokens = [], 0
@@ -94,7 +108,7 @@ class FrozenCache:
     ) -> None:
         length = len(row.ids)
         buffers.context_len.zero_()
-        buffers.prompt_len.fill_(length)
+        buffers.prompt_len.fill_(row.prompt_len)
         view_pass = buffers.view_pass("ar", length, linear_impl="library")
         hidden = model.forward_view(torch.tensor([row.ids], device=model.device), buffers, view_pass)
         for n, layer in enumerate(buffers.layers):
@@ -102,26 +116,35 @@ class FrozenCache:
                 # [HKV, S, D] -> [S, HKV, D]
                 kept = states[0, :, :length].transpose(0, 1)
                 self.kv[start : start + length, n, which] = kept.to("cpu", self.kv.dtype)
-        # the first answer token is predicted by the prompt's last
-        logits = model.compute_logits(hidden[0, row.prompt_len - 1 :], "library")
-        top, ids = logits.topk(top_k)
-        taught = slice(start + row.prompt_len - 1, start + length)
-        self.teacher_ids[taught] = ids.to("cpu", torch.int32)
-        self.teacher_probs[taught] = torch.softmax(top, dim=-1).cpu()
+        for first, end in row.answers:
+            # the first answer token is predicted by the token before it
+            taught = slice(first - 1, end - 1)
+            top, ids = model.compute_logits(hidden[0, taught], "library").topk(top_k)
+            self.teacher_ids[start:][taught] = ids.to("cpu", torch.int32)
+            self.teacher_probs[start:][taught] = torch.softmax(top, dim=-1).cpu()
 
-    def context(self, row_ids: Sequence[int], lengths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """K/V of the first `lengths[b]` tokens of each row -> [layers, 2, B, HKV, S, D], zeros beyond a length."""
+    def context(self, row_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """K/V of the first `lengths[b]` tokens of each row -> [B, layers, 2, HKV, S, D], zeros beyond a length."""
         layers, _, heads, dim = self.kv.shape[1:]
-        out = torch.zeros(layers, 2, len(row_ids), heads, max(max(lengths), 1), dim, dtype=dtype)
+        longest = -(-max(*lengths, 1) // KEY_QUANTUM) * KEY_QUANTUM
+        out = torch.zeros(len(row_ids), layers, 2, heads, longest, dim, dtype=self.kv.dtype)
         for b, (row, length) in enumerate(zip(row_ids, lengths)):
-            tokens = self.kv[self.starts[row] : self.starts[row] + length].to(dtype)
-            out[:, :, b, :, :length] = tokens.permute(1, 2, 3, 0, 4)
+            tokens = self.kv[self.starts[row] : self.starts[row] + length]
+            out[b, :, :, :, :length] = tokens.permute(1, 2, 3, 0, 4)
         return out
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    size = torch.Size(shape).numel()
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+    elements = torch.Size(shape).numel()
+    size = elements * dtype.itemsize
+    if not path.is_file() or path.stat().st_size != size:
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so here, not while the map is written
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(f"the frozen cache needs {size / 1e9:.1f} GB for {path}, but: {error}") from error
+    return torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(shape)
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -133,7 +156,7 @@ def _write_json(path: Path, content: dict) -> None:
 def _hash_rows(rows: Sequence[TextRow]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.prompt_len, row.ids]).encode())
+        digest.update(json.dumps([row.answers, row.ids]).encode())
     return digest.hexdigest()
 
 

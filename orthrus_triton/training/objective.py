@@ -1,61 +1,50 @@
-"""Fused LM head and forward KL to the frozen model, in chunks: no [rows, vocabulary] tensor is kept or seen whole.
-The gradient p_student - p_teacher is formed in the forward pass, while the logits are at hand."""
+"""The training loss: what the diffusion view proposes against what the frozen model says at the same positions."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-ROW_CHUNK = 128
+from orthrus_triton import ops
+
+Loss = Literal["kl", "ce"]
+Teacher = ops.HiddenTeacher | ops.TopKTeacher | ops.LabelTeacher
 
 
-class _TopKKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, teacher_ids, teacher_probs, row_weight):
-        grad = torch.empty_like(hidden)
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        choice = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        for start in range(0, hidden.shape[0], ROW_CHUNK):
-            rows = slice(start, start + ROW_CHUNK)
-            logits = (hidden[rows] @ weight.T).float()
-            choice[rows] = logits.argmax(dim=-1)
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-            ids, probs = teacher_ids[rows].long(), teacher_probs[rows].float()
-            student = logits.gather(1, ids) - log_sum
-            divergence = (torch.xlogy(probs, probs) - probs * student).sum(dim=-1)
-            loss += (row_weight[rows] * divergence).sum()
-            # in place: the logits become the gradient
-            logits.sub_(log_sum).exp_().scatter_add_(1, ids, -probs).mul_(row_weight[rows, None])
-            grad[rows] = logits.to(weight.dtype) @ weight
-        total = row_weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        ctx.save_for_backward(grad / total.to(grad.dtype))
-        ctx.mark_non_differentiable(choice)
-        return loss / total, choice
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None, None
+def position_weights(block_size: int, decay: float | None) -> torch.Tensor:
+    """Weights [K-1] of a block's predictions: all 1 as in the paper, or exp(-i / decay), for a draft that is wrong
+    early is wrong altogether."""
+    steps = torch.arange(block_size - 1, dtype=torch.float32)
+    return torch.ones_like(steps) if decay is None else torch.exp(-steps / decay)
 
 
-def linear_kl(
+def block_loss(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
-    teacher_ids: torch.Tensor,
-    teacher_probs: torch.Tensor,
-    row_weight: torch.Tensor,
+    head: torch.Tensor,
+    teacher: Teacher,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p_teacher || softmax(hidden @ weight.T)), weighted mean over rows.
+    """Divergence from the teacher, and where the draft is right.
+
+    The sum over all rows is divided by the weight that whole blocks have, whether or not a text ends inside one: a
+    constant, so that the mean over accumulated steps or over processes is the loss of the whole batch.
 
     Args:
-        hidden: [R, H], receives the gradient.
-        weight: [V, H], the frozen LM head; it never gets one.
-        teacher_ids: [R, k] token ids. With k = 1 and probability 1 this is the cross-entropy.
-        teacher_probs: [R, k], each row summing to 1.
-        row_weight: [R] fp32, >= 0; a row of weight 0 adds nothing.
+        hidden: [B, A, K-1, H], the rows of each block that predict.
+        head: [V, H], the frozen LM head.
+        teacher: see `orthrus_triton.ops.linear_kl`; with labels the loss is the cross-entropy.
+        index: [B, A, K-1] int64, the teacher's position for each row.
+        targets: [B, A, K-1], the text's own tokens, -1 beyond its end: such rows weigh nothing.
+        weights: [K-1] of `position_weights`.
 
     Returns:
-        (loss, choice): fp32 scalar in nats; [R] int64, the student's own greedy choice.
-
-    Source: Orthrus, arXiv 2605.12825 (forward KL to the AR view).
+        (loss, matches): fp32 scalar in nats; [B, A, K-1] bool, the draft is the text's token.
     """
-    return _TopKKL.apply(hidden, weight, teacher_ids, teacher_probs, row_weight)
+    row_weight = (weights * (targets >= 0)).flatten()
+    result = ops.linear_kl(hidden.flatten(0, 2).to(head.dtype), head, teacher, index.flatten(), row_weight.contiguous())
+    whole_blocks = weights.sum() * (targets.shape[0] * targets.shape[1])
+    loss = result.loss * (row_weight.sum() / whole_blocks)
+    return loss, result.choice.view(targets.shape) == targets

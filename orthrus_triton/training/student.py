@@ -1,86 +1,146 @@
 """The diffusion view over many blocks at once, differentiable: A anchors x K rows of each text row in one pass.
-Only the view's own weights get gradients; the keys and values of the frozen model are constants."""
+Gradients reach the view's own weights alone; the keys and values of the frozen model are constants."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from orthrus_triton.models.modeling import OrthrusForCausalLM
-from orthrus_triton.modules import DualViewAttention, OrthrusDecoderLayer
+from orthrus_triton import ops
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.modules import DualViewAttention, OrthrusDecoderLayer, SharedKVCache
+from orthrus_triton.modules.kv_cache import ViewPass
+from orthrus_triton.modules.rms_norm import RMSNorm
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+LayerContext = Sequence[torch.Tensor]  # k, v [B, HKV, S, D], and whatever else an AR pass needs
 
 
-def draft_hidden(
-    model: OrthrusForCausalLM,
-    anchor_ids: torch.Tensor,
-    anchors: torch.Tensor,
-    context: torch.Tensor,
-    block_size: int,
-    *,
-    recompute: bool = False,
-) -> torch.Tensor:
-    """Final hidden states of the blocks [anchor, MASK x (K-1)].
+class BlockPass(NamedTuple):
+    """What one training pass sees: key_limit [B, A * K] int32, each row's anchor; block_size K."""
 
-    Args:
-        model: its `_diff` parameters receive the gradients.
-        anchor_ids: [B, A] token at each anchor.
-        anchors: [B, A] its position a; the block stands at a .. a+K-1 and sees AR keys 0 .. a-1 and itself.
-        context: [layers, 2, B, HKV, S, D], K/V the frozen model wrote for the text rows, S >= the largest anchor.
-        block_size: K.
-        recompute: keep no activations inside a layer: less memory, one more forward.
+    key_limit: torch.Tensor
+    block_size: int
 
-    Returns:
-        [B, A, K, H], normed: row i proposes the token at a + i + 1.
+
+class BlockLayer(nn.Module):
+    """One decoder layer over blocks. A module of its own so that FSDP gathers its weights around each call."""
+
+    def __init__(self, layer: OrthrusDecoderLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, hidden: torch.Tensor, rope: Rope, context: LayerContext, how: BlockPass | ViewPass
+    ) -> torch.Tensor:
+        """hidden [B, T, H] -> [B, T, H]: the layer's own inference pass with a ViewPass, else the training pass."""
+        layer = self.layer
+        if isinstance(how, ViewPass):
+            return layer(hidden, rope, context, how)
+        hidden = hidden + _attention(layer.self_attn, _norm(hidden, layer.input_layernorm), rope, context, how)
+        normed = _norm(hidden, layer.post_attention_layernorm)
+        gate, up = _project(normed, layer.mlp.gate_up_proj).chunk(2, dim=-1)
+        return hidden + _project(F.silu(gate) * up, layer.mlp.down_proj)
+
+
+class BlockStudent(nn.Module):
+    """The parts of a dual-view model that training runs, sharing its parameters; layers as `BlockLayer`.
 
     Raises:
-        ValueError: a layer with a sliding window, which training does not support.
+        ValueError: dtypes or options that training does not support.
     """
-    if any(layer.self_attn.window is not None for layer in model.model.layers):
-        raise ValueError("model must have full attention in every layer to train its view, but one has a window")
-    (B, A), K = anchors.shape, block_size
-    ids = torch.full((B, A, K), model.mask_token_id, dtype=torch.int64, device=anchors.device)
-    ids[..., 0] = anchor_ids
-    positions = (anchors[..., None] + torch.arange(K, device=anchors.device)).view(B, A * K)
-    rope = model.model.rotary_emb(positions.int(), positions.amax(dim=1).int() + 1)
-    keys = torch.arange(context.shape[-2], device=anchors.device)
-    # [B, 1, 1, A, 1, S]: added to the scores of all rows of a block
-    hidden_keys = torch.where(keys >= anchors[..., None], -torch.inf, 0.0)[:, None, None, :, None].to(context.dtype)
-    hidden = model.model.embed(ids.view(B, A * K), "diffusion")
-    for layer, (k_context, v_context) in zip(model.model.layers, context):
-        arguments = (layer, hidden, rope, k_context, v_context, hidden_keys, K)
-        hidden = checkpoint(_layer, *arguments, use_reentrant=False) if recompute else _layer(*arguments)
-    norm = model.model.norm
-    return _rms_norm(hidden, norm).view(B, A, K, -1)
+
+    # the unit that FSDP wraps
+    _no_split_modules = ["BlockLayer"]
+
+    def __init__(self, model: OrthrusForCausalLM) -> None:
+        super().__init__()
+        self.embed_tokens, self.norm, self.lm_head = model.model.embed_tokens, model.model.norm, model.lm_head
+        self.layers = nn.ModuleList(BlockLayer(layer) for layer in model.model.layers)
+        self.rotary_emb = model.model.rotary_emb
+        self.mask_embedding_diff = model.model.mask_embedding_diff
+        self.mask_token_id = model.mask_token_id
+        self.new_cache = model.new_cache
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The LM head [V, H]."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def draft(
+        self,
+        anchor_ids: torch.Tensor,
+        anchors: torch.Tensor,
+        prompt_len: torch.Tensor,
+        context: Sequence[LayerContext],
+        block_size: int,
+    ) -> torch.Tensor:
+        """Final hidden states of the blocks [anchor, MASK x (K-1)].
+
+        Args:
+            anchor_ids: [B, A] token at each anchor.
+            anchors: [B, A] its position a, ascending; the block stands at a .. a+K-1 and sees the AR keys 0 .. a-1
+                and the whole of itself.
+            prompt_len: [B], for rotary rules that look at the length.
+            context: for each layer k, v [B, HKV, S, D] that the frozen model wrote, S >= the largest anchor.
+            block_size: K.
+
+        Returns:
+            [B, A, K, H], normed: row i proposes the token at a + i + 1.
+        """
+        (B, A), K = anchors.shape, block_size
+        ids = torch.full((B, A, K), self.mask_token_id, dtype=torch.int64, device=anchors.device)
+        ids[..., 0] = anchor_ids
+        ids = ids.view(B, A * K)
+        steps = torch.arange(K, device=anchors.device)
+        positions = (anchors[..., None] + steps).view(B, A * K).int()
+        rope = self.rotary_emb(positions, prompt_len.int())
+        how = BlockPass(anchors.int().repeat_interleave(K, dim=1), K)
+        hidden = self.embed_tokens(ids)
+        if self.mask_embedding_diff is not None:
+            is_mask = (ids == self.mask_token_id)[..., None]
+            hidden = torch.where(is_mask, self.mask_embedding_diff.to(hidden.dtype), hidden)
+        for layer, layer_context in zip(self.layers, context):
+            hidden = layer(hidden, rope, layer_context, how)
+        return _norm(hidden, self.norm).view(B, A, K, -1)
+
+    @torch.no_grad()
+    def read(self, input_ids: torch.Tensor, prompt_len: torch.Tensor, cache: SharedKVCache) -> torch.Tensor:
+        """The frozen model over whole rows: its K/V go to `cache`, and its final hidden states [B, L, H] come back.
+
+        Args:
+            input_ids: [B, L]; a row's padding at its end is seen by nobody.
+            prompt_len: [B].
+            cache: of batch size B, for L tokens or more.
+        """
+        cache.context_len.zero_()
+        cache.prompt_len.copy_(prompt_len)
+        view_pass = cache.view_pass("ar", input_ids.shape[1], linear_impl="library")
+        rope = self.rotary_emb(view_pass.positions, view_pass.prompt_len)
+        hidden = self.embed_tokens(input_ids)
+        for layer, buffers in zip(self.layers, cache.layers):
+            hidden = layer(hidden, rope, buffers, view_pass)
+        return self.norm(hidden)
 
 
-def _layer(layer: OrthrusDecoderLayer, hidden, rope, k_context, v_context, hidden_keys, block_size) -> torch.Tensor:
-    normed = _rms_norm(hidden, layer.input_layernorm)
-    hidden = hidden + _attention(layer.self_attn, normed, rope, k_context, v_context, hidden_keys, block_size)
-    normed = _rms_norm(hidden, layer.post_attention_layernorm)
-    gate, up = _project(normed, layer.mlp.gate_up_proj).chunk(2, dim=-1)
-    return hidden + _project(F.silu(gate) * up, layer.mlp.down_proj)
-
-
-def _attention(attention: DualViewAttention, x, rope, k_context, v_context, hidden_keys, block_size) -> torch.Tensor:
-    (B, T, _), K, D = x.shape, block_size, attention.head_dim
-    heads, kv_heads = attention.num_heads, attention.num_kv_heads
-    q, k, v = _project_qkv(attention, x).split([heads * D, kv_heads * D, kv_heads * D], dim=-1)
-    q, k = q.view(B, T, heads, D), k.view(B, T, kv_heads, D)
+def _attention(
+    attention: DualViewAttention, x: torch.Tensor, rope: Rope, context: LayerContext, how: BlockPass
+) -> torch.Tensor:
+    heads, kv_heads, D = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    parts = _project_qkv(attention, x).split([heads * D, kv_heads * D, kv_heads * D], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, D)) for part in parts)
     if attention.qk_norm:
-        q, k = _rms_norm(q, attention.q_norm_diff), _rms_norm(k, attention.k_norm_diff)
-    q, k = _rotate(q, *rope), _rotate(k, *rope)
-    group, scale = heads // kv_heads, D**-0.5
-    # [B, HKV, G, A, K, D], and the block's own keys and values [B, HKV, 1, A, K, D]
-    q = (q * scale).view(B, T // K, K, kv_heads, group, D).permute(0, 3, 4, 1, 2, 5)
-    k, v = (part.reshape(B, T // K, K, kv_heads, D).permute(0, 3, 1, 2, 4)[:, :, None] for part in (k, v))
-    # the context has no gradient, so autograd never forms one for it
-    rows = q.reshape(B, kv_heads, -1, D)
-    seen = (rows @ k_context.transpose(-1, -2)).view(*q.shape[:-1], -1) + hidden_keys
-    weights = torch.softmax(torch.cat((seen, q @ k.transpose(-1, -2)), dim=-1), dim=-1)
-    of_context, of_block = weights.split([k_context.shape[-2], K], dim=-1)
-    out = (of_context.reshape(B, kv_heads, rows.shape[2], -1) @ v_context).view(q.shape) + of_block @ v
-    return _project_out(attention, out.permute(0, 3, 4, 1, 2, 5).reshape(B, T, heads * D))
+        q, k = _norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff)
+    q, k = _rotate(q, *rope).to(v.dtype), _rotate(k, *rope).to(v.dtype)
+    k_context, v_context = (states.to(v.dtype) for states in context[:2])
+    attended = ops.block_attention(
+        q, k_context, v_context, how.key_limit, k, v, block_size=how.block_size, window=attention.window
+    )
+    return _project_out(attention, attended.flatten(2))
 
 
 def _project_qkv(attention: DualViewAttention, x: torch.Tensor) -> torch.Tensor:
@@ -97,15 +157,17 @@ def _project_out(attention: DualViewAttention, x: torch.Tensor) -> torch.Tensor:
     return _project(x, attention.o_proj) + _project(_project(x, delta.down), delta.up)
 
 
-def _project(x: torch.Tensor, linear) -> torch.Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+def _project(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    # trained weights are fp32 masters where the frozen ones are bf16
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    return F.linear(x, linear.weight.to(x.dtype), bias)
 
 
-def _rms_norm(x: torch.Tensor, norm) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
+def _norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,110 +1,50 @@
 """ViewTrainer: a transformers Trainer that trains a diffusion view and nothing else.
-Distribution, precision, accumulation, checkpoints, resuming, progress and loggers are the Trainer's own."""
+Distribution, precision, accumulation, resuming, progress and loggers are the Trainer's own."""
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalPrediction
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from orthrus_triton.models.modeling import OrthrusForCausalLM
-from orthrus_triton.training.data import AnchorExamples, TextRow
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.view import load_checkpoint_view
+from orthrus_triton.training.acceptance import acceptance
+from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
+from orthrus_triton.training.batches import BlockCollator, ViewDistillation
+from orthrus_triton.training.config import ViewTrainingArguments
+from orthrus_triton.training.data import TextRow
 from orthrus_triton.training.frozen_cache import FrozenCache
-from orthrus_triton.training.objective import linear_kl
-from orthrus_triton.training.student import draft_hidden
 
-
-class BlockCollator:
-    """Examples of `AnchorExamples` -> the tensors of one step.
-
-    Args:
-        rows, cache: the same rows the cache was built from.
-        block_size: K.
-        decay: row i of a block weighs exp(-i / decay); None weighs all alike, as the paper does.
-        dtype: of the frozen K/V handed to the view.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[TextRow],
-        cache: FrozenCache,
-        block_size: int,
-        decay: float | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.rows, self.cache, self.block_size, self.dtype = rows, cache, block_size, dtype
-        steps = torch.arange(block_size - 1, dtype=torch.float32)
-        self.row_weight = torch.exp(-steps / decay) if decay else torch.ones(block_size - 1)
-
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        K = self.block_size
-        row_ids = [example["row_id"] for example in examples]
-        anchors = torch.stack([torch.as_tensor(example["anchors"]) for example in examples])
-        lengths = [int(anchors[b].max()) for b in range(len(examples))]
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(self.rows[row].ids) for row in row_ids], batch_first=True, padding_value=0
-        )
-        ends = torch.tensor([len(self.rows[row].ids) for row in row_ids])
-        # row i of a block is taught the token at a + i + 1, so the last row has nothing to learn
-        taught = anchors[..., None] + torch.arange(K - 1)
-        inside = taught + 1 < ends[:, None, None]
-        starts = torch.tensor([self.cache.starts[row] for row in row_ids])[:, None, None]
-        tokens = torch.where(inside, starts + taught, starts + ends[:, None, None] - 1)
-        batch = torch.arange(len(examples))[:, None, None]
-        targets = ids[batch, torch.where(inside, taught + 1, 0)]
-        return {
-            "anchor_ids": ids.gather(1, anchors),
-            "anchors": anchors,
-            "context": self.cache.context(row_ids, lengths, self.dtype),
-            "teacher_ids": self.cache.teacher_ids[tokens],
-            "teacher_probs": self.cache.teacher_probs[tokens],
-            "row_weight": inside * self.row_weight,
-            "targets": torch.where(inside, targets, -1),
-        }
-
-
-class ViewDistillation(nn.Module):
-    """The loss of one batch as a module, so that DDP and FSDP see one forward call.
-
-    Returns a dict: `loss`, and `matches` [B, A, K-1] bool, where the draft is the token of the text (False where
-    there is none).
-    """
-
-    def __init__(self, model: OrthrusForCausalLM, block_size: int) -> None:
-        super().__init__()
-        self.orthrus, self.block_size = model, block_size
-
-    def forward(
-        self, anchor_ids, anchors, context, teacher_ids, teacher_probs, row_weight, targets
-    ) -> dict[str, torch.Tensor]:
-        hidden = draft_hidden(self.orthrus, anchor_ids, anchors, context, self.block_size)[:, :, :-1]
-        head = self.orthrus.lm_head or self.orthrus.model.embed_tokens
-        loss, choice = linear_kl(
-            hidden.reshape(-1, hidden.shape[-1]), head.weight, teacher_ids.flatten(0, 2), teacher_probs.flatten(0, 2),
-            row_weight.flatten(),
-        )  # fmt: skip
-        return {"loss": loss, "matches": choice.view(targets.shape) == targets}
+STATE, STAGING = "trainer_state.json", ".checkpoint-being-written"
 
 
 class ViewTrainer(Trainer):
     """Trains the `_diff` parameters of `model` to propose what its AR view says.
 
+    A checkpoint holds the view, the optimizer and where the run stands; it appears under its name when it is complete.
+
     Args:
-        model: a dual-view model; its AR weights stay as they are.
-        args: transformers' TrainingArguments; `per_device_train_batch_size` counts text rows.
-        rows, eval_rows: text with the frozen model's answers.
-        cache_dir: where the frozen K/V and probabilities are kept.
-        num_anchors: blocks per row and step.
-        block_size: K, at most model.block_size; by default that.
-        decay: see `BlockCollator`.
-        domain_weights: see `AnchorExamples`.
+        model: a dual-view model; its AR weights stay as they are. The view becomes fp32, whatever it was.
+        args: the run.
+        rows: text with the frozen model's answers.
+        eval_rows: held-out text; needed where `args.eval_strategy` asks for evaluation.
+        **options: of transformers' Trainer, such as `callbacks`.
+
+    Raises:
+        ValueError: an option that does not fit the model or the data.
 
     Source: Orthrus, arXiv 2605.12825, section 3 (training).
     """
@@ -112,84 +52,174 @@ class ViewTrainer(Trainer):
     def __init__(
         self,
         model: OrthrusForCausalLM,
-        args: TrainingArguments,
+        args: ViewTrainingArguments,
         rows: Sequence[TextRow],
-        eval_rows: Sequence[TextRow] | None = None,
-        *,
-        cache_dir: str | Path,
-        num_anchors: int = 8,
-        block_size: int | None = None,
-        decay: float | None = None,
-        domain_weights: dict[str, float] | None = None,
+        eval_rows: Sequence[TextRow] = (),
+        **options: Any,
     ) -> None:
-        if args.max_steps < 1:
-            raise ValueError(f"args.max_steps must be >= 1, the length of the run, but got {args.max_steps}")
-        block_size = block_size or model.block_size
+        block_size = args.block_size or model.block_size
         if not 2 <= block_size <= model.block_size:
-            raise ValueError(f"block_size must be in 2..{model.block_size}, but got {block_size}")
-        args.remove_unused_columns = False  # the batch is ours, not the model's signature
-        everything = [*rows, *(eval_rows or [])]
-        cache = FrozenCache.open_or_build(cache_dir, model, everything)
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
-        examples = AnchorExamples(rows, args.max_steps * per_step, num_anchors, domain_weights, args.seed)
-        model.requires_grad_(False)
+            raise ValueError(f"block_size must be in 2..{model.block_size}, the model's, but got {block_size}")
+        everything, cache = [*rows, *eval_rows], None
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        examples = AnchorExamples(rows, args.max_steps * per_step, args.num_anchors, args.domain_weights, args.seed)
+        if args.cache_dir is not None:
+            with args.main_process_first(desc="the frozen cache"):
+                cache = FrozenCache.open_or_build(args.cache_dir, model, everything, args.teacher_top_k)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("_diff" in name)
+            if "_diff" in name:
+                parameter.data = parameter.data.float()
+        self.orthrus = model
+        self.domains = list(dict.fromkeys(row.domain for row in everything))
+        self._domain_ids = torch.tensor([self.domains.index(row.domain) for row in everything])
+        self._matched = torch.zeros(2)
+        self._staging: Path | None = None
         super().__init__(
-            ViewDistillation(model, block_size),
+            ViewDistillation(model, block_size, args.loss, args.position_decay),
             args,
-            data_collator=BlockCollator(everything, cache, block_size, decay, model.dtype),
+            data_collator=BlockCollator(everything, cache, block_size, args.loss),
             train_dataset=examples,
+            eval_dataset=EvenAnchors(eval_rows, args.eval_anchors, block_size, len(rows)) if eval_rows else None,
+            compute_metrics=self._metrics,
+            **options,
         )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any):
+        """As transformers' Trainer. `True` resumes from the last checkpoint in `output_dir`, if there is one.
+
+        Raises:
+            FileNotFoundError: the named checkpoint is none. ValueError: it is of another view.
+            FloatingPointError: loss or gradient is not finite. OSError: a checkpoint could not be written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+            if not (folder / STATE).is_file():
+                raise FileNotFoundError(f"resume_from_checkpoint must be a training checkpoint, but {folder} is none")
+            # here rather than where Trainer does it, so that it comes before FSDP has cut the weights up
+            load_checkpoint_view(self.orthrus, folder / SAFE_WEIGHTS_NAME)
+        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Done by `train`."""
+
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
-        """Examples are drawn by their index already; in order, a resumed run goes on where the other stopped."""
+        """Examples are drawn by their number already; in order, a resumed run goes on where the other stopped."""
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        if not torch.isfinite(outputs["loss"].detach()):
-            raise FloatingPointError(
-                f"the loss is {outputs['loss'].item()} in step {self.state.global_step}: lower the learning rate, or "
-                f"resume from the last checkpoint in {self.args.output_dir}"
-            )
-        self._count_matches(inputs["targets"], outputs["matches"])
+        loss = outputs["loss"].detach()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self._not_finite("loss", loss.item()))
+        if model.training:
+            leading = 1.0 + outputs["matches"].cumprod(dim=-1).sum(dim=-1)
+            self._matched += torch.tensor([leading.sum().item(), leading.numel()])
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def _count_matches(self, targets: torch.Tensor, matches: torch.Tensor) -> None:
-        """Tokens per cycle on the training anchors, for the log: leading matches, and the bonus token."""
-        leading = matches.cumprod(dim=-1).sum(dim=-1).float()
-        whole = (targets >= 0).all(dim=-1)
-        totals = getattr(self, "_leading", torch.zeros(2))
-        self._leading = totals + torch.stack((leading[whole].sum(), whole.sum().float())).cpu()
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(norm):
+            raise FloatingPointError(self._not_finite("gradient's norm", float(norm)))
+        return norm
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """The Trainer's logs, with the tokens per cycle since the last one."""
-        matched, blocks = getattr(self, "_leading", torch.zeros(2)).tolist()
+    def _not_finite(self, what: str, value: float) -> str:
+        return (
+            f"the {what} is {value} in step {self.state.global_step + 1}: lower learning_rate, or resume from an "
+            f"earlier checkpoint in {self.args.output_dir}; the weights are those of step {self.state.global_step}"
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        matches = torch.where(inputs["targets"] >= 0, outputs["matches"].int(), -1)
+        return loss, matches, self._domain_ids.to(loss.device)[inputs["row_ids"]]
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return acceptance(prediction.predictions, prediction.label_ids, self.domains)
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """The Trainer's logs, with this process's tokens per cycle on training blocks since the last one."""
+        tokens, blocks = self._matched.tolist()
         if "loss" in logs and blocks:
-            logs["tokens_per_cycle"] = round(1 + matched / blocks, 4)
-            self._leading = torch.zeros(2)
-        super().log(logs, *args, **kwargs)
+            logs["tokens_per_cycle"] = round(tokens / blocks, 4)
+            self._matched.zero_()
+        super().log(logs, *args, **options)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The view alone, complete or not at all; the frozen weights are the base's and stay with it."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the view alone, whole or not at all; the frozen weights are the base's and stay with it."""
+        view = {name: _whole(tensor) for name, tensor in self._state().items() if "_diff" in name}
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.model.state_dict() if state_dict is None else state_dict
-        view = {name: tensor.detach().contiguous().clone() for name, tensor in state.items() if "_diff" in name}
         staged = folder / f"{SAFE_WEIGHTS_NAME}.tmp"
         try:
-            save_file(view, staged)
+            save_file({name: tensor.detach().cpu().clone() for name, tensor in view.items()}, staged)
             os.replace(staged, folder / SAFE_WEIGHTS_NAME)
         finally:
             staged.unlink(missing_ok=True)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        view = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
-        result = (model or self.model).load_state_dict(view, strict=False)
-        lost = [name for name in result.missing_keys if "_diff" in name]
-        if lost or result.unexpected_keys:
-            raise ValueError(
-                f"resume_from_checkpoint {resume_from_checkpoint} is not of this view: missing {lost[:3]}, "
-                f"unexpected {result.unexpected_keys[:3]}"
-            )
+    def _state(self) -> dict[str, torch.Tensor]:
+        state, mask = self.orthrus.state_dict(), self.model.student.mask_embedding_diff
+        if mask is not None:
+            # FSDP puts its own parameter where it wraps, in the student, and the model still has the one before
+            state["model.mask_embedding_diff"] = mask
+        return state
+
+    def save_trained(self, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Write the whole dual-view model with `OrthrusForCausalLM.save_pretrained`; every process must call this."""
+        state = {name: _whole(tensor) for name, tensor in self._state().items()}
+        if self.args.should_save:
+            self.orthrus.save_pretrained(folder, tokenizer, state_dict=state)
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Into a staging folder; a rename makes it a checkpoint."""
+        run = Path(self._get_output_dir(trial))
+        self._staging = run / STAGING
+        name = f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise OSError(
+                f"{name} could not be written to {run}: {error}. Earlier checkpoints there are whole; make room and "
+                "resume"
+            ) from error
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(staging / name, run / name)
+            shutil.rmtree(staging)
+            kept = self.args.save_total_limit or 0
+            for old in _checkpoints(run)[:-kept] if kept else []:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP has spread over the processes, whole again on each."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the most steps in a run's folder, None if it has none."""
+    found = _checkpoints(Path(output_dir))
+    return found[-1] if found else None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    found = [path for path in run.glob("checkpoint-*") if (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -1,208 +1,178 @@
-"""Training of the view: the differentiable pass is the decoder's own draft, only the view learns, resuming is exact."""
+"""Training of the view: the differentiable pass is the decoder's own draft, only the view learns, drafts get better."""
 
 from __future__ import annotations
 
-import json
+import math
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
-from orthrus_triton.training import frozen_cache
-from orthrus_triton.training.data import AnchorExamples, TextRow, read_rows
+from orthrus_triton.training.acceptance import acceptance
+from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
+from orthrus_triton.training.batches import BlockCollator, ViewDistillation
+from orthrus_triton.training.data import TextRow
 from orthrus_triton.training.frozen_cache import FrozenCache
-from orthrus_triton.training.objective import linear_kl
-from orthrus_triton.training.student import draft_hidden
+from orthrus_triton.training.objective import position_weights
+from orthrus_triton.training.student import BlockStudent
 from orthrus_triton.training.trainer import ViewTrainer
-from tests.models.tiny_bases import base_config, build_base
-
-K = 4
-
-
-def make_model(family: str = "llama", view_rank: int | None = None) -> OrthrusForCausalLM:
-    return OrthrusForCausalLM.from_base(
-        build_base(base_config(family)), block_size=K, mask_token_id=1, view_rank=view_rank
-    )
+from tests.models.tiny_bases import base_config, build_base, randomise_view
+from tests.training.view_runs import K, make_args, make_model, make_trainer, own_rows
 
 
-def own_rows(model: OrthrusForCausalLM, count: int, tokens: int = 24) -> list[TextRow]:
-    """Text the frozen model writes itself."""
-    prompts = [torch.randint(2, model.vocab_size, (3 + n % 4,)) for n in range(count)]
-    output = ConsensusDecoder(model, mode="ar").generate(prompts, max_new_tokens=tokens, eos_token_id=[])
-    return [TextRow("all", ids.tolist(), len(prompt)) for ids, prompt in zip(output.sequences, prompts)]
+@pytest.mark.parametrize(
+    ("case", "view_rank"),
+    [
+        ("llama biases, wide heads, tied", 3),
+        ("llama longrope", None),
+        ("mistral window", None),
+        ("qwen2", 2),
+        ("qwen3 biases, tied, window by layer types", None),
+    ],
+)
+def test_the_trained_pass_is_the_decoders_draft(case, view_rank):
+    model = randomise_view(make_model(case, view_rank=view_rank))
+    ids = torch.randint(2, 100, (2, 30), generator=torch.Generator().manual_seed(0))
+    prompt_len, anchors = torch.tensor([5, 9]), torch.tensor([[0, 6, 17], [9, 20, 28]])
+    student, cache = BlockStudent(model), model.new_cache(2, 30, K)
+    states = student.read(ids, prompt_len, cache)
+    ours = student.draft(ids.gather(1, anchors), anchors, prompt_len, cache.layers, K)
+    for b in range(2):
+        for n, anchor in enumerate(anchors[b].tolist()):
+            buffers = model.new_cache(1, 64, K)
+            buffers.prompt_len.fill_(prompt_len[b])
+            with torch.no_grad():
+                if anchor:
+                    read = model.forward_view(ids[b : b + 1, :anchor], buffers, buffers.view_pass("ar", anchor))
+                    assert torch.allclose(states[b, :anchor], read[0], atol=2e-5)
+                buffers.context_len.fill_(anchor)
+                block = torch.full((1, K), model.mask_token_id)
+                block[0, 0] = ids[b, anchor]
+                drafted = model.forward_view(block, buffers, buffers.view_pass("diffusion", K))
+            assert torch.allclose(ours[b, n], drafted[0], atol=2e-5), (n, (ours[b, n] - drafted[0]).abs().max())
 
 
-def make_trainer(model, rows, folder, steps: int, learning_rate: float = 1e-2, **options) -> ViewTrainer:
-    args = TrainingArguments(
-        str(folder / "run"), max_steps=steps, per_device_train_batch_size=2, learning_rate=learning_rate, use_cpu=True,
-        weight_decay=0.0, report_to="none", disable_tqdm=True, save_steps=4, logging_steps=10, seed=3, **options,
-    )  # fmt: skip
-    return ViewTrainer(model, args, rows, cache_dir=folder / "cache", num_anchors=3)
+@torch.no_grad()
+def draft_logits(model: OrthrusForCausalLM, row: TextRow, anchor: int) -> torch.Tensor:
+    """Logits [K, V] of the decoder's own draft at an anchor of a text."""
+    buffers = model.new_cache(1, 64, K)
+    model.forward_view(torch.tensor([row.ids[:anchor]]), buffers, buffers.view_pass("ar", anchor))
+    buffers.context_len.fill_(anchor)
+    block = torch.tensor([[row.ids[anchor]] + [model.mask_token_id] * (K - 1)])
+    return model.compute_logits(model.forward_view(block, buffers, buffers.view_pass("diffusion", K)))[0]
 
 
-@pytest.mark.parametrize(("family", "view_rank"), [("llama", None), ("qwen2", 2), ("qwen3", None)])
-def test_the_trained_pass_is_the_decoders_draft(family, view_rank, tmp_path):
-    model = make_model(family, view_rank)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_diff" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    row = own_rows(model, 1)[0]
-    cache = FrozenCache.open_or_build(tmp_path, model, [row], top_k=4, dtype=torch.float32)
-    anchors = torch.tensor([[row.prompt_len, 9, 14]])
-    anchor_ids = torch.tensor(row.ids)[anchors]
-    ours = draft_hidden(model, anchor_ids, anchors, cache.context([0], [14], torch.float32), K)
-    for n, anchor in enumerate(anchors[0].tolist()):
-        buffers = model.new_cache(1, 64, K)
-        ids = torch.tensor([row.ids[:anchor]])
-        buffers.prompt_len.fill_(anchor)
-        with torch.no_grad():
-            model.forward_view(ids, buffers, buffers.view_pass("ar", anchor))
-            buffers.context_len.fill_(anchor)
-            block = torch.full((1, K), model.mask_token_id)
-            block[0, 0] = row.ids[anchor]
-            drafted = model.forward_view(block, buffers, buffers.view_pass("diffusion", K))
-        assert torch.allclose(ours[0, n], drafted[0], atol=2e-5), (n, (ours[0, n] - drafted[0]).abs().max())
-
-
-def test_linear_kl_is_the_autograd_loss_and_gradient():
-    torch.manual_seed(0)
-    rows, width, vocab, top_k = 150, 16, 50, 6  # more rows than a chunk
-    hidden = torch.randn(rows, width, requires_grad=True)
-    weight = torch.randn(vocab, width)
-    ids = torch.stack([torch.randperm(vocab)[:top_k] for _ in range(rows)])
-    probs = torch.softmax(torch.randn(rows, top_k), dim=-1)
-    row_weight = torch.rand(rows)
-    row_weight[::7] = 0
-    loss, choice = linear_kl(hidden, weight, ids, probs, row_weight)
-    loss.backward()
-    exact = hidden.detach().double().requires_grad_()
-    logits = exact @ weight.double().T
-    teacher = torch.zeros(rows, vocab, dtype=torch.float64).scatter_(1, ids, probs.double())
-    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), teacher, reduction="none").sum(-1)
-    expected = (row_weight * divergence).sum() / row_weight.sum()
-    expected.backward()
-    assert torch.allclose(loss.double(), expected, rtol=1e-5)
-    assert torch.allclose(hidden.grad.double(), exact.grad, atol=1e-6)
-    assert torch.equal(choice, logits.argmax(-1))
-
-
-def test_only_the_view_learns(tmp_path):
-    model = make_model()
+@pytest.mark.parametrize("view_rank", [None, 2])
+def test_only_the_view_learns(view_rank, tmp_path):
+    model = make_model("qwen3", view_rank=view_rank)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainer = make_trainer(model, own_rows(model, 4), tmp_path, steps=2)
+    trainer = make_trainer(model, tmp_path, max_steps=4)
+    loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("_diff" in name), name
     trainer.train()
     for name, tensor in model.state_dict().items():
         assert ("_diff" in name) != torch.equal(tensor, before[name]), name
 
 
-def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path):
-    model = make_model()
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def test_without_a_cache_the_frozen_model_teaches_the_same(tmp_path):
+    model = randomise_view(make_model("qwen3"))
     rows = own_rows(model, 4)
-    make_trainer(model, rows, tmp_path, steps=8).train()
-    unbroken = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(start)
-    make_trainer(model, rows, tmp_path, steps=8).train(str(tmp_path / "run" / "checkpoint-4"))
-    resumed = model.state_dict()
-    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
-    name = "model.layers.0.self_attn.q_proj_diff.weight"
-    assert not torch.equal(unbroken[name], start[name])
+    everything = FrozenCache.open_or_build(tmp_path, model, rows, top_k=model.vocab_size, dtype=torch.float32)
+    examples = AnchorExamples(rows, 4, 5)
+    losses, gradients = [], []
+    for cache in (everything, None):
+        batch = BlockCollator(rows, cache, K, "kl")([examples[n] for n in range(4)])
+        assert (batch["targets"] < 0).any()  # some blocks reach beyond their text
+        output = ViewDistillation(model, K, "kl", 2.0)(**batch)
+        gradient = torch.autograd.grad(output["loss"], model.model.layers[0].self_attn.q_norm_diff.weight)[0]
+        losses.append(output["loss"].detach())
+        gradients.append(gradient)
+    assert torch.allclose(*losses, rtol=1e-5) and torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_the_loss_is_what_the_paper_says():
+    model = randomise_view(make_model())
+    row = own_rows(model, 1)[0]
+    anchors = torch.tensor([[row.prompt_len - 1, len(row.ids) - 3]])  # the second block has two targets in the text
+    batch = BlockCollator([row], None, K, "kl")([{"row_id": 0, "anchors": anchors[0].numpy()}])
+    assert batch["targets"].tolist()[0][1] == [row.ids[-2], row.ids[-1], -1]
+    decay, total = 1.5, 0.0
+    weights = [math.exp(-i / decay) for i in range(K - 1)]
+    assert position_weights(K, decay).tolist() == pytest.approx(weights)
+    teacher = model(torch.tensor([row.ids])).log_softmax(-1)[0]
+    for anchor in anchors[0].tolist():
+        student = draft_logits(model, row, anchor).log_softmax(-1)
+        for i in range(K - 1):
+            if anchor + i + 1 < len(row.ids):
+                log_p = teacher[anchor + i]
+                total += weights[i] * float((log_p.exp() * (log_p - student[i])).sum())
+    output = ViewDistillation(model, K, "kl", decay)(**batch)
+    assert float(output["loss"].detach()) == pytest.approx(total / (2 * sum(weights)), rel=1e-4)
+    crossed = ViewDistillation(model, K, "ce")(**batch)
+    first = -float(student[0, row.ids[-2]] + student[1, row.ids[-1]])  # of the second block
+    assert float(crossed["loss"].detach()) > first / (2 * (K - 1))
 
 
 def test_overfitting_one_text_drafts_nearly_whole_blocks(tmp_path):
-    torch.manual_seed(1)
     base = build_base(base_config("llama", num_hidden_layers=3, head_dim=64))
-    model = OrthrusForCausalLM.from_base(base, block_size=K, mask_token_id=1)
-    rows = own_rows(model, 1, tokens=33)
+    model = OrthrusForCausalLM.from_base(base, block_size=K, mask_token_id=1, mask_embedding=True)
+    rows = own_rows(model, 1, tokens=49)
     decoder = ConsensusDecoder(model)
     prompt = torch.tensor(rows[0].ids[: rows[0].prompt_len])
-    options = {"max_new_tokens": 33, "eos_token_id": []}
+    options = {"max_new_tokens": 49, "eos_token_id": []}
     assert decoder.generate([prompt], **options).stats.tokens_per_cycle < 0.7 * K
-    make_trainer(model, rows, tmp_path, steps=300, learning_rate=5e-3, lr_scheduler_type="cosine").train()
+    args = make_args(tmp_path, 400, num_anchors=8, teacher_top_k=101, save_strategy="no")
+    ViewTrainer(model, args, rows).train()
     output = decoder.generate([prompt], **options)
     assert output.sequences[0].tolist() == rows[0].ids  # exact before, during and after training
     assert output.stats.tokens_per_cycle >= 0.9 * K
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_evaluation_reports_acceptance_by_domain_and_position(tmp_path):
     model = make_model()
-    rows = own_rows(model, 2)
-    trainer = make_trainer(model, rows, tmp_path, steps=2)
-    with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj_diff.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="loss is nan in step 0"):
-        trainer.train()
-    assert not (tmp_path / "run" / "checkpoint-4").exists()
+    trainer = make_trainer(model, tmp_path, max_steps=1, eval_rows=5, eval_anchors=2)
+    metrics = trainer.evaluate()
+    blocks = {}
+    for example in trainer.eval_dataset:
+        row = trainer.data_collator.rows[example["row_id"]]
+        for anchor in example["anchors"].tolist():
+            drafted = draft_logits(model, row, anchor)[:-1].argmax(-1).tolist()
+            matches = [a == b for a, b in zip(drafted, row.ids[anchor + 1 :])]
+            blocks.setdefault(row.domain, []).append((matches + [False]).index(False) + 1)
+    for domain, counts in blocks.items():
+        assert metrics[f"eval_tokens_per_cycle_{domain}"] == pytest.approx(sum(counts) / len(counts))
+    names = ["tokens_per_cycle", "tokens_per_cycle_code", "tokens_per_cycle_prose", "match_1", f"match_{K - 1}"]
+    assert all(f"eval_{name}" in metrics for name in names) and f"eval_match_{K}" not in metrics
+    assert 1 < metrics["eval_tokens_per_cycle"] <= K
 
 
-def test_a_cache_of_other_rows_or_weights_is_not_reused(tmp_path):
-    model = make_model()
-    rows = own_rows(model, 2)
-    FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
-    manifest = (tmp_path / "manifest.json").read_text()
-    FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
-    assert (tmp_path / "manifest.json").read_text() == manifest
-    FrozenCache.open_or_build(tmp_path, model, rows[:1], top_k=4)
-    assert (tmp_path / "manifest.json").read_text() != manifest
+def test_acceptance_counts_leading_matches_and_the_free_token():
+    matches = torch.tensor([[[1, 1, 0]], [[0, 1, 1]], [[1, -1, -1]]]).numpy()
+    metrics = acceptance(matches, torch.tensor([0, 1, 1]).numpy(), ["code", "prose"])
+    assert metrics["tokens_per_cycle_code"] == 3 and metrics["tokens_per_cycle_prose"] == 1.5
+    assert metrics["tokens_per_cycle"] == 2
+    assert (metrics["match_1"], metrics["match_2"], metrics["match_3"]) == (2 / 3, 1, 0.5)
 
 
-def test_a_cache_that_was_cut_short_is_completed(tmp_path, monkeypatch):
-    model = make_model()
-    rows = own_rows(model, 5)
-    whole = FrozenCache.open_or_build(tmp_path / "whole", model, rows, top_k=4)
-    monkeypatch.setattr(frozen_cache, "RECORD_EVERY", 2)
-    fill_row, filled = FrozenCache._fill_row, []
-
-    def fill_or_stop(cache, model, row, *arguments):
-        if len(filled) == 3:
-            raise KeyboardInterrupt
-        filled.append(row)
-        fill_row(cache, model, row, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FrozenCache, "_fill_row", fill_or_stop)
-        FrozenCache.open_or_build(tmp_path / "cut", model, rows, top_k=4)
-
-    def fill_and_note(cache, model, row, *arguments):
-        filled.append(row)
-        fill_row(cache, model, row, *arguments)
-
-    monkeypatch.setattr(FrozenCache, "_fill_row", fill_and_note)
-    cut = FrozenCache.open_or_build(tmp_path / "cut", model, rows, top_k=4)
-    assert filled == [*rows[:3], *rows[2:]]  # recorded after two rows, so the third is made again
-    assert torch.equal(cut.kv, whole.kv) and torch.equal(cut.teacher_ids, whole.teacher_ids)
-    assert torch.equal(cut.teacher_probs, whole.teacher_probs)
-
-
-def test_examples_are_a_function_of_seed_and_index():
-    rows = [TextRow("code", list(range(30)), 4), TextRow("prose", list(range(9)), 7)]
-    examples = AnchorExamples(rows, 50, 4, {"code": 1.0, "prose": 1.0}, seed=5)
-    again = AnchorExamples(rows, 50, 4, {"code": 1.0, "prose": 1.0}, seed=5)
+def test_examples_are_a_function_of_seed_and_number():
+    rows = [TextRow("code", list(range(30)), [(4, 30)]), TextRow("prose", list(range(20)), [(3, 6), (15, 20)])]
+    weights = {"code": 0.0, "prose": 1.0}
+    examples, again = (AnchorExamples(rows, 50, 4, weights, seed=5) for _ in range(2))
     for n in (49, 0, 17):
-        assert examples[n]["row_id"] == again[n]["row_id"] and (examples[n]["anchors"] == again[n]["anchors"]).all()
-    for n in range(50):
-        row = rows[examples[n]["row_id"]]
-        assert all(row.prompt_len - 1 <= anchor <= len(row.ids) - 2 for anchor in examples[n]["anchors"])
-    with pytest.raises(ValueError, match="domain_weights must name domains of .*'code', 'prose'.* got .*'maths'"):
+        assert examples[n]["anchors"].tolist() == again[n]["anchors"].tolist()
+    drawn = {anchor for n in range(50) for anchor in examples[n]["anchors"].tolist()}
+    assert drawn == {2, 3, 4, 14, 15, 16, 17, 18}  # from the token before an answer to its last but one
+    assert {examples[n]["row_id"] for n in range(50)} == {1}
+    other = AnchorExamples(rows, 50, 4, weights, seed=6)
+    assert any(other[n]["anchors"].tolist() != examples[n]["anchors"].tolist() for n in range(5))
+    both = AnchorExamples(rows, 200, 4, {"code": 3.0, "prose": 1.0})
+    assert 0.6 < sum(both[n]["row_id"] == 0 for n in range(200)) / 200 < 0.9
+    with pytest.raises(ValueError, match="domain_weights must give each domain of the data, .*'code', 'prose'.* share"):
         AnchorExamples(rows, 1, 1, {"maths": 1.0})
-
-
-def test_rows_are_read_cut_and_counted(tmp_path):
-    lines = [
-        {"prompt_ids": [5, 6], "answer_ids": [7, 8, 9], "domain": "code"},
-        {"prompt_ids": [5, 6], "answer_ids": []},
-        {"prompt_ids": [1] * 10, "answer_ids": [2, 3]},
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    rows, skipped = read_rows(tmp_path, max_len=4)
-    assert rows == [TextRow("code", [5, 6, 7, 8], 2)] and skipped == 2
-    (tmp_path / "b.jsonl").write_text('{"prompt": "text"}\n')
-    with pytest.raises(ValueError, match="b.jsonl, line 1: expected an object with prompt_ids and answer_ids"):
-        read_rows(tmp_path, max_len=4)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(FileNotFoundError, match="holds none"):
-        read_rows(empty, max_len=4)
+    with pytest.raises(ValueError, match="rows must not be empty"):
+        AnchorExamples([], 1, 1)
+    assert EvenAnchors(rows, 3, K, first_row_id=7)[0]["anchors"].tolist() == [3, 14, 26]
+    assert EvenAnchors(rows, 3, K, first_row_id=7)[1]["row_id"] == 8

@@ -1,0 +1,92 @@
+"""Which rows and anchors a step trains on: a pure function of the seed and the example's number.
+So a resumed run, and a run on more processes, sees what an unbroken run on one would have seen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from orthrus_triton.training.data import TextRow
+
+
+class AnchorExample(TypedDict):
+    """One row of a batch: which text, and at which tokens its blocks begin, ascending [A]."""
+
+    row_id: int
+    anchors: np.ndarray
+
+
+class AnchorExamples(Dataset):
+    """Example i: a row drawn by domain, and anchors in its answers drawn from it, by (seed, i) alone.
+
+    An anchor is the newest known token, so the first one is the prompt's last token and the last one is the answer's
+    last but one.
+
+    Args:
+        rows: at least one.
+        num_examples: length of the data set: steps x rows per step.
+        num_anchors: blocks per row; drawn without replacement while the answers are long enough.
+        domain_weights: share of the examples by domain. None: by number of rows.
+        seed: of everything drawn.
+
+    Raises:
+        ValueError: no rows, or weights that do not name exactly the domains there are.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[TextRow],
+        num_examples: int,
+        num_anchors: int,
+        domain_weights: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not rows:
+            raise ValueError("rows must not be empty: no row of the data has an answer to learn from")
+        self.rows, self.num_examples, self.num_anchors, self.seed = rows, num_examples, num_anchors, seed
+        counts = Counter(row.domain for row in rows)
+        weights = counts if domain_weights is None else domain_weights
+        if set(weights) != set(counts) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+            raise ValueError(
+                f"domain_weights must give each domain of the data, {sorted(counts)}, a share >= 0, "
+                f"but got {dict(weights)}"
+            )
+        shares = np.cumsum([weights[row.domain] / counts[row.domain] for row in rows])
+        self._cumulative = shares / shares[-1]
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, index: int) -> AnchorExample:
+        generator = np.random.default_rng((self.seed, index))
+        row_id = int(np.searchsorted(self._cumulative, generator.random(), side="right"))
+        places = np.concatenate([np.arange(start - 1, end - 1) for start, end in self.rows[row_id].answers])
+        anchors = generator.choice(places, self.num_anchors, replace=len(places) < self.num_anchors)
+        return {"row_id": row_id, "anchors": np.sort(anchors)}
+
+
+class EvenAnchors(Dataset):
+    """Example i: row i, with anchors spread evenly over its last answer, all blocks whole where that has room.
+
+    Args:
+        rows: held-out text.
+        num_anchors: blocks per row.
+        block_size: K.
+        first_row_id: what the row ids count from.
+    """
+
+    def __init__(self, rows: Sequence[TextRow], num_anchors: int, block_size: int, first_row_id: int = 0) -> None:
+        self.rows, self.num_anchors, self.block_size, self.first_row_id = rows, num_anchors, block_size, first_row_id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> AnchorExample:
+        start, end = self.rows[index].answers[-1]
+        last = max(start - 1, end - self.block_size)
+        anchors = np.linspace(start - 1, last, self.num_anchors).round().astype(np.int64)
+        return {"row_id": self.first_row_id + index, "anchors": anchors}

@@ -1,0 +1,138 @@
+"""From chosen rows and anchors to the tensors of one step, and from them to the loss: the module that Trainer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from orthrus_triton import ops
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.modules import SharedKVCache
+from orthrus_triton.training.anchors import AnchorExample
+from orthrus_triton.training.data import TextRow
+from orthrus_triton.training.frozen_cache import FrozenCache
+from orthrus_triton.training.objective import Loss, block_loss, position_weights
+from orthrus_triton.training.student import BlockStudent
+
+
+class BlockCollator:
+    """Examples -> one batch.
+
+    anchors, anchor_ids [B, A]; prompt_len [B]; targets [B, A, K-1], -1 beyond the end of an answer; row_ids [B].
+    With a cache: context [B, layers, 2, HKV, S, D], and for "kl" teacher_ids, teacher_probs [B, A, K-1, k].
+    Without: input_ids [B, L], whole rows for the frozen model to read.
+
+    Args:
+        rows: all rows, by row id.
+        cache: of the same rows, or None.
+        block_size: K.
+        loss: "kl" or "ce".
+    """
+
+    def __init__(self, rows: Sequence[TextRow], cache: FrozenCache | None, block_size: int, loss: Loss) -> None:
+        self.rows, self.cache, self.block_size, self.loss = rows, cache, block_size, loss
+
+    def __call__(self, examples: Sequence[AnchorExample]) -> dict[str, torch.Tensor]:
+        row_ids = [example["row_id"] for example in examples]
+        rows = [self.rows[row] for row in row_ids]
+        anchors = torch.stack([torch.as_tensor(example["anchors"]) for example in examples])
+        ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+        ends = torch.stack([_ends(row, of_row) for row, of_row in zip(rows, anchors)])
+        # row i of a block predicts the token at a + i + 1, so the last row has nothing to learn
+        predicted = anchors[..., None] + torch.arange(1, self.block_size)
+        inside = predicted < ends[..., None]
+        taken = ids.gather(1, predicted.clamp(max=ids.shape[1] - 1).flatten(1)).view_as(predicted)
+        batch = {
+            "anchors": anchors,
+            "anchor_ids": ids.gather(1, anchors),
+            "prompt_len": torch.tensor([row.prompt_len for row in rows]),
+            "targets": torch.where(inside, taken, -1),
+            "row_ids": torch.tensor(row_ids),
+        }
+        if self.cache is None:
+            return batch | {"input_ids": ids}
+        batch["context"] = self.cache.context(row_ids, anchors.amax(dim=1).tolist())
+        if self.loss == "kl":
+            starts = torch.tensor([self.cache.starts[row] for row in row_ids])[:, None, None]
+            # beyond an answer's end any probabilities do, for they weigh nothing
+            lines = starts + torch.where(inside, predicted - 1, anchors[..., None])
+            batch["teacher_ids"] = self.cache.teacher_ids[lines].long()
+            batch["teacher_probs"] = self.cache.teacher_probs[lines]
+        return batch
+
+
+def _ends(row: TextRow, anchors: torch.Tensor) -> torch.Tensor:
+    """Where the answer ends that each anchor [A] drafts."""
+    ends = torch.tensor([end for _, end in row.answers])
+    # an anchor is at most the last token but one
+    return ends[torch.searchsorted(ends, anchors + 1, right=True)]
+
+
+class ViewDistillation(nn.Module):
+    """The loss of one batch as one forward call, for DDP and FSDP.
+
+    Args:
+        model: its `_diff` parameters are the only ones that require gradients.
+        block_size: K.
+        loss: "kl" or "ce".
+        position_decay: see `position_weights`.
+    """
+
+    _no_split_modules = BlockStudent._no_split_modules
+
+    def __init__(
+        self, model: OrthrusForCausalLM, block_size: int, loss: Loss = "kl", position_decay: float | None = None
+    ) -> None:
+        super().__init__()
+        self.student = BlockStudent(model)
+        self.block_size, self.loss = block_size, loss
+        self.register_buffer("weights", position_weights(block_size, position_decay), persistent=False)
+        self._cache: SharedKVCache | None = None
+
+    def forward(
+        self,
+        anchors: torch.Tensor,
+        anchor_ids: torch.Tensor,
+        prompt_len: torch.Tensor,
+        targets: torch.Tensor,
+        row_ids: torch.Tensor,
+        context: torch.Tensor | None = None,
+        teacher_ids: torch.Tensor | None = None,
+        teacher_probs: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """A batch of `BlockCollator` -> `loss`, and `matches` [B, A, K-1]: the draft is the text's token."""
+        index = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
+        if input_ids is not None:
+            layers, states = self._read(input_ids, prompt_len)
+            teacher = ops.HiddenTeacher(states.flatten(0, 1))
+            starts = torch.arange(len(anchors), device=anchors.device)[:, None, None] * input_ids.shape[1]
+            steps = torch.arange(self.block_size - 1, device=anchors.device)
+            index = starts + torch.where(targets >= 0, anchors[..., None] + steps, anchors[..., None])
+        else:
+            layers = [context[:, n].unbind(1) for n in range(context.shape[1])]
+            teacher = None if teacher_ids is None else ops.TopKTeacher(teacher_ids.flatten(0, 2),
+                                                                       teacher_probs.flatten(0, 2))  # fmt: skip
+        if self.loss == "ce":
+            teacher = ops.LabelTeacher(targets.flatten().clamp(min=0))
+            index = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
+        hidden = self.student.draft(anchor_ids, anchors, prompt_len, layers, self.block_size)
+        loss, matches = block_loss(hidden[:, :, :-1], self.student.head_weight, teacher, index, targets, self.weights)
+        return {"loss": loss, "matches": matches}
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        """What is trained, under the parameters' own names: FSDP's checkpoints look every name up, and the frozen
+        weights appear in the model's state dict under names that its fused parameters do not have."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _read(self, input_ids: torch.Tensor, prompt_len: torch.Tensor):
+        """The frozen model's layers of K/V and final states for these rows; the buffers serve the next batch again."""
+        batch, length = input_ids.shape
+        cache = self._cache
+        if cache is None or cache.batch_size != batch or cache.capacity < length:
+            cache = self._cache = self.student.new_cache(batch, length, self.block_size)
+        return cache.layers, self.student.read(input_ids, prompt_len, cache)

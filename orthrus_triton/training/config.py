@@ -1,0 +1,115 @@
+"""ViewTrainingArguments: transformers' TrainingArguments with the recipe's defaults and what a diffusion view needs.
+One flat YAML file holds all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from orthrus_triton.training.objective import Loss
+
+
+def _option(default: Any, text: str) -> Any:
+    factory = {"default_factory": lambda: default} if isinstance(default, dict) else {"default": default}
+    return field(**factory, metadata={"help": text})
+
+
+@dataclass
+class ViewTrainingArguments(TrainingArguments):
+    """Options of a training run; those not listed here are transformers' own, of which `max_steps` must be given.
+
+    `per_device_train_batch_size` counts text rows, each with `num_anchors` blocks.
+
+    Raises:
+        ValueError: an option out of range; it names the field.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "domain_weights"]
+
+    model: str | None = _option(None, "Folder or hub id of an Orthrus model; by default SmolLM2-135M-Instruct.")
+    data: str | None = _option(None, "A .jsonl file of `orthrus-triton distill-data`, or a folder of them.")
+    eval_data: str | None = _option(None, "Held-out rows, likewise.")
+    cache_dir: str | None = _option(
+        None, "Keep the frozen model's K/V and probabilities here instead of running it in every step."
+    )
+    max_row_len: int = _option(320, "Rows are cut to this many tokens.")
+    pack: bool = _option(False, "Join short rows of one domain up to max_row_len: for GPUs.")
+    num_anchors: int = _option(8, "Blocks per row and step.")
+    block_size: int | None = _option(None, "K, anchor included; by default the model's.")
+    view_rank: int | None = _option(None, "Demo model only: train rank-r deltas instead of full projections.")
+    mask_embedding: bool = _option(True, "Train an embedding of the mask token that the frozen model does not see.")
+    loss: Loss = _option("kl", "kl: the frozen model's probabilities; ce: its own tokens.")
+    position_decay: float | None = _option(4.0, "Row i of a block weighs exp(-i / decay); null: all alike.")
+    domain_weights: dict[str, float] | str | None = _option(None, "Share of the rows by domain; null: as in the data.")
+    teacher_top_k: int = _option(32, "Teacher probabilities kept per position in the cache.")
+    eval_anchors: int = _option(8, "Blocks per held-out row.")
+    frozen_dtype: str = _option("float32", "Of the frozen weights and the arithmetic; the view's masters are float32.")
+
+    learning_rate: float = 1e-3
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.05})
+    warmup_steps: float = 30
+    logging_steps: float = 20
+    save_steps: float = 200
+    save_total_limit: int | None = 2
+    report_to: str | list[str] = "none"
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_steps", "max_row_len", "num_anchors", "eval_anchors", "teacher_top_k"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        _require(self.loss in ("kl", "ce"), "loss", "'kl' or 'ce'", self.loss)
+        _require(self.position_decay is None or self.position_decay > 0, "position_decay", "> 0 or null",
+                 self.position_decay)  # fmt: skip
+        _require(self.frozen_dtype in ("float32", "bfloat16", "float16"), "frozen_dtype",
+                 "float32, bfloat16 or float16", self.frozen_dtype)  # fmt: skip
+        _require(not self.load_best_model_at_end, "load_best_model_at_end", "false", self.load_best_model_at_end)
+        self.remove_unused_columns = False  # a batch is what the collator makes, not columns of a table
+
+
+def read_config(path: str | Path, **changes: Any) -> ViewTrainingArguments:
+    """The options in a YAML file, with `changes` over them.
+
+    Raises:
+        FileNotFoundError: there is no such file. ImportError: PyYAML is not installed.
+        ValueError: it is not a mapping, or a field is unknown or out of range; it names the field.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config {str(path)!r}")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must hold YAML, but: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold a mapping of options, but got a {type(options).__name__}")
+    options |= changes
+    known = {one.name for one in fields(ViewTrainingArguments)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"{path} has no such option: {', '.join(map(str, unknown))}")
+    for name, value in options.items():
+        _check_number(name, value)
+    return ViewTrainingArguments(**options)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """YAML reads 1e-3 as text, unlike 1.0e-3."""
+    default = next(one.default for one in fields(ViewTrainingArguments) if one.name == name)
+    is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    if is_number and isinstance(value, str):
+        raise ValueError(f"{name} must be a number, but got the text {value!r} (in YAML write 1.0e-3, not 1e-3)")
+
+
+def _require(holds: bool, name: str, expected: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, but got {value!r}")

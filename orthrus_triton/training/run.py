@@ -1,0 +1,80 @@
+"""One training run from its options: model, rows, trainer, and the trained model as a folder at the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.training.config import ViewTrainingArguments
+from orthrus_triton.training.data import TextRow, pack_rows, read_rows
+from orthrus_triton.training.trainer import ViewTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train_view(args: ViewTrainingArguments, resume: bool = True) -> ViewTrainer:
+    """Train, and write the model with its view to `output_dir/model`.
+
+    Args:
+        args: the run; `data` must be set.
+        resume: go on from the last checkpoint in `output_dir`, if there is one.
+
+    Raises:
+        ValueError, OSError: an option, the data or the model is not what it must be.
+    """
+    if args.data is None:
+        raise ValueError("data must name a .jsonl file of distilled rows, or a folder of them, but is not set")
+    if args.eval_strategy != "no" and args.eval_data is None:
+        raise ValueError(f"eval_data must be set with eval_strategy={args.eval_strategy!r}")
+    model, tokenizer = load_model(args)
+    rows, eval_rows = load_rows(args.data, args), []
+    if args.eval_data is not None:
+        eval_rows = load_rows(args.eval_data, args)
+    trainer = ViewTrainer(model, args, rows, eval_rows)
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_trained(Path(args.output_dir) / "model", tokenizer)
+    return trainer
+
+
+def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrainedTokenizerBase]:
+    """The model to train, with a mask embedding where `args` asks for one, and its tokenizer."""
+    dtype = getattr(torch, args.frozen_dtype)
+    if args.model is None:
+        model, tokenizer = _untrained_demo_model(args.block_size, args.view_rank, dtype)
+    else:
+        if args.view_rank is not None:
+            raise ValueError("view_rank is the model's own: set it where the model is made (orthrus-triton convert)")
+        model = OrthrusForCausalLM.from_pretrained(args.model, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    if args.mask_embedding:
+        model.add_mask_embedding()
+    return model, tokenizer
+
+
+def load_rows(path: str, args: ViewTrainingArguments) -> list[TextRow]:
+    """The rows of a file or folder, cut and packed as `args` say; rows nothing can be learnt from are counted."""
+    rows, skipped = read_rows(path, args.max_row_len)
+    tokens = sum(len(row.ids) for row in rows)
+    logger.warning("%s: %d rows, %d tokens; %d rows without an answer skipped", path, len(rows), tokens, skipped)
+    if not rows:
+        raise ValueError(f"{path} must hold at least one row with an answer of two tokens within {args.max_row_len}")
+    return pack_rows(rows, args.max_row_len) if args.pack else rows
+
+
+def _untrained_demo_model(block_size: int | None, view_rank: int | None, dtype: torch.dtype):
+    from orthrus_triton.models import gguf
+    from orthrus_triton.models.checkpoint import state_dict_source
+    from orthrus_triton.models.config import OrthrusConfig
+
+    path = gguf.find_demo_gguf()
+    base, weights, tokenizer = gguf.load_gguf(path)
+    config = OrthrusConfig.from_base_config(
+        base, block_size=block_size or gguf.COPY_BLOCK_SIZE, mask_token_id=gguf.DEMO_MASK_TOKEN_ID, view_rank=view_rank
+    )
+    model = OrthrusForCausalLM._load(config, state_dict_source(str(path), weights), dtype, "cpu", has_view=False)
+    model.reset_view()
+    return model, tokenizer

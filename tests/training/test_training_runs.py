@@ -1,0 +1,145 @@
+"""Runs that are stopped, resumed, spread over processes, or go wrong: never other bits, never a broken checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from orthrus_triton.training import trainer as trainer_module
+from orthrus_triton.training.trainer import STAGING, last_checkpoint
+from tests.training.killed_run import OPTIONS, STEPS
+from tests.training.view_runs import make_model, make_trainer, saved_view, view_of
+
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"tests.training.{name}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **THREADS})
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+def test_a_run_killed_in_a_checkpoint_resumes_to_the_bits_of_an_unbroken_one(tmp_path):
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    done = run_module("killed_run", killed)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    # the one being written is no checkpoint
+    assert last_checkpoint(killed / "run").name == "checkpoint-4" and (killed / "run" / STAGING).is_dir()
+    model = make_model()
+    make_trainer(model, tmp_path, STEPS, **OPTIONS).train()
+    unbroken = view_of(model)
+    model.reset_view()
+    trainer = make_trainer(model, killed, STEPS, **OPTIONS)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == STEPS
+    assert_same(view_of(model), unbroken)
+    assert_same(saved_view(killed, STEPS), unbroken)
+    assert not (killed / "run" / STAGING).exists()
+    # what the test compares did change
+    model.reset_view()
+    assert all(not torch.equal(tensor, unbroken[name]) for name, tensor in view_of(model).items())
+
+
+def test_two_processes_and_accumulation_do_what_one_process_does(tmp_path):
+    (tmp_path / "shared").mkdir()
+    done = run_module("distributed_run", tmp_path / "shared", "ddp", "fsdp2")
+    assert done.returncode == 0, done.stderr
+    options = {"eval_rows": 3, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+    for folder, more in (("one", {}), ("halves", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})):
+        trainer = make_trainer(make_model(), tmp_path / folder, 4, **options, **more)
+        trainer.train()
+    expected = saved_view(tmp_path / "one", 4)
+    metrics = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+    start = view_of(make_model())
+    for folder in ("halves", "shared/ddp", "shared/fsdp2"):
+        found = saved_view(tmp_path / folder, 4)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            # Adam divides by the root of small squares: compare with how far training went
+            assert (found[name] - tensor).norm() <= 1e-3 * (tensor - start[name]).norm(), (folder, name)
+    for mode in ("ddp", "fsdp2"):
+        found = json.loads((tmp_path / "shared" / mode / "metrics.json").read_text())
+        for name in ("eval_tokens_per_cycle", "eval_tokens_per_cycle_code", "eval_match_1"):
+            assert found[name] == metrics[name]
+
+
+@pytest.mark.parametrize("writer", ["view", "optimizer"])
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch, writer):
+    model = make_model()
+    make_trainer(model, tmp_path, 4, save_steps=2).train()
+    unbroken = view_of(model)
+    owner, name = (trainer_module, "save_file") if writer == "view" else (torch, "save")
+    save, calls = getattr(owner, name), []
+
+    def save_once(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > (1 if writer == "view" else 3):  # optimizer, scheduler and random state of one checkpoint
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(*arguments, **options)
+
+    folder = tmp_path / "full"
+    model.reset_view()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="checkpoint-4 could not be written .* No space"):
+        patch.setattr(owner, name, save_once)
+        make_trainer(model, folder, 4, save_steps=2).train()
+    assert [path.name for path in (folder / "run").iterdir()] == ["checkpoint-2"]
+    model.reset_view()
+    make_trainer(model, folder, 4, save_steps=2).train(resume_from_checkpoint=True)
+    assert_same(view_of(model), unbroken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = make_model()
+    trainer = make_trainer(model, tmp_path, 4, save_steps=2)
+    trainer.train()
+    before = saved_view(tmp_path, 4)
+    poisoned = make_trainer(model, tmp_path, 6, save_steps=2)
+    collate = poisoned.data_collator
+
+    def poison(examples):
+        batch = collate(examples)
+        batch["context"][:] = torch.nan
+        return batch
+
+    poisoned.data_collator = poison
+    with pytest.raises(FloatingPointError, match="loss is nan in step 5: lower .*weights are those of step 4"):
+        poisoned.train(resume_from_checkpoint=True)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert_same(saved_view(tmp_path, 4), before)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
+    model = make_model()
+    trainer = make_trainer(model, tmp_path, 2)
+    before = view_of(model)
+    model.model.mask_embedding_diff.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match="gradient's norm is (nan|inf) in step 1"):
+        trainer.train()
+    assert_same(view_of(model), before)
+
+
+def test_only_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
+    make_trainer(make_model(), tmp_path, 8, save_steps=2, save_total_limit=3).train()
+    kept = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+def test_a_checkpoint_of_another_view_is_refused(tmp_path):
+    make_trainer(make_model(), tmp_path, 2, save_steps=2).train()
+    other = make_trainer(make_model(view_rank=2), tmp_path, 2)
+    with pytest.raises(ValueError, match="must hold"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint must be a training checkpoint"):
+        other.train(resume_from_checkpoint=str(tmp_path))
