@@ -1,0 +1,213 @@
+"""Continuous batching: requests take free slots of one ragged run and leave them between cycles.
+One thread owns the decoder; everybody else talks to it through `submit` and `cancel`."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from orthrus_triton.modules import Choosing, ConsensusDecoder, DecodeRun, SamplingParams
+from orthrus_triton.modules.decode_run import Progress
+from orthrus_triton.modules.sampling_params import SamplingRule
+
+FinishReason = Literal["stop", "length", "error"]
+Deliver = Callable[[list[int], "FinishReason | None", str], None]
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence to generate.
+
+    Args:
+        prompt: [L] int64.
+        max_new_tokens: most tokens to generate.
+        params: how it samples.
+        deliver: called from the scheduler's thread with new tokens, the reason once it has finished, and what went
+            wrong if the reason is "error". Must not block.
+        stop: called after every token with all new tokens; True ends the sequence there.
+    """
+
+    prompt: torch.Tensor
+    max_new_tokens: int
+    params: SamplingParams
+    deliver: Deliver
+    stop: Callable[[list[int]], bool] | None = None
+    cancelled: bool = field(default=False, init=False)
+    delivered: int = field(default=0, init=False)
+
+
+class Scheduler:
+    """Runs requests side by side on one decoder.
+
+    Args:
+        decoder: its buffers belong to the scheduler from now on.
+        slots: sequences that decode at once.
+        max_len: most tokens of prompt and output of one sequence.
+        max_waiting: requests that may wait for a slot; one more is refused.
+        sampling: "coupled" or "rejection".
+
+    Attributes:
+        running, waiting: sequences in slots, and requests without one.
+    """
+
+    def __init__(
+        self, decoder: ConsensusDecoder, *, slots: int = 8, max_len: int = 4096, max_waiting: int = 64,
+        sampling: SamplingRule = "coupled",
+    ) -> None:  # fmt: skip
+        for name, value in (("slots", slots), ("max_len", max_len), ("max_waiting", max_waiting)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, but got {value!r}")
+        self.decoder, self.max_len, self.max_waiting = decoder, max_len, max_waiting
+        self._choosing = Choosing(sampled=True, rejection=sampling == "rejection", processed=True)
+        self._slots: list[Request | None] = [None] * slots
+        self._waiting: deque[Request] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._run = self._open()
+        self._thread = threading.Thread(target=self._work, name="orthrus-scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Sequences in slots."""
+        return sum(request is not None for request in self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot yet."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFullError: too many wait already.
+            ValueError: it cannot ever run: prompt and max_new_tokens exceed max_len, or params are out of range.
+        """
+        length, vocab = request.prompt.numel(), self.decoder.model.vocab_size
+        if length < 1 or request.prompt.dim() != 1:
+            raise ValueError(f"prompt must be 1-D with at least one token, but got {tuple(request.prompt.shape)}")
+        if not 0 <= int(request.prompt.min()) <= int(request.prompt.max()) < vocab:
+            raise ValueError(f"prompt must hold ids in 0..{vocab - 1}, but got {int(request.prompt.max())}")
+        if request.max_new_tokens < 1 or length + request.max_new_tokens > self.max_len:
+            raise ValueError(
+                f"max_tokens must be in 1..{self.max_len - length} with a prompt of {length} tokens and a context of "
+                f"{self.max_len}, but got {request.max_new_tokens}"
+            )
+        self._choosing.require(request.params)
+        request.params.require_vocab(vocab)
+        with self._wake:
+            if self._closing:
+                raise RuntimeError("the scheduler has been closed")
+            if len(self._waiting) >= self.max_waiting:
+                raise QueueFullError(f"{self.max_waiting} requests wait already")
+            self._waiting.append(request)
+            self._wake.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Nobody wants this one any more: it leaves before the next cycle. Nothing more is delivered."""
+        with self._wake:
+            request.cancelled = True
+            if request in self._waiting:
+                self._waiting.remove(request)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Stop the thread; requests in flight end with an error."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _open(self) -> DecodeRun:
+        return self.decoder.open(len(self._slots), self.max_len, choosing=self._choosing)
+
+    def _work(self) -> None:
+        device = self._run.cache.context_len.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels are launched where the thread stands
+        while True:
+            with self._wake:
+                while not (self._closing or self._waiting or self.running):
+                    self._wake.wait()
+                if self._closing:
+                    break
+            try:
+                self._cycle()
+            except Exception as error:  # whatever a kernel or driver throws: the next requests get a new run
+                self._end_all(f"{type(error).__name__}: {error}")
+                self._run = self._open()
+        self._end_all("the server is closing")
+
+    def _cycle(self) -> None:
+        for b, request in enumerate(self._slots):
+            if request is not None and request.cancelled:
+                self._run.release(b)
+                self._slots[b] = None
+        self._admit_one()
+        if not self.running:
+            return
+        for part in self._run.advance():
+            request = self._slots[part.slot]
+            if request is not None:
+                self._hand_out(part, request)
+
+    def _admit_one(self) -> None:
+        """One at a time: the others wait for a prefill no longer than it takes."""
+        free = [b for b, request in enumerate(self._slots) if request is None]
+        with self._wake:
+            if not free or not self._waiting:
+                return
+            request = self._waiting.popleft()
+            # the slot whose last text begins like this one keeps its K/V: the next turn of a conversation
+            b = max(free, key=lambda slot: self._run.cached_prefix(slot, request.prompt))
+            self._slots[b] = request
+        cached = self._run.cached_prefix(b, request.prompt)
+        try:
+            self._run.admit(b, request.prompt, request.max_new_tokens, request.params, cached)
+        except ValueError as error:  # about this request alone
+            self._run.release(b)
+            self._slots[b] = None
+            request.deliver([], "error", str(error))
+
+    def _hand_out(self, part: Progress, request: Request) -> None:
+        b, tokens, slot = part.slot, part.tokens, self._run.slots[part.slot]
+        reason: FinishReason | None = None
+        if part.finished:
+            reason = "length" if len(slot.tokens) >= slot.limit else "stop"
+            if tokens and tokens[-1] in self.decoder.model.eos_token_ids:
+                reason = "stop"
+        if request.stop is not None:
+            for count in range(1, len(tokens) + 1):
+                if request.stop(slot.tokens[: request.delivered + count]):
+                    self._run.release(b, keep=request.delivered + count)
+                    tokens, reason = tokens[:count], "stop"
+                    break
+        error = ""
+        if part.finished and slot.failed:
+            reason, error = "error", "the model gave NaN or infinity"
+        if reason is not None:
+            self._slots[b] = None
+        request.delivered += len(tokens)
+        if (tokens or reason) and not request.cancelled:
+            request.deliver(tokens, reason, error)
+
+    def _end_all(self, error: str) -> None:
+        with self._wake:
+            ended = [request for request in self._slots if request is not None]
+            if self._closing:
+                ended += self._waiting
+                self._waiting.clear()
+            self._slots = [None] * len(self._slots)
+        for request in ended:
+            if not request.cancelled:
+                request.deliver([], "error", error)

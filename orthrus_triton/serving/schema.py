@@ -1,0 +1,97 @@
+"""Requests of the OpenAI-compatible endpoint, checked: what nobody heeds is an error, not silence."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orthrus_triton.modules import SamplingParams
+
+MOST_MESSAGES = 1000
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")  # templates read further fields
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def template_fields(self) -> dict[str, Any]:
+        """For the chat template: text parts joined.
+
+        Raises:
+            ValueError: a part that is not text.
+        """
+        content = self.content
+        if isinstance(content, list):
+            kinds = {part.get("type") for part in content}
+            if kinds - {"text"}:
+                raise ValueError(f"messages: content parts must be of type 'text', but got {sorted(map(str, kinds))}")
+            content = "".join(part.get("text", "") for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+
+
+class _Common(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    logit_bias: dict[int, float] | None = None
+    min_tokens: int = Field(0, ge=0)
+    n: Literal[1] = 1
+    # of no effect here or with its default: accepted so that common clients work
+    user: str | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+
+    def params(self) -> SamplingParams:
+        """How to sample; without a seed, a fresh one."""
+        return SamplingParams(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+            seed=secrets.randbits(62) if self.seed is None else self.seed, min_new_tokens=self.min_tokens,
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty, logit_bias=self.logit_bias or {},
+        )  # fmt: skip
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionRequest(_Common):
+    """POST /v1/completions."""
+
+    prompt: str | list[int]
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
+    logprobs: None = None
+
+
+class ChatRequest(_Common):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: Literal[False] | None = None
+    top_logprobs: None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: None = None
+    tool_choice: Literal["none", "auto"] | None = None

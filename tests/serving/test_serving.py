@@ -1,0 +1,263 @@
+"""The endpoint with the real openai client over a real socket: what it says is AR decoding's text, under load, and
+when clients go away."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from orthrus_triton.models.stop_strings import StopStrings
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.serving import QueueFullError, Request, Scheduler
+from orthrus_triton.serving.app import create_app
+from orthrus_triton.serving.text_stream import TextStream
+from tests.modules.ledger_model import LedgerModel, oracle
+
+VOCAB, KEY = 17, "secret"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+class SlowModel(LedgerModel):
+    """Takes some time per pass, so that requests overlap."""
+
+    def forward_view(self, input_ids, cache, view_pass):
+        time.sleep(0.002)
+        return super().forward_view(input_ids, cache, view_pass)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece(prefix="##")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+class Server:
+    """A server on a free port, in a thread."""
+
+    def __init__(self, **options) -> None:
+        self.model, self.tokenizer = SlowModel(VOCAB), make_tokenizer()
+        self.scheduler = Scheduler(
+            ConsensusDecoder(self.model, impl="torch"), **{"slots": 3, "max_len": 3000} | options
+        )
+        app = create_app(self.scheduler, self.tokenizer, "tiny", api_key=KEY, max_body_bytes=20_000)
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def client(self, **options) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": KEY, "max_retries": 0} | options)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.scheduler.close()
+
+    def expected(self, prompt: str, tokens: int, **params) -> str:
+        ids = self.tokenizer(prompt)["input_ids"]
+        return self.tokenizer.decode(oracle(self.model, ids, tokens, SamplingParams(**params)))
+
+    def wait_until(self, condition, seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"running {self.scheduler.running}, waiting {self.scheduler.waiting}"
+            time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server(max_waiting=40)
+    yield server
+    server.close()
+
+
+def test_completions_are_ar_text(server: Server) -> None:
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    whole = client.completions.create(model="tiny", prompt="w1 w2 w3", max_tokens=9, temperature=0)
+    assert whole.choices[0].text == server.expected("w1 w2 w3", 9)
+    assert whole.choices[0].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 9)
+    options = {"temperature": 0.9, "top_p": 0.8, "seed": 7, "presence_penalty": 0.5}
+    stream = client.completions.create(
+        model="tiny", prompt=[1, 2, 3], max_tokens=9, stream=True, stream_options={"include_usage": True},
+        extra_body={"top_k": 12, "repetition_penalty": 1.2}, **options,
+    )  # fmt: skip
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert text == server.expected("w1 w2 w3", 9, top_k=12, repetition_penalty=1.2, **options)
+    assert chunks[-1].usage.completion_tokens == 9 and len(chunks) > 3
+
+
+def test_chat_and_stop_strings(server: Server) -> None:
+    client = server.client()
+    messages = [{"role": "system", "content": "w4"}, {"role": "user", "content": [{"type": "text", "text": "w5"}]}]
+    free = server.expected("w4 w5", 30)
+    reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=30, temperature=0)
+    assert reply.choices[0].message.content == free
+    stop = " ".join(free.split()[4:6])
+    for streamed in (False, True):
+        reply = client.chat.completions.create(
+            model="tiny", messages=messages, max_completion_tokens=30, temperature=0, stop=[stop], stream=streamed
+        )
+        if streamed:
+            parts = [chunk.choices[0] for chunk in reply]
+            text, reason = "".join(part.delta.content for part in parts), parts[-1].finish_reason
+        else:
+            text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+        assert (text, reason) == (free[: free.index(stop)], "stop")
+
+
+def test_load(server: Server) -> None:
+    """Thirty clients over three slots: each gets the text it would get alone."""
+
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+
+            async def one(i: int) -> str:
+                reply = await client.completions.create(
+                    model="tiny", prompt=f"w{i % 16} w{i % 5}", max_tokens=3 + i % 11, temperature=0.8, seed=i
+                )
+                return reply.choices[0].text
+
+            return await asyncio.gather(*(one(i) for i in range(30)))
+
+    for i, text in enumerate(asyncio.run(run())):
+        assert text == server.expected(f"w{i % 16} w{i % 5}", 3 + i % 11, temperature=0.8, seed=i)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_away_frees_its_slot(server: Server, streamed: bool) -> None:
+    client = server.client()
+    if streamed:
+        stream = client.completions.create(model="tiny", prompt="w1", max_tokens=2800, temperature=1, stream=True)
+        next(iter(stream))
+        assert server.scheduler.running == 1
+        stream.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            server.client(timeout=0.15).completions.create(model="tiny", prompt="w1", max_tokens=2800, temperature=1)
+    # long before the 2,800 tokens are there
+    server.wait_until(lambda: server.scheduler.running == 0, seconds=1.5)
+    assert client.completions.create(model="tiny", prompt="w2", max_tokens=2, temperature=0).choices[0].text
+
+
+def test_a_full_queue_says_so() -> None:
+    server = Server(slots=1, max_waiting=1)
+    try:
+        client, streams = server.client(), []
+        for busy in (lambda: server.scheduler.running == 1, lambda: server.scheduler.waiting == 1):
+            streams.append(client.completions.create(model="tiny", prompt="w1", max_tokens=200, stream=True))
+            server.wait_until(busy)
+        with pytest.raises(openai.RateLimitError, match="1 requests wait already"):
+            client.completions.create(model="tiny", prompt="w1", max_tokens=2)
+        for stream in streams:
+            stream.close()
+        server.wait_until(lambda: server.scheduler.running == server.scheduler.waiting == 0)
+        assert client.completions.create(model="tiny", prompt="w1", max_tokens=2)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": ""}, "prompt must be 1-D with at least one token"),
+        ({"prompt": [99]}, "prompt must hold ids in 0..16"),
+        ({"prompt": "w1", "max_tokens": 3000}, "max_tokens must be in 1..2999"),
+        ({"prompt": "w1", "top_p": 0}, "top_p: .*greater than 0"),
+        ({"prompt": "w1", "temperature": -1}, "temperature: .*greater than or equal to 0"),
+        ({"prompt": "w1", "n": 2}, "n: Input should be 1"),
+        ({"prompt": "w1", "suffix": "x"}, "suffix: Extra inputs are not permitted"),
+        ({"prompt": "w1", "seed": 2**70}, "seed must be an integer of 64 bits"),
+        ({"prompt": "w1", "logit_bias": {"40": 1}}, "logit_bias must be of tokens in 0..16"),
+        ({"prompt": "w1", "stop": [""]}, "stop_strings must have"),
+        ({}, "prompt: Field required"),
+    ],
+)
+def test_bad_requests_are_named(server: Server, body: dict, message: str) -> None:
+    reply = httpx.post(f"{server.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert reply.status_code == 400
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(reply.json()["error"]["message"])
+
+
+def test_keys_and_limits(server: Server) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        server.client(api_key="secreu").models.list()
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.client().completions.create(model="tiny", prompt="w1 " * 10_000, max_tokens=1)
+    assert caught.value.status_code == 413
+
+
+def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LedgerModel(VOCAB, poison=5)
+    scheduler = Scheduler(ConsensusDecoder(model, impl="torch"), slots=2, max_len=64, max_waiting=2)
+
+    def ask(prompt: list[int], tokens: int) -> tuple[list[int], str, str]:
+        done, got = threading.Event(), []
+
+        def deliver(tokens, reason, error) -> None:
+            got.extend(tokens)
+            if reason:
+                got.append((reason, error))
+                done.set()
+
+        scheduler.submit(Request(torch.tensor(prompt), tokens, SamplingParams(logit_bias={5: -torch.inf}), deliver))
+        assert done.wait(20)
+        return got[:-1], *got[-1]
+
+    healthy = oracle(LedgerModel(VOCAB), [1], 6, SamplingParams(logit_bias={5: -torch.inf}))
+    assert ask([1], 6) == (healthy, "length", "")
+    assert ask([1, 5], 6) == ([], "error", "the model gave NaN or infinity")
+    with monkeypatch.context() as patch:
+        patch.setattr(LedgerModel, "forward_view", lambda *args: 1 / 0)
+        assert ask([1, 2, 3, 4], 6)[1:] == ("error", "ZeroDivisionError: division by zero")
+    # nothing of that prompt counts as cached
+    healthy = oracle(LedgerModel(VOCAB), [1, 2, 3, 4], 6, SamplingParams(logit_bias={5: -torch.inf}))
+    assert ask([1, 2, 3, 4], 6) == (healthy, "length", "")
+    scheduler.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        ask([1], 6)
+    with pytest.raises(ValueError, match="slots must be an integer >= 1, but got 0"):
+        Scheduler(ConsensusDecoder(model, impl="torch"), slots=0)
+    assert issubclass(QueueFullError, RuntimeError)
+
+
+class ByteTokenizer:
+    """Token i is byte i."""
+
+    def decode(self, tokens, **_: object) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_text_comes_in_whole_characters_without_the_stop_string(size: int) -> None:
+    said = "naïve 🙂 café END tail"
+    tokens = list(said.encode())
+    for stop, expected in ((None, said), (["END"], "naïve 🙂 café "), (["🙂 c", "zzz"], "naïve ")):
+        stream = TextStream(ByteTokenizer(), StopStrings(ByteTokenizer(), stop) if stop else None)
+        parts = [
+            stream.push(tokens[at : at + size], last=at + size >= len(tokens)) for at in range(0, len(tokens), size)
+        ]
+        assert "".join(parts) == expected
+        assert all("\ufffd" not in part for part in parts) and sum(map(bool, parts)) > 1
