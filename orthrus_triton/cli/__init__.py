@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from orthrus_triton import __version__
-from orthrus_triton.cli import convert, demo, distill_data, doctor, evaluate, export_view, generate, verify
+from orthrus_triton.cli import (
+    chat,
+    convert,
+    demo,
+    distill_data,
+    doctor,
+    evaluate,
+    export_view,
+    generate,
+    serve,
+    train,
+    verify,
+)
 
 __all__ = ["app", "main"]
 
@@ -20,9 +32,12 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(convert.convert)
 app.command()(distill_data.distill_data)
 app.command()(evaluate.evaluate)
+app.command()(train.train)
 app.command()(export_view.export_view)
 app.command()(verify.verify)
 app.command()(doctor.doctor)
@@ -48,6 +63,8 @@ def _root(
     orthrus-triton demo                           see it work, no GPU needed
     orthrus-triton convert ./base ./orthrus       give a base model a second view
     orthrus-triton generate ./orthrus "Once upon" decode with it
+    orthrus-triton chat ./orthrus                 talk with it
+    orthrus-triton serve ./orthrus                answer HTTP requests, as OpenAI's API does
     orthrus-triton distill-data OUT --builtin     write training data with the frozen model
     orthrus-triton evaluate --prompts FILE        measure what its drafts are worth
     orthrus-triton verify --prompts FILE          check that both modes give the same tokens

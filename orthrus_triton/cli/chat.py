@@ -1,0 +1,114 @@
+"""`orthrus-triton chat`: a conversation in the terminal. Turns go on from the cache of those before them."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from orthrus_triton.cli.chat_view import BONUS, DRAFTED, ColourView, PlainView
+from orthrus_triton.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    one_line_errors,
+    require_impl,
+    resolve_device,
+    resolve_dtype,
+    status_console,
+)
+from orthrus_triton.cli.load import load_model
+
+if TYPE_CHECKING:
+    from orthrus_triton.modules import ConsensusDecoder
+
+HELP = "/clear begins anew, /exit or Ctrl-D ends."
+
+
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Folder of an Orthrus model, or its hub id; without it, the demo model."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this times as likely as the likeliest.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 512,
+    max_len: Annotated[int, typer.Option(help="Most tokens of the whole conversation.")] = 4096,
+    mode: Annotated[
+        Literal["consensus", "ar"], typer.Option(help="Draft and verify, or plain autoregressive decoding.")
+    ] = "consensus",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    plain: Annotated[bool, typer.Option("--plain", help="Text only; the default when stdout is no terminal.")] = False,
+) -> None:
+    """Talk with a model. Drafted tokens are cyan, bonus tokens yellow; figures show tokens per cycle and per second.
+
+    \b
+    orthrus-triton chat
+    orthrus-triton chat ./orthrus --temperature 0.7 --top-p 0.9
+    printf 'Hello!\\nAnd in French?\\n' | orthrus-triton chat --plain
+    """
+    with one_line_errors():
+        from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+
+        where = resolve_device(device)
+        require_impl("auto", where)
+        # out-of-range options are named before a model is loaded
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        network, tokenizer, name = load_model(model, resolve_dtype(dtype, where), where)
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("MODEL must have a chat template: use orthrus-triton generate --raw")
+        decoder = ConsensusDecoder(network, mode=mode, max_cache_len=max_len)
+        console = Console()
+        plain = plain or not console.is_terminal
+        if not plain:
+            colours = f"[{DRAFTED}]drafted[/] and [{BONUS}]bonus[/] tokens"
+            console.print(f"{name}, {mode}, {colours}. {HELP}", highlight=False)
+        first = [] if system is None else [{"role": "system", "content": system}]
+        messages = list(first)
+        while (said := _read(console, plain)) is not None:
+            if said == "/clear":
+                messages = list(first)
+            elif said:
+                messages.append({"role": "user", "content": said})
+                try:
+                    reply = _reply(decoder, tokenizer, messages, max_new_tokens, params, console, plain)
+                    messages.append({"role": "assistant", "content": reply})
+                except KeyboardInterrupt:
+                    messages.pop()
+                    status_console.print("(interrupted: that turn is forgotten)", style="yellow")
+
+
+def _read(console: Console, plain: bool) -> str | None:
+    """The next thing said, stripped; None at the end."""
+    try:
+        line = sys.stdin.readline() if plain else console.input("[bold]> [/bold]") + "\n"
+    except EOFError:
+        return None
+    return None if not line or line.strip() == "/exit" else line.strip()
+
+
+def _reply(
+    decoder: ConsensusDecoder, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int, params: Any,
+    console: Console, plain: bool,
+) -> str:  # fmt: skip
+    """One turn, shown while it comes; what was said of it."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    room = decoder.max_cache_len - ids.shape[1] + 1
+    if room < 1:
+        raise ValueError(f"--max-len must exceed the conversation, which has {ids.shape[1]} tokens now")
+    view = PlainView(tokenizer) if plain else ColourView(tokenizer, console)
+    try:
+        decoder.generate(
+            ids, max_new_tokens=min(max_new_tokens, room), streamer=view, params=[params], reuse_cache=True
+        )
+    finally:
+        if isinstance(view, ColourView):
+            view.close()
+    return view.text

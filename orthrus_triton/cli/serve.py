@@ -1,0 +1,87 @@
+"""`orthrus-triton serve`: an OpenAI-compatible endpoint on this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Literal
+
+import typer
+
+from orthrus_triton.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    one_line_errors,
+    require_impl,
+    resolve_device,
+    resolve_dtype,
+    status_console,
+)
+from orthrus_triton.cli.load import load_model
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Folder of an Orthrus model, or its hub id; without it, the demo model."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Anything but loopback needs an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="ORTHRUS_API_KEY", help="Clients must send it as a bearer token.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in the API.")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Sequences that decode at once.")] = 8,
+    max_len: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and output of one request.")] = 4096,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get status 429.")] = 64,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Larger requests get status 413.")] = 1 << 20,
+    sampling: Annotated[
+        Literal["coupled", "rejection"], typer.Option(help="coupled: the tokens AR decoding of the same seed gives.")
+    ] = "coupled",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health.
+
+    \b
+    orthrus-triton serve ./orthrus
+    ORTHRUS_API_KEY=... orthrus-triton serve ./orthrus --host 0.0.0.0 --slots 16
+    """
+    with one_line_errors():
+        if api_key is not None and not api_key.strip():
+            raise ValueError("--api-key must not be empty")
+        if api_key is None and not _is_loopback(host):
+            raise ValueError(f"--host {host} can be reached from other machines: set --api-key or ORTHRUS_API_KEY")
+        try:
+            import fastapi  # noqa: F401
+            import uvicorn
+        except ImportError as error:
+            raise ImportError(f"serve needs more: pip install 'orthrus-triton[serve]' ({error})") from error
+        where = resolve_device(device)
+        require_impl("auto", where)
+        network, tokenizer, label = load_model(model, resolve_dtype(dtype, where), where)
+        from orthrus_triton.modules import ConsensusDecoder
+        from orthrus_triton.serving import Scheduler
+        from orthrus_triton.serving.app import create_app
+
+        scheduler = Scheduler(
+            ConsensusDecoder(network), slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling
+        )
+        # the last part of a folder or hub id: clients need not know where it lies
+        name = name or label.split(",")[0].rstrip("/").split("/")[-1]
+        app = create_app(scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes)
+        status_console.print(f"{name} on http://{host}:{port}/v1, {slots} slots of {max_len} tokens", highlight=False)
+        try:
+            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=15, limit_concurrency=1024)
+        finally:
+            scheduler.close()
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,68 @@
+"""`orthrus-triton train`: train a diffusion view from one YAML file; started again, it goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orthrus_triton.cli.common import one_line_errors, status_console
+
+
+def train(
+    config: Annotated[Path, typer.Option(metavar="FILE", help="YAML with the options of the run.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One option over the file's; repeatable.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start at step 0 even if output_dir has checkpoints of this run.")
+    ] = False,
+) -> None:
+    """Train the diffusion view of a model on answers of its own. The frozen model is never changed.
+
+    The file holds options of transformers' TrainingArguments, and of the view:
+
+    \b
+    output_dir: run              checkpoints, and the trained model in run/model
+    data: rows                   a .jsonl file of distill-data, or a folder of them
+    max_steps: 3000
+    model: ./orthrus             by default SmolLM2-135M-Instruct
+    cache_dir: cache             keep the frozen model's K/V and probabilities on disk: no AR pass in the loop
+    per_device_train_batch_size: 8, num_anchors: 8, position_decay: 4.0, learning_rate: 1.0e-3, ...
+    eval_data: held-out, eval_strategy: steps, eval_steps: 200
+
+    A run that was stopped, even by kill -9, goes on from its last checkpoint when the command is given again, and ends
+    with the same bits as an unbroken one. On several GPUs (DDP, or FSDP2 with `fsdp: true`):
+
+    \b
+    orthrus-triton distill-data --builtin --out rows
+    orthrus-triton train --config view.yaml
+    orthrus-triton train --config view.yaml --set max_steps=100 --set output_dir=try
+    torchrun --nproc-per-node 8 -m orthrus_triton.cli train --config view.yaml
+    orthrus-triton export-view run/model view.safetensors
+    """
+    with one_line_errors():
+        with status_console.status("Loading"):
+            from orthrus_triton.training.config import read_config
+            from orthrus_triton.training.run import train_view
+
+            args = read_config(config, **_parse(changes or []))
+        try:
+            trainer = train_view(args, resume=not fresh)
+        except FloatingPointError as error:
+            raise ValueError(str(error)) from error
+        if trainer.args.should_save:
+            status_console.print(f"{Path(args.output_dir) / 'model'}: the trained model", highlight=False)
+
+
+def _parse(changes: list[str]) -> dict[str, Any]:
+    import yaml
+
+    parsed = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set must be NAME=VALUE, but got {change!r}")
+        parsed[name.strip()] = yaml.safe_load(value)
+    return parsed

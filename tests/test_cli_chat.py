@@ -1,0 +1,98 @@
+"""chat and serve: turns that go on from their cache, two colours, pipes, and refusals before a model is loaded."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from orthrus_triton.cli import app, serve
+from orthrus_triton.cli.chat_view import ColourView
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.modules import ConsensusDecoder
+from tests.test_cli import assert_bad_input, make_tokenizer, save_base_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    save_base_model(tokenizer, base)
+    OrthrusForCausalLM.from_base(base, block_size=4).save_pretrained(folder, tokenizer=tokenizer)
+    return folder
+
+
+def run(*arguments: object, stdin: str | None = None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def turn(decoder: ConsensusDecoder, tokenizer, messages: list[dict], said: str) -> str:
+    messages.append({"role": "user", "content": said})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    new = decoder.generate(ids, max_new_tokens=12, reuse_cache=True).sequences[0][ids.shape[1] :]
+    messages.append({"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)})
+    return messages[-1]["content"]
+
+
+def test_a_piped_conversation_is_the_librarys(folder: Path) -> None:
+    result = run(
+        "chat", folder, "--max-new-tokens", 12, "--device", "cpu", "--dtype", "fp32", "--system", "Be brief.",
+        stdin="hello\nand then?\n/clear\nhello\n",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    model, tokenizer = OrthrusForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    decoder = ConsensusDecoder(model, max_cache_len=4096)
+    messages = [{"role": "system", "content": "Be brief."}]
+    expected = [turn(decoder, tokenizer, messages, said) for said in ("hello", "and then?")]
+    expected.append(turn(decoder, tokenizer, messages[:1], "hello"))
+    assert result.stdout == "".join(f"{reply}\n" for reply in expected)
+
+
+def test_drafted_and_bonus_tokens_have_their_colours() -> None:
+    """The block of a cycle is drafts, then one bonus token; the first token of all is the AR view's own."""
+    tokenizer, file = make_tokenizer(), io.StringIO()
+    view = ColourView(tokenizer, Console(file=file, force_terminal=True, color_system="standard", width=80))
+    one, two, three = (tokenizer(text)["input_ids"] for text in ("p", "ab", "c\nd"))
+    view.put(torch.tensor([[1, 2]]))
+    for tokens in (one, two, three):
+        view.put(torch.tensor(tokens))
+    view.end()
+    shown = file.getvalue()
+    assert view.text == "pabc\nd"
+    # the token of the prefill belongs to no cycle
+    assert shown.rstrip().count(f"{(len(two) + len(three)) / 2:.2f} tokens/cycle") >= 1
+    spans = re.findall(r"\x1b\[([0-9;]+)m([^\x1b]+)\x1b\[0m", shown)
+    styles = {text: code for code, text in spans}
+    assert styles["p"] == "1;33" and styles["a"] == "36" and styles["d"] == "1;33"
+
+
+def test_bad_options_are_one_line(folder: Path) -> None:
+    assert_bad_input(run("chat", folder, "--temperature", -1), "temperature must be in 0..10000, but got -1")
+    assert_bad_input(run("chat", folder, "--top-p", 0), "top_p must be in (0, 1], but got 0")
+    small = run("chat", folder, "--max-len", 2, "--device", "cpu", stdin="hello there\n")
+    assert_bad_input(small, "--max-len must exceed the conversation")
+    assert_bad_input(run("serve", folder, "--host", "0.0.0.0"), "--host 0.0.0.0", "--api-key")
+    assert_bad_input(run("serve", folder, "--api-key", " "), "--api-key must not be empty")
+
+
+def test_serve_listens_as_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    seen = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: seen.update(options, app=app))
+    result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", 8123)
+    assert result.exit_code == 0, result.output
+    assert (seen["host"], seen["port"]) == ("127.0.0.1", 8123)
+    assert [serve._is_loopback(host) for host in ("localhost", "::1", "0.0.0.0", "example.org")] == [
+        True,
+        True,
+        False,
+        False,
+    ]

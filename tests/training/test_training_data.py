@@ -1,0 +1,192 @@
+"""Rows, frozen cache and options: what is skipped is counted, what is stale is not reused, what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from orthrus_triton.cli import app
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.training import frozen_cache
+from orthrus_triton.training.config import ViewTrainingArguments, read_config
+from orthrus_triton.training.data import TextRow, pack_rows, read_rows
+from orthrus_triton.training.frozen_cache import FrozenCache
+from orthrus_triton.training.trainer import ViewTrainer
+from tests.models.tiny_bases import tiny_tokenizer
+from tests.training.view_runs import make_args, make_model, make_trainer, own_rows, saved_view
+
+
+def test_rows_are_read_cut_and_counted(tmp_path):
+    lines = [
+        {"prompt_ids": [5, 6], "answer_ids": [7, 8, 9], "domain": "code"},
+        {"prompt_ids": [5, 6], "answer_ids": []},
+        {"prompt_ids": [5, 6], "answer_ids": [7]},
+        {"prompt_ids": [1] * 10, "answer_ids": [2, 3]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    rows, skipped = read_rows(tmp_path, max_len=4)
+    assert rows == [TextRow("code", [5, 6, 7, 8], [(2, 4)])] and skipped == 3
+    (tmp_path / "b.jsonl").write_text('{"prompt": "text"}\n')
+    with pytest.raises(ValueError, match="b.jsonl, line 1: expected an object with prompt_ids and answer_ids"):
+        read_rows(tmp_path, max_len=4)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match="holds none"):
+        read_rows(empty, max_len=4)
+
+
+def test_packed_rows_keep_their_answers_and_domains():
+    rows = [TextRow(domain, [n] * 5, [(2, 5)]) for n, domain in enumerate(["code", "prose", "code", "code"])]
+    packed = pack_rows(rows, 10)
+    assert [row.domain for row in packed] == ["code", "code", "prose"]
+    assert packed[0].ids == [0] * 5 + [2] * 5 and packed[0].answers == [(2, 5), (7, 10)]
+    assert packed[0].prompt_len == 2 and packed[1].ids == [3] * 5
+
+
+def test_packed_rows_and_rows_shorter_than_a_block_train(tmp_path):
+    model = make_model()
+    rows = [row._replace(domain="code") for row in own_rows(model, 3, tokens=2)]
+    packed = pack_rows(rows, 100)
+    assert len(packed) == 1
+    for n, each in enumerate((rows, packed)):
+        ViewTrainer(model, make_args(tmp_path / str(n), 2), each).train()
+
+
+def test_a_cache_of_other_rows_or_weights_is_not_reused(tmp_path):
+    model, path = make_model(), tmp_path / "manifest.json"
+    rows = own_rows(model, 2)
+    FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    manifest, written = path.read_text(), path.stat().st_mtime_ns
+    FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    assert path.stat().st_mtime_ns == written
+    FrozenCache.open_or_build(tmp_path, model, rows[:1], top_k=4)
+    assert path.read_text() != manifest
+    FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.qkv_proj.weight.mul_(1.1)
+    FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    assert path.read_text() != manifest
+    with pytest.raises(ValueError, match="top_k must be in 1..101, but got 102"):
+        FrozenCache.open_or_build(tmp_path, model, rows, top_k=102)
+
+
+def test_a_cache_that_was_cut_short_is_completed(tmp_path, monkeypatch):
+    model = make_model()
+    rows = own_rows(model, 5)
+    whole = FrozenCache.open_or_build(tmp_path / "whole", model, rows, top_k=4)
+    monkeypatch.setattr(frozen_cache, "RECORD_EVERY", 2)
+    fill_row, filled = FrozenCache._fill_row, []
+
+    def fill_or_stop(cache, model, row, *arguments):
+        if len(filled) == 3:
+            raise KeyboardInterrupt
+        filled.append(row)
+        fill_row(cache, model, row, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FrozenCache, "_fill_row", fill_or_stop)
+        FrozenCache.open_or_build(tmp_path / "cut", model, rows, top_k=4)
+
+    def fill_and_note(cache, model, row, *arguments):
+        filled.append(row)
+        fill_row(cache, model, row, *arguments)
+
+    monkeypatch.setattr(FrozenCache, "_fill_row", fill_and_note)
+    cut = FrozenCache.open_or_build(tmp_path / "cut", model, rows, top_k=4)
+    assert filled == [*rows[:3], *rows[2:]]  # recorded after two rows, so the third is made again
+    assert torch.equal(cut.kv, whole.kv) and torch.equal(cut.teacher_ids, whole.teacher_ids)
+    assert torch.equal(cut.teacher_probs, whole.teacher_probs)
+
+
+def test_a_disk_without_room_for_the_cache_says_so(tmp_path, monkeypatch):
+    def no_room(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    model = make_model()
+    with pytest.raises(OSError, match=r"the frozen cache needs .* GB for .*kv.bin, but: .*No space left"):
+        FrozenCache.open_or_build(tmp_path, model, own_rows(model, 1), top_k=4)
+    assert not (tmp_path / "kv.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": -1}, "max_steps must be >= 1, but got -1"),
+        ({"num_anchors": 0}, "num_anchors must be >= 1"),
+        ({"loss": "mse"}, "loss must be 'kl' or 'ce', but got 'mse'"),
+        ({"position_decay": 0.0}, "position_decay must be > 0 or null"),
+        ({"frozen_dtype": "int8"}, "frozen_dtype must be float32, bfloat16 or float16"),
+    ],
+)
+def test_options_out_of_range_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        ViewTrainingArguments(**{"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, **options})
+
+
+def test_a_config_names_what_is_wrong_in_it(tmp_path):
+    path = tmp_path / "view.yaml"
+    with pytest.raises(FileNotFoundError, match="there is no config"):
+        read_config(path)
+    for text, message in (
+        ("- a", "must hold a mapping of options, but got a list"),
+        ("a: [", "must hold YAML"),
+        ("max_stps: 3", "has no such option: max_stps"),
+        ("max_steps: 3\nlearning_rate: 1e-3", "learning_rate must be a number, but got the text '1e-3'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_config(path)
+    path.write_text(f"output_dir: {tmp_path}\nmax_steps: 3\ndomain_weights: {{code: 0.5}}\nuse_cpu: true")
+    args = read_config(path, max_steps=7)
+    assert args.max_steps == 7 and args.domain_weights == {"code": 0.5} and args.learning_rate == 1e-3
+
+
+def test_a_block_larger_than_the_models_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="block_size must be in 2..4, the model's, but got 5"):
+        make_trainer(make_model(), tmp_path, 1, block_size=5)
+
+
+def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
+    model = make_model(mask_embedding=False)
+    model.save_pretrained(tmp_path / "orthrus", tiny_tokenizer(list(range(101))))
+    rows = own_rows(model, 5)
+    lines = [
+        {"domain": row.domain, "prompt_ids": row.ids[: row.prompt_len], "answer_ids": row.ids[row.prompt_len :]}
+        for row in rows
+    ]
+    lines.append({**lines[0], "answer_ids": []})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tmp_path / "view.yaml"
+    config.write_text(f"""
+        model: {tmp_path}/orthrus
+        data: {tmp_path}/rows.jsonl
+        output_dir: {tmp_path}/run
+        cache_dir: {tmp_path}/cache
+        max_steps: 4
+        save_steps: 2
+        num_anchors: 3
+        per_device_train_batch_size: 2
+        use_cpu: true
+        disable_tqdm: true
+    """.replace("        ", ""))  # fmt: skip
+    command = ["train", "--config", str(config)]
+    done = CliRunner().invoke(app, [*command, "--set", "max_steps=2"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "the trained model" in " ".join(done.output.split())
+    trained = OrthrusForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.mask_embedding
+    for name, tensor in saved_view(tmp_path, 4).items():
+        assert torch.equal(tensor, trained.state_dict()[name]), name
+    start = model.state_dict()
+    name = "model.layers.0.self_attn.q_proj_diff.weight"
+    assert not torch.equal(trained.state_dict()[name], start[name])
+    done = CliRunner().invoke(app, [*command, "--set", "max_steps=-3"])
+    assert done.exit_code == 2 and "error: max_steps must be >= 1, but got -3" in done.output
+    done = CliRunner().invoke(app, [*command, "--set", "eval_strategy=steps", "--set", "eval_steps=1"])
+    assert done.exit_code == 2 and "eval_data must be set" in done.output
