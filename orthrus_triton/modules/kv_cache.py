@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 View = Literal["ar", "diffusion"]
-CAPACITY_QUANTUM = 256  # capacities are multiples of it: no KV tile of any implementation is cut by the cache's end
+CAPACITY_QUANTUM = 512  # capacities are multiples of it: no KV tile of any implementation is cut by the cache's end
 
 
 class CacheLayer(NamedTuple):
@@ -44,7 +44,7 @@ class SharedKVCache:
     Args:
         num_layers, num_kv_heads, head_dim: shape of the model's attention.
         batch_size: sequences.
-        max_len: tokens each sequence may hold; rounded up to a multiple of 256 as `capacity`.
+        max_len: tokens each sequence may hold; rounded up to a multiple of 512 as `capacity`.
         block_size: most rows of one draft block; sizes the scratch, which all layers share. The paper's O(1) overhead
             keeps one block per layer; here it is one block in all.
         dtype, device: of the buffers.
@@ -71,13 +71,13 @@ class SharedKVCache:
                 raise ValueError(f"{name} must be >= 1, but got {value}")
         self.batch_size, self.block_size = batch_size, block_size
         self.capacity = -(-max_len // CAPACITY_QUANTUM) * CAPACITY_QUANTUM
-        empty = {"dtype": dtype, "device": device}
-        k_block = torch.empty(batch_size, block_size, num_kv_heads, head_dim, **empty)
-        v_block = torch.empty_like(k_block)
+        # zeros: rows nobody has written are finite, which lets attention on a CPU mask them instead of copying
+        on = {"dtype": dtype, "device": device}
+        k_block = torch.zeros(batch_size, block_size, num_kv_heads, head_dim, **on)
+        v_block = torch.zeros_like(k_block)
         shape = (batch_size, num_kv_heads, self.capacity, head_dim)
         self.layers = [
-            CacheLayer(torch.empty(shape, **empty), torch.empty(shape, **empty), k_block, v_block)
-            for _ in range(num_layers)
+            CacheLayer(torch.zeros(shape, **on), torch.zeros(shape, **on), k_block, v_block) for _ in range(num_layers)
         ]
         self.context_len = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.prompt_len = torch.zeros(batch_size, dtype=torch.int32, device=device)

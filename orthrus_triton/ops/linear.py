@@ -7,6 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
+from orthrus_triton.ops._cpu_product import library_product, tiled_product
 from orthrus_triton.ops._dispatch import require_same, resolve_impl
 
 
@@ -146,7 +147,6 @@ def combine_splits_kernel(
 
 COMBINE_BLOCK_N = 512
 COMBINE_WARPS = 4
-ROW_TILE = 8  # rows of one product of the torch implementation on a CPU
 
 
 def launch_linear(
@@ -189,7 +189,7 @@ def linear_library(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """The vendor's product over all rows at once, on any device."""
-    out = torch.nn.functional.linear(x, weight, bias).to(out_dtype)
+    out = library_product(x, weight, bias).to(out_dtype)
     return out if residual is None else out + residual
 
 
@@ -200,26 +200,12 @@ def linear_torch(
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Any device. On the CPU, BLAS picks kernels by the row count, so rows go in tiles of `ROW_TILE`, the last one
-    padded: every product has one shape, and a row's bits are those it would have alone."""
+    """Any device. On the CPU a row's bits are those it would have alone (`tiled_product`)."""
     if x.device.type != "cpu":
         return linear_library(x, weight, bias, residual, out_dtype)
     N, K = weight.shape
-    rows = x.reshape(-1, K)
-    M = rows.shape[0]
-    if M % ROW_TILE:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, -M % ROW_TILE))
-    out = torch.cat([_tile_product(tile, weight, bias) for tile in rows.split(ROW_TILE)])[:M]
-    out = out.view(*x.shape[:-1], N).to(out_dtype)
+    out = tiled_product(x.reshape(-1, K), weight, bias).view(*x.shape[:-1], N).to(out_dtype)
     return out if residual is None else out + residual
-
-
-def _tile_product(tile: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if weight.dtype != torch.float32:
-        return torch.nn.functional.linear(tile, weight, bias)
-    # the weight as the left factor: with so few rows sgemm is twice as fast that way round
-    out = torch.mm(weight, tile.t()).t()
-    return out.contiguous() if bias is None else out + bias
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -134,7 +134,7 @@ def test_full_cache() -> None:
         output = decoder.generate([prompt], max_new_tokens=tokens)
         assert decoder.cache.capacity == CAPACITY_QUANTUM
         assert torch.equal(output.sequences[0][len(prompt) :], answer[:tokens])
-    with pytest.raises(ValueError, match="max_cache_len=256.* is 257"):
+    with pytest.raises(ValueError, match=f"max_cache_len={CAPACITY_QUANTUM}.* is {CAPACITY_QUANTUM + 1}"):
         decoder.generate([prompt], max_new_tokens=5)
 
 

@@ -114,8 +114,8 @@ def test_sequences_join_and_leave(lag: int) -> None:
 def test_a_run_says_what_is_wrong() -> None:
     decoder = ConsensusDecoder(MODEL, impl="torch")
     run = decoder.open(1, 64)
-    with pytest.raises(ValueError, match="at most 256, but is 259"):
-        run.admit(0, PROMPTS[0], 254)
+    with pytest.raises(ValueError, match="at most 512, but is 515"):
+        run.admit(0, PROMPTS[0], 510)
     decoder.open(1, 64)
     for call in (run.step, lambda: run.admit(0, PROMPTS[0], 2), lambda: run.release(0)):
         with pytest.raises(RuntimeError, match="newer run"):

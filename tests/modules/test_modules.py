@@ -147,14 +147,14 @@ def test_cache_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="max_len must be >= 1, but got 0"):
         SharedKVCache(1, 1, 8, batch_size=1, max_len=0, block_size=2, dtype=torch.float32)
     cache = SharedKVCache(1, 1, 8, batch_size=1, max_len=5, block_size=2, dtype=torch.float32)
-    assert cache.capacity == 256 and "capacity=256" in repr(cache)
+    assert cache.capacity == 512 and "capacity=512" in repr(cache)
     with pytest.raises(ValueError, match="at most block_size=2 to draft, but got 3"):
         cache.view_pass("diffusion", 3)
     with pytest.raises(ValueError, match="view must be"):
         cache.view_pass("causal", 1)
     # scratch is one block in all, whatever the number of layers
     many = SharedKVCache(7, 1, 8, batch_size=1, max_len=5, block_size=2, dtype=torch.float32)
-    assert many.nbytes() - 7 * 2 * 256 * 8 * 4 == cache.nbytes() - 2 * 256 * 8 * 4 == 2 * 2 * 8 * 4
+    assert many.nbytes() - 7 * 2 * 512 * 8 * 4 == cache.nbytes() - 2 * 512 * 8 * 4 == 2 * 2 * 8 * 4
 
 
 def test_rotary_stays_fp32_and_follows_the_length() -> None:

@@ -48,7 +48,8 @@ def dual_view_attention(
         window: sliding window, or None. A query at position p sees cache rows > p - window, where p is
             key_limit - 1 without block keys and key_limit + t % block_size with them; a block is always seen whole.
         scale: multiplies the scores, by default D ** -0.5.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference"; or "library", torch's attention without the promise that a
+            row's bits do not depend on its neighbours and on the context's length.
         config: kernel configuration, by default the one looked up for this head shape. Only with impl="triton".
 
     Returns:
@@ -61,7 +62,7 @@ def dual_view_attention(
     Source: Orthrus, arXiv 2605.12825 (dual-view attention over one KV cache).
     """
     _validate(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window)
-    impl = resolve_impl(impl, q)
+    impl = impl if impl == "library" else resolve_impl(impl, q)
     if impl == "triton" and q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {HEAD_DIMS} with impl='triton', but got {q.shape[-1]}")
     if impl != "triton" and config is not None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from orthrus_triton.ops.dual_view_attention.launch import launch
 from orthrus_triton.ops.dual_view_attention.reference import attention_reference
 from orthrus_triton.ops.dual_view_attention.torch_impl import attention_torch
+
+IMPLEMENTATIONS = {
+    "triton": launch,
+    "torch": attention_torch,
+    "library": partial(attention_torch, exact=False),
+    "reference": attention_reference,
+}
 
 
 @torch.library.custom_op(
@@ -18,8 +27,7 @@ from orthrus_triton.ops.dual_view_attention.torch_impl import attention_torch
 def _dual_view_attention_op(
     q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, impl
 ):  # fmt: skip
-    run = {"triton": launch, "torch": attention_torch, "reference": attention_reference}[impl]
-    return run(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale)
+    return IMPLEMENTATIONS[impl](q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale)
 
 
 @_dual_view_attention_op.register_fake
