@@ -37,10 +37,13 @@ def choose_tokens(
     if choosing == Choosing() and choose is not None and view_pass.linear_impl == impl:
         return choose(hidden, impl), None
     logits = choose_logits(model, hidden, state, view_pass, choosing, candidate, stream)
-    if not choosing.sampled:
-        return ops.greedy_choice(logits, impl=impl), logits
-    positions = view_pass.positions[:, : hidden.shape[1]] + 1
-    return ops.sample_choice(logits, positions, state.sampling.sampling, stream=stream, impl=impl), logits
+    if choosing.sampled:
+        positions = view_pass.positions[:, : hidden.shape[1]] + 1
+        choice = ops.sample_choice(logits, positions, state.sampling.sampling, stream=stream, impl=impl)
+    else:
+        choice = ops.greedy_choice(logits, impl=impl)
+    # a draft without a token is some token: verify says what is to be said
+    return choice if view_pass.view == "diffusion" else void_where_none_is_left(choice, logits, choosing), logits
 
 
 def choose_logits(
@@ -58,6 +61,13 @@ def choose_logits(
     return logits
 
 
+def void_where_none_is_left(choice: torch.Tensor, logits: torch.Tensor, choosing: Choosing) -> torch.Tensor:
+    """`choice` with VOID in rows where what processes the logits [B, T, V] banned every token or made NaN."""
+    if not (choosing.processed or choosing.hosted):
+        return choice
+    return torch.where(logits.amax(dim=-1) > -torch.inf, choice, ops.VOID)
+
+
 def draft_and_judge(
     model: DualViewModel, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str, choosing: Choosing
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +83,7 @@ def draft_and_judge(
     choice = ops.rejection_choice(
         logits, draft_logits, candidate, view_pass.positions + 1, state.sampling.sampling, impl=impl
     )
+    choice = void_where_none_is_left(choice, logits, choosing)
     return candidate, ops.void_rows(choice, hidden, impl=impl)
 
 

@@ -36,7 +36,7 @@ class Progress(NamedTuple):
 class Slot:
     """What the host knows of one sequence: late by the steps in flight, and never wrong.
 
-    failed: the model gave NaN or infinity where the next token should have come from.
+    failed: there was no token to choose; see `NonFiniteLogitsError`.
     """
 
     prompt: torch.Tensor | None = None

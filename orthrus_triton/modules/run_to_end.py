@@ -15,14 +15,18 @@ from orthrus_triton.modules.sampling_params import SamplingParams
 Stop = Callable[[int, list[int]], bool]
 
 
+NO_TOKEN = "the model gave NaN or infinity, or its processors banned every token"
+
+
 class NonFiniteLogitsError(ValueError):
-    """The model gave NaN or infinity. `output` has what every sequence got; those in `failed` end before it."""
+    """There was no token to choose: NaN or infinity from the model, or NaN or -inf for every token from what processes
+    its logits. `output` has what every sequence got; those in `failed` end before it."""
 
     def __init__(self, failed: list[int], output: DecodeOutput) -> None:
         lengths = {b: output.stats.sequence_tokens[b] for b in failed}
         super().__init__(
-            f"logits must be finite, but the model gave NaN or infinity in sequence(s) {failed} after "
-            f"{list(lengths.values())} new tokens; the others are whole, see `output` of this error"
+            f"logits must be finite, but {NO_TOKEN} in sequence(s) {failed} after {list(lengths.values())} new tokens; "
+            "the others are whole, see `output` of this error"
         )
         self.failed, self.output = failed, output
 

@@ -232,6 +232,30 @@ def test_nan_ends_that_sequence_alone() -> None:
     assert again == [4, 5, *oracle(healthy, [4, 5], 6, SamplingParams())]
 
 
+@pytest.mark.parametrize("mode", ["consensus", "ar", "rejection"])
+@pytest.mark.parametrize("banned", [-torch.inf, torch.nan])
+def test_processors_that_leave_no_token_end_that_sequence_alone(mode: str, banned: float) -> None:
+    """In the middle of a block, too; the others are whole, in both kinds of processing."""
+    model, prompts = LedgerModel(VOCAB), [torch.tensor([1, 2]), torch.tensor([3])]
+    how = {"temperature": 1.0, "seed": 3}
+
+    def give_up(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, banned) if input_ids.shape[1] >= 6 else scores
+
+    decoder = ConsensusDecoder(model, impl="torch", mode="ar" if mode == "ar" else "consensus")
+    options = {"max_new_tokens": 9, "sampling": "rejection" if mode == "rejection" else "coupled"}
+    free = decoder.generate(prompts, **options, **how).sequences
+    params = [SamplingParams(**how, sequence=0, logits_processor=give_up), SamplingParams(**how, sequence=1)]
+    with pytest.raises(NonFiniteLogitsError, match=r"banned every token in sequence.s. \[0\] after \[4\]") as caught:
+        decoder.generate(prompts, params=params, **options)
+    got = caught.value.output.sequences
+    assert torch.equal(got[0], free[0][:6]) and torch.equal(got[1], free[1])
+    if banned == -torch.inf:
+        params[0] = SamplingParams(**how, logit_bias=dict.fromkeys(range(VOCAB), banned))
+        with pytest.raises(NonFiniteLogitsError, match=r"\[0\] after \[0\]"):
+            decoder.generate(prompts, params=params, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
