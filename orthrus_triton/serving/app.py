@@ -7,7 +7,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,9 +144,8 @@ def create_app(
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             kind = "chat.completion.chunk" if kind == "chat.completion" else kind
             head = {**head, "object": kind}
-            return StreamingResponse(
-                _events(pieces(generation), generation, head, part, include_usage), media_type="text/event-stream"
-            )
+            events = _events(pieces(generation), generation, head, part, include_usage)
+            return _Stream(events, lambda: scheduler.cancel(generation.request))
         collected = asyncio.ensure_future(_collect(pieces(generation)))
         while not collected.done():
             await asyncio.wait([collected], timeout=DISCONNECT_POLL_SECONDS)
@@ -157,6 +156,20 @@ def create_app(
         return {**head, "object": kind, "choices": [choice], "usage": generation.usage()}
 
     return app
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events that call `leave` however they end, even before the first was asked for."""
+
+    def __init__(self, events: AsyncIterator[str], leave: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._leave = leave
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
 
 
 async def _collect(pieces: AsyncIterator[str]) -> str:

@@ -3,6 +3,7 @@ One thread owns the decoder; everybody else talks to it through `submit` and `ca
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,10 @@ import torch
 
 from orthrus_triton.modules import Choosing, ConsensusDecoder, DecodeRun, SamplingParams
 from orthrus_triton.modules.decode_run import Progress
+from orthrus_triton.modules.run_to_end import NO_TOKEN
 from orthrus_triton.modules.sampling_params import SamplingRule
+
+logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "error"]
 Deliver = Callable[[list[int], "FinishReason | None", str], None]
@@ -66,12 +70,14 @@ class Scheduler:
         for name, value in (("slots", slots), ("max_len", max_len), ("max_waiting", max_waiting)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, but got {value!r}")
+        if sampling not in ("coupled", "rejection"):
+            raise ValueError(f"sampling must be 'coupled' or 'rejection', but got {sampling!r}")
         self.decoder, self.max_len, self.max_waiting = decoder, max_len, max_waiting
         self._choosing = Choosing(sampled=True, rejection=sampling == "rejection", processed=True)
         self._slots: list[Request | None] = [None] * slots
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
-        self._closing = False
+        self._closing, self._why_closed = False, "the scheduler has been closed"
         self._run = self._open()
         self._thread = threading.Thread(target=self._work, name="orthrus-scheduler", daemon=True)
         self._thread.start()
@@ -98,6 +104,8 @@ class Scheduler:
             raise ValueError(f"prompt must be 1-D with at least one token, but got {tuple(request.prompt.shape)}")
         if not 0 <= int(request.prompt.min()) <= int(request.prompt.max()) < vocab:
             raise ValueError(f"prompt must hold ids in 0..{vocab - 1}, but got {int(request.prompt.max())}")
+        if length >= self.max_len:
+            raise ValueError(f"prompt must have at most {self.max_len - 1} tokens, but has {length}")
         if request.max_new_tokens < 1 or length + request.max_new_tokens > self.max_len:
             raise ValueError(
                 f"max_tokens must be in 1..{self.max_len - length} with a prompt of {length} tokens and a context of "
@@ -107,7 +115,7 @@ class Scheduler:
         request.params.require_vocab(vocab)
         with self._wake:
             if self._closing:
-                raise RuntimeError("the scheduler has been closed")
+                raise RuntimeError(self._why_closed)
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests wait already")
             self._waiting.append(request)
@@ -145,8 +153,17 @@ class Scheduler:
                 self._cycle()
             except Exception as error:  # whatever a kernel or driver throws: the next requests get a new run
                 self._end_all(f"{type(error).__name__}: {error}")
-                self._run = self._open()
-        self._end_all("the server is closing")
+                self._reopen()
+        self._end_all(self._why_closed)
+
+    def _reopen(self) -> None:
+        """A new run after an error. Where even that fails, a device is lost: say so to whoever waits or comes."""
+        try:
+            self._run = self._open()
+        except Exception as error:
+            with self._wake:
+                self._closing = True
+                self._why_closed = f"the model cannot run any more: {type(error).__name__}: {error}"
 
     def _cycle(self) -> None:
         for b, request in enumerate(self._slots):
@@ -177,7 +194,7 @@ class Scheduler:
         except ValueError as error:  # about this request alone
             self._run.release(b)
             self._slots[b] = None
-            request.deliver([], "error", str(error))
+            _deliver(request, [], "error", str(error))
 
     def _hand_out(self, part: Progress, request: Request) -> None:
         b, tokens, slot = part.slot, part.tokens, self._run.slots[part.slot]
@@ -186,20 +203,20 @@ class Scheduler:
             reason = "length" if len(slot.tokens) >= slot.limit else "stop"
             if tokens and tokens[-1] in self.decoder.model.eos_token_ids:
                 reason = "stop"
+        error = ""
+        if part.finished and slot.failed:
+            reason, error = "error", NO_TOKEN
         if request.stop is not None:
             for count in range(1, len(tokens) + 1):
                 if request.stop(slot.tokens[: request.delivered + count]):
                     self._run.release(b, keep=request.delivered + count)
-                    tokens, reason = tokens[:count], "stop"
+                    tokens, reason, error = tokens[:count], "stop", ""
                     break
-        error = ""
-        if part.finished and slot.failed:
-            reason, error = "error", "the model gave NaN or infinity"
         if reason is not None:
             self._slots[b] = None
         request.delivered += len(tokens)
-        if (tokens or reason) and not request.cancelled:
-            request.deliver(tokens, reason, error)
+        if tokens or reason:
+            _deliver(request, tokens, reason, error)
 
     def _end_all(self, error: str) -> None:
         with self._wake:
@@ -209,5 +226,15 @@ class Scheduler:
                 self._waiting.clear()
             self._slots = [None] * len(self._slots)
         for request in ended:
-            if not request.cancelled:
-                request.deliver([], "error", error)
+            _deliver(request, [], "error", error)
+
+
+def _deliver(request: Request, tokens: list[int], reason: FinishReason | None, error: str) -> None:
+    """To a listener that may be gone, such as an event loop that has closed; that is no concern of the others."""
+    if request.cancelled:
+        return
+    try:
+        request.deliver(tokens, reason, error)
+    except Exception:
+        logger.exception("a listener failed; its request is dropped")
+        request.cancelled = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from orthrus_triton.modules import SamplingParams
 
@@ -83,6 +83,14 @@ class CompletionRequest(_Common):
     echo: Literal[False] = False
     best_of: Literal[1] = 1
     logprobs: None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, prompt: Any) -> Any:
+        is_ids = isinstance(prompt, list) and all(type(token) is int and 0 <= token < 2**31 for token in prompt)
+        if not isinstance(prompt, str) and not is_ids:
+            raise ValueError("must be one string, or one list of token ids")
+        return prompt
 
 
 class ChatRequest(_Common):

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules.run_to_end import NO_TOKEN
 from orthrus_triton.serving import QueueFullError, Request, Scheduler
 from orthrus_triton.serving.app import create_app
 from orthrus_triton.serving.text_stream import TextStream
@@ -154,8 +155,9 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server, streamed: bool) 
     else:
         with pytest.raises(openai.APITimeoutError):
             server.client(timeout=0.15).completions.create(model="tiny", prompt="w1", max_tokens=2800, temperature=1)
-    # long before the 2,800 tokens are there
-    server.wait_until(lambda: server.scheduler.running == 0, seconds=1.5)
+    server.wait_until(lambda: server.scheduler.running == 0)
+    # long before the 2,800 tokens were there
+    assert max(len(slot.tokens) for slot in server.scheduler._run.slots) < 2500
     assert client.completions.create(model="tiny", prompt="w2", max_tokens=2, temperature=0).choices[0].text
 
 
@@ -182,6 +184,9 @@ def test_a_full_queue_says_so() -> None:
         ({"prompt": ""}, "prompt must be 1-D with at least one token"),
         ({"prompt": [99]}, "prompt must hold ids in 0..16"),
         ({"prompt": "w1", "max_tokens": 3000}, "max_tokens must be in 1..2999"),
+        ({"prompt": [1] * 3000}, "prompt must have at most 2999 tokens, but has 3000"),
+        ({"prompt": [2**70]}, "prompt: .*must be one string, or one list of token ids"),
+        ({"prompt": ["w1", "w2"]}, "prompt: .*must be one string, or one list of token ids"),
         ({"prompt": "w1", "top_p": 0}, "top_p: .*greater than 0"),
         ({"prompt": "w1", "temperature": -1}, "temperature: .*greater than or equal to 0"),
         ({"prompt": "w1", "n": 2}, "n: Input should be 1"),
@@ -228,7 +233,7 @@ def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch
 
     healthy = oracle(LedgerModel(VOCAB), [1], 6, SamplingParams(logit_bias={5: -torch.inf}))
     assert ask([1], 6) == (healthy, "length", "")
-    assert ask([1, 5], 6) == ([], "error", "the model gave NaN or infinity")
+    assert ask([1, 5], 6) == ([], "error", NO_TOKEN)
     with monkeypatch.context() as patch:
         patch.setattr(LedgerModel, "forward_view", lambda *args: 1 / 0)
         assert ask([1, 2, 3, 4], 6)[1:] == ("error", "ZeroDivisionError: division by zero")
@@ -240,7 +245,51 @@ def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch
         ask([1], 6)
     with pytest.raises(ValueError, match="slots must be an integer >= 1, but got 0"):
         Scheduler(ConsensusDecoder(model, impl="torch"), slots=0)
+    with pytest.raises(ValueError, match="sampling must be 'coupled' or 'rejection', but got 'nucleus'"):
+        Scheduler(ConsensusDecoder(model, impl="torch"), sampling="nucleus")
     assert issubclass(QueueFullError, RuntimeError)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_listener_that_fails_is_dropped_alone() -> None:
+    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=2, max_len=64)
+    got, done = [], threading.Event()
+
+    def deliver(tokens, reason, error) -> None:
+        got.extend(tokens)
+        if reason:
+            done.set()
+
+    scheduler.submit(Request(torch.tensor([1]), 30, SamplingParams(), lambda *_: 1 / 0))
+    scheduler.submit(Request(torch.tensor([2]), 30, SamplingParams(), deliver))
+    assert done.wait(20) and got == oracle(LedgerModel(VOCAB), [2], 30, SamplingParams())
+    wait_for(lambda: scheduler.running == 0)
+    scheduler.close()
+
+
+def test_a_lost_device_is_said_to_all_who_wait_and_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=1, max_len=64)
+    heard: list[str] = []
+
+    def lost(*_: object, **__: object) -> None:
+        time.sleep(0.1)  # until both have come
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(LedgerModel, "forward_view", lost)
+    monkeypatch.setattr(ConsensusDecoder, "open", lost)
+    for _ in range(2):
+        scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), lambda *part: heard.append(part[2])))
+    wait_for(lambda: len(heard) == 2)
+    assert heard == ["RuntimeError: device lost", "the model cannot run any more: RuntimeError: device lost"]
+    with pytest.raises(RuntimeError, match="cannot run any more: RuntimeError: device lost"):
+        scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), print))
+    scheduler.close()
 
 
 class ByteTokenizer:
