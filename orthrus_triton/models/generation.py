@@ -76,7 +76,8 @@ class OrthrusGenerationMixin:
             generation_config: by default the model's own; its fields may be passed as keywords too.
             logits_processor: run on the host, row by row with the row's own history. Each must be a function of
                 (input_ids, scores) alone.
-            stopping_criteria: asked after every token, sequence by sequence, with scores None.
+            stopping_criteria: asked after every token, sequence by sequence, with the prompt as it came (padding
+                included, as in transformers) and scores None.
             prefix_allowed_tokens_fn: as in transformers.
             streamer: TextStreamer, TextIteratorStreamer or the like; one sequence.
             use_diffusion_mode: False decodes with the AR view alone. The tokens are the same.
@@ -114,6 +115,7 @@ class OrthrusGenerationMixin:
             processors=logits_processor, prefix_allowed=prefix_allowed_tokens_fn,
         )  # fmt: skip
         prompts = [prompt for prompt in prompts for _ in range(settings.num_return_sequences)]
+        rows = inputs.repeat_interleave(settings.num_return_sequences, dim=0)
         strings = None
         if settings.stop_strings:
             if tokenizer is None:
@@ -122,17 +124,17 @@ class OrthrusGenerationMixin:
         output = self.consensus_decoder("consensus" if use_diffusion_mode else "ar").generate(
             prompts, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_ids, streamer=streamer,
             block_size=block_size, params=settings.params, sampling=sampling, reuse_cache=reuse_cache,
-            stop=_stop(stopping_criteria or [], strings, prompts, settings.max_time),
+            stop=_stop(stopping_criteria or [], strings, rows, settings.max_time),
         )  # fmt: skip
         self.last_stats = output.stats
         new = [ids[len(prompt) :] for prompt, ids in zip(prompts, output.sequences)]
         new = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=settings.pad_token_id)
-        sequences = torch.cat((inputs.repeat_interleave(settings.num_return_sequences, 0), new.to(inputs)), dim=1)
+        sequences = torch.cat((rows, new.to(rows)), dim=1)
         return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict else sequences
 
 
 def _stop(
-    criteria: StoppingCriteriaList, strings: StopStrings | None, prompts: list[torch.Tensor], max_time: float | None
+    criteria: StoppingCriteriaList, strings: StopStrings | None, rows: torch.Tensor, max_time: float | None
 ) -> Stop | None:
     if not criteria and strings is None and max_time is None:
         return None
@@ -143,7 +145,7 @@ def _stop(
             return True
         if strings is not None and strings(new):
             return True
-        ids = torch.cat((prompts[b], prompts[b].new_tensor(new)))[None]
+        ids = torch.cat((rows[b], rows[b].new_tensor(new)))[None]
         return any(bool(torch.as_tensor(one(ids, None)).all()) for one in criteria)
 
     return stop

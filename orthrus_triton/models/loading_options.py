@@ -26,7 +26,10 @@ def loading_options(
     options.pop("config", None)
     dtype = options.pop("torch_dtype", None) or dtype
     if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
+        named = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), None)
+        if dtype != "auto" and not isinstance(named, torch.dtype):
+            raise ValueError(f"dtype must be 'auto' or a torch dtype such as 'bfloat16', but got {dtype!r}")
+        dtype = named
     device_map = options.pop("device_map", None)
     if device_map is not None and device is None:
         if isinstance(device_map, dict):

@@ -106,6 +106,10 @@ def test_stopping_and_streaming(pair, tokenizer) -> None:
     assert stopped[0, 4:].tolist() == free[: first + 1]
     criteria = StoppingCriteriaList([MaxLengthCriteria(7)])
     assert model.generate(ids, max_new_tokens=12, stopping_criteria=criteria).shape[1] == 7
+    batch, mask = padded()  # as in transformers, padding counts
+    criteria = StoppingCriteriaList([MaxLengthCriteria(9)])
+    stopped = model.generate(batch, attention_mask=mask, max_new_tokens=12, eos_token_id=[], stopping_criteria=criteria)
+    assert stopped.shape[1] == 9 and (stopped[:, 6:] == PAD).sum() == 0
     assert model.generate(ids, max_new_tokens=12, max_time=0.0).shape[1] == 5
     with pytest.raises(ValueError, match="tokenizer must be given with stop_strings"):
         model.generate(ids, stop_strings=["w5"])
@@ -155,6 +159,8 @@ def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
     assert len(several) == 2
     with pytest.raises(ValueError, match="load_in_8bit is not an option"):
         AutoModelForCausalLM.from_pretrained(tmp_path, load_in_8bit=True)
+    with pytest.raises(ValueError, match="dtype must be 'auto' or a torch dtype such as 'bfloat16', but got 'bf16'"):
+        OrthrusForCausalLM.from_pretrained(tmp_path, dtype="bf16")
 
 
 @pytest.mark.parametrize(
