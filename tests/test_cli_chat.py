@@ -73,6 +73,16 @@ def test_drafted_and_bonus_tokens_have_their_colours() -> None:
     assert styles["p"] == "1;33" and styles["a"] == "36" and styles["d"] == "1;33"
 
 
+def test_several_passes_of_ar_are_no_drafts() -> None:
+    """On a GPU several of them come at once."""
+    tokenizer, file = make_tokenizer(), io.StringIO()
+    view = ColourView(tokenizer, Console(file=file, force_terminal=True, color_system="standard", width=80), False)
+    for ids in ([1], tokenizer("p")["input_ids"], tokenizer("abcd")["input_ids"]):
+        view.put(torch.tensor(ids))
+    view.end()
+    assert "1.00 tokens/cycle" in file.getvalue() and "\x1b[36m" not in file.getvalue()
+
+
 def test_bad_options_are_one_line(folder: Path) -> None:
     assert_bad_input(run("chat", folder, "--temperature", -1), "temperature must be in 0..10000, but got -1")
     assert_bad_input(run("chat", folder, "--top-p", 0), "top_p must be in (0, 1], but got 0")

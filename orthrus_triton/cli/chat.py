@@ -103,7 +103,8 @@ def _reply(
     room = decoder.max_cache_len - ids.shape[1] + 1
     if room < 1:
         raise ValueError(f"--max-len must exceed the conversation, which has {ids.shape[1]} tokens now")
-    view = PlainView(tokenizer) if plain else ColourView(tokenizer, console)
+    drafts = decoder.mode == "consensus"
+    view = PlainView(tokenizer, drafts) if plain else ColourView(tokenizer, console, drafts)
     try:
         decoder.generate(
             ids, max_new_tokens=min(max_new_tokens, room), streamer=view, params=[params], reuse_cache=True

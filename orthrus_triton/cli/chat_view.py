@@ -15,13 +15,18 @@ DRAFTED, BONUS, FIGURES = "cyan", "bold yellow", "dim"
 
 
 class PlainView:
-    """Text and nothing else, for pipes."""
+    """Text and nothing else, for pipes.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: of transformers.
+        drafts: what comes at once is the block of one cycle; else it is that many passes of the AR view.
+    """
+
+    def __init__(self, tokenizer: Any, drafts: bool = True) -> None:
         from orthrus_triton.serving.text_stream import TextStream
 
         self.text = ""
-        self._stream, self._puts = TextStream(tokenizer), 0
+        self._stream, self._puts, self._drafts = TextStream(tokenizer), 0, drafts
 
     def put(self, ids: Any) -> None:
         """The prompt first, then the tokens of the prefill, then those of each cycle."""
@@ -38,7 +43,8 @@ class PlainView:
     def _show(self, tokens: list[int]) -> None:
         for number, token in enumerate(tokens):
             # a cycle commits the drafts it accepted, then the token the verify pass gave for free
-            self._write(self._stream.push([token]), BONUS if number == len(tokens) - 1 else DRAFTED)
+            drafted = self._drafts and number < len(tokens) - 1
+            self._write(self._stream.push([token]), DRAFTED if drafted else BONUS)
 
     def _write(self, text: str, style: str) -> None:
         self.text += text
@@ -52,8 +58,8 @@ class ColourView(PlainView):
     Finished lines are printed for good; the line being written and the figures are redrawn.
     """
 
-    def __init__(self, tokenizer: Any, console: Console) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, tokenizer: Any, console: Console, drafts: bool = True) -> None:
+        super().__init__(tokenizer, drafts)
         self._line, self._tokens, self._cycles = Text(), 0, 0
         self._began = time.perf_counter()
         self._live = Live(console=console, transient=True, refresh_per_second=12)
@@ -65,7 +71,7 @@ class ColourView(PlainView):
             self._began = time.perf_counter()  # figures are of the decoding
         if self._puts > 1:
             self._tokens += ids.numel()
-            self._cycles += 1
+            self._cycles += 1 if self._drafts else ids.numel()
         super().put(ids)
         self._live.update(Group(self._line, Text(self.figures(), FIGURES)))
 
