@@ -59,7 +59,8 @@ def distill(
         The manifest, as written.
 
     Raises:
-        ValueError: an argument out of range, a folder of another run, or a shard that was changed.
+        ValueError: an argument out of range, a folder of another run, a shard that was changed, or a model that gave
+            NaN or infinity.
     """
     for name, value in (
         ("max_new_tokens", max_new_tokens), ("max_prompt_tokens", max_prompt_tokens), ("batch_size", batch_size),
@@ -126,7 +127,10 @@ def _answers(
     while occupant:
         for progress in run.advance():
             if progress.finished:
-                yield occupant.pop(progress.slot), list(run.slots[progress.slot].tokens)
+                n, slot = occupant.pop(progress.slot), run.slots[progress.slot]
+                if slot.failed:
+                    raise ValueError(f"model must give finite logits, but gave NaN or infinity for prompt {n}")
+                yield n, list(slot.tokens)
                 admit_next(progress.slot)
 
 
