@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from orthrus_triton.cli import app
@@ -17,7 +21,10 @@ from orthrus_triton.training.data import TextRow, pack_rows, read_rows
 from orthrus_triton.training.frozen_cache import FrozenCache
 from orthrus_triton.training.trainer import ViewTrainer
 from tests.models.tiny_bases import tiny_tokenizer
+from tests.test_cli import make_tokenizer, save_base_model
 from tests.training.view_runs import make_args, make_model, make_trainer, own_rows, saved_view
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_rows_are_read_cut_and_counted(tmp_path):
@@ -190,3 +197,16 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
     assert done.exit_code == 2 and "error: max_steps must be >= 1, but got -3" in done.output
     done = CliRunner().invoke(app, [*command, "--set", "eval_strategy=steps", "--set", "eval_steps=1"])
     assert done.exit_code == 2 and "eval_data must be set" in done.output
+
+
+def test_the_python_example_trains(tmp_path):
+    save_base_model(make_tokenizer(), tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("hello there\n\nand then\nwhat is it\n")
+    command = [sys.executable, str(ROOT / "examples" / "train_view.py"), "base", "prompts.txt", "out", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "tokens per cycle on the prompts" in done.stdout
+    trained = OrthrusForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    for name, tensor in load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors").items():
+        assert torch.equal(tensor, trained.state_dict()[name]), name
