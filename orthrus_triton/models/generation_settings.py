@@ -88,13 +88,13 @@ class GenerationSettings:
                     f"{config.max_length or DEFAULT_MAX_LENGTH}: pass max_new_tokens"
                 )
         eos = config.eos_token_id
-        eos_ids = default_eos if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        eos_ids = default_eos if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
         pad = config.pad_token_id
         if isinstance(config.stop_strings, str):
             stop_strings = [config.stop_strings]
         else:
             stop_strings = list(config.stop_strings or [])
-        copies = config.num_return_sequences or 1
+        copies = 1 if config.num_return_sequences is None else config.num_return_sequences
         if copies < 1:
             raise ValueError(f"num_return_sequences must be >= 1, but got {copies}")
         if copies > 1 and not config.do_sample:

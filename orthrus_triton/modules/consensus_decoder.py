@@ -14,7 +14,7 @@ from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, BlockRule, 
 from orthrus_triton.modules.choose import choose_tokens, draft_and_judge
 from orthrus_triton.modules.compiled import compile_apart
 from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses
-from orthrus_triton.modules.decode_options import BlockSize, Mode, stop_ids, widest_block
+from orthrus_triton.modules.decode_options import BlockSize, Mode, require_one_device, stop_ids, widest_block
 from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun, Slot, tokens_to_cache
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.decode_stats import DecodeOutput
@@ -134,7 +134,7 @@ class ConsensusDecoder:
             NonFiniteLogitsError: a ValueError; the model gave NaN or infinity. Other sequences are not affected.
         """
         prompts = split_prompts(input_ids, attention_mask, self.model.vocab_size)
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be an integer >= 1, but got {max_new_tokens!r}")
         if streamer is not None and len(prompts) != 1:
             raise ValueError(f"streamer takes one sequence, but got {len(prompts)}")
@@ -165,6 +165,7 @@ class ConsensusDecoder:
             eos_token_id, block_size: as in `generate`.
             choosing: what the sequences may ask for beyond greedy decoding.
         """
+        require_one_device(self.model)
         option = self._block_option if block_size is None else block_size
         widest = widest_block(option, self.model)
         eos_ids = stop_ids(eos_token_id, self.model)

@@ -1,8 +1,10 @@
-"""Options of a decoder that are checked against its model: block sizes and stop tokens."""
+"""Options of a decoder that are checked against its model: block sizes and stop tokens; and that the model is whole."""
 
 from __future__ import annotations
 
 from typing import Literal
+
+import torch
 
 from orthrus_triton.modules.dual_view_model import DualViewModel
 
@@ -34,8 +36,18 @@ def stop_ids(eos_token_id: int | list[int] | None, model: DualViewModel) -> list
     """
     if eos_token_id is None:
         return list(model.eos_token_ids)
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    ids = list(eos_token_id) if isinstance(eos_token_id, (list, tuple, set)) else [eos_token_id]
     for token in ids:
-        if not 0 <= token < model.vocab_size:
-            raise ValueError(f"eos_token_id must be in 0..{model.vocab_size - 1}, but got {token}")
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < model.vocab_size:
+            raise ValueError(
+                f"eos_token_id must be in 0..{model.vocab_size - 1}, but got {token!r}"
+            )
     return ids
+
+
+def require_one_device(model: DualViewModel) -> None:
+    """Raise a ValueError if a model of several parameters has them on several devices."""
+    if isinstance(model, torch.nn.Module):
+        devices = {str(parameter.device): name for name, parameter in model.named_parameters()}
+        if len(devices) > 1:
+            raise ValueError(f"model must have all parameters on one device, but has one each on {devices}")

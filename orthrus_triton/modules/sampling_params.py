@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -142,6 +142,9 @@ def params_of(
         ValueError: not one for each, keywords beside them, or a token that does not exist.
         TypeError: a keyword that is no field.
     """
+    if unknown := sorted(set(options) - {one.name for one in fields(SamplingParams)}):
+        known = [one.name for one in fields(SamplingParams)]
+        raise TypeError(f"generate() got options it does not know: {unknown}; of sampling it knows {known}")
     if params is None:
         params = [SamplingParams(**{"sequence": b} | options) for b in range(count)]
     elif options or len(params) != count:

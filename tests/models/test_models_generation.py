@@ -170,6 +170,8 @@ def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
         ({"output_scores": True}, ValueError, "output_scores must be left at its default"),
         ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha must be left"),
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences"),
+        ({"do_sample": True, "num_return_sequences": 0}, ValueError, "num_return_sequences must be >= 1, but got 0"),
+        ({"eos_token_id": 101}, ValueError, "eos_token_id must be in 0..100, but got 101"),
         ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature must be > 0 with do_sample"),
         ({"do_sample": True, "top_p": 1.2}, ValueError, r"top_p must be in \(0, 1\], but got 1.2"),
         ({"past_key_values": ()}, ValueError, "past_key_values must be None.*reuse_cache=True"),

@@ -3,6 +3,7 @@ that is kept; what is wrong with the input or the model, and that it harms nobod
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 
@@ -271,6 +272,9 @@ def test_processors_that_leave_no_token_end_that_sequence_alone(mode: str, banne
         ({"logit_bias": {1: float("nan")}}, r"logit_bias must be finite or -inf, but got nan"),
         ({"sampling": "nucleus"}, r"sampling must be 'coupled' or 'rejection', but got 'nucleus'"),
         ({"max_new_tokens": 100}, r"max_cache_len=64"),
+        ({"max_new_tokens": True}, r"max_new_tokens must be an integer >= 1, but got True"),
+        ({"eos_token_id": "</s>"}, r"eos_token_id must be in 0..16, but got '</s>'"),
+        ({"eos_token_id": [3, 17]}, r"eos_token_id must be in 0..16, but got 17"),
         ({"logits_processor": lambda ids, scores: scores[:, :3]}, r"logits_processor must return \[1, 17\]"),
     ],
 )
@@ -282,6 +286,21 @@ def test_bad_input_is_named_and_harms_nothing(options: dict, message: str) -> No
         decoder.generate(prompts, **{"max_new_tokens": 5} | options)
     output = decoder.generate(prompts, max_new_tokens=5)
     assert output.sequences[1].tolist() == [3, *oracle(model, [3], 5, SamplingParams())]
+
+
+def test_a_model_on_several_devices_or_of_several_dtypes_is_named() -> None:
+    model, prompt = tiny(), [torch.tensor([1, 2])]
+    decoder = ConsensusDecoder(model, impl="torch")
+    expected = decoder.generate(prompt, max_new_tokens=5).sequences[0]
+    whole = model.layers[0]
+    model.layers[0] = copy.deepcopy(whole).to("meta")
+    with pytest.raises(ValueError, match="model must have all parameters on one device, but has .*'meta'"):
+        decoder.generate(prompt, max_new_tokens=5)
+    model.layers[0] = copy.deepcopy(whole).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="must have dtype"):
+        decoder.generate(prompt, max_new_tokens=5)
+    model.layers[0] = whole
+    assert torch.equal(decoder.generate(prompt, max_new_tokens=5).sequences[0], expected)
 
 
 def test_bad_prompts_are_named() -> None:
@@ -301,6 +320,8 @@ def test_bad_prompts_are_named() -> None:
         decoder.generate(torch.ones(2, 3).long(), elsewhere, max_new_tokens=3)
     with pytest.raises(ValueError, match="prompt 0 must hold integers, but got torch.float32"):
         decoder.generate(torch.ones(2, 3), max_new_tokens=3)
+    with pytest.raises(TypeError, match=r"does not know: \['temprature'\]; of sampling it knows \['temperature'"):
+        decoder.generate([torch.tensor([1])], max_new_tokens=3, temprature=1.0)
     run = decoder.open(1, 20)
     with pytest.raises(ValueError, match="sampled=True"):
         run.admit(0, torch.tensor([1]), 5, SamplingParams(temperature=1.0))
