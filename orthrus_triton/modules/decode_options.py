@@ -39,9 +39,7 @@ def stop_ids(eos_token_id: int | list[int] | None, model: DualViewModel) -> list
     ids = list(eos_token_id) if isinstance(eos_token_id, (list, tuple, set)) else [eos_token_id]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < model.vocab_size:
-            raise ValueError(
-                f"eos_token_id must be in 0..{model.vocab_size - 1}, but got {token!r}"
-            )
+            raise ValueError(f"eos_token_id must be in 0..{model.vocab_size - 1}, but got {token!r}")
     return ids
 
 
