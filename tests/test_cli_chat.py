@@ -16,6 +16,7 @@ from orthrus_triton.cli import app, serve
 from orthrus_triton.cli.chat_view import ColourView
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.serving.server import Server
 from tests.test_cli import assert_bad_input, make_tokenizer, save_base_model
 
 
@@ -93,16 +94,11 @@ def test_bad_options_are_one_line(folder: Path) -> None:
 
 
 def test_serve_listens_as_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import uvicorn
-
-    seen = {}
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: seen.update(options, app=app))
+    seen = []
+    monkeypatch.setattr(Server, "run", lambda server: seen.append(server))
     result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", 8123)
     assert result.exit_code == 0, result.output
-    assert (seen["host"], seen["port"]) == ("127.0.0.1", 8123)
-    assert [serve._is_loopback(host) for host in ("localhost", "::1", "0.0.0.0", "example.org")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    config = seen[0].config
+    assert (config.host, config.port, config.timeout_graceful_shutdown) == ("127.0.0.1", 8123, 5)
+    hosts = {"localhost": True, "::1": True, "0.0.0.0": False, "example.org": False}
+    assert {host: serve._is_loopback(host) for host in hosts} == hosts

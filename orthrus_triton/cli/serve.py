@@ -55,7 +55,7 @@ def serve(
             raise ValueError(f"--host {host} can be reached from other machines: set --api-key or ORTHRUS_API_KEY")
         try:
             import fastapi  # noqa: F401
-            import uvicorn
+            import uvicorn  # noqa: F401
         except ImportError as error:
             raise ImportError(f"serve needs more: pip install 'orthrus-triton[serve]' ({error})") from error
         where = resolve_device(device)
@@ -64,6 +64,7 @@ def serve(
         from orthrus_triton.modules import ConsensusDecoder
         from orthrus_triton.serving import Scheduler
         from orthrus_triton.serving.app import create_app
+        from orthrus_triton.serving.server import Server
 
         scheduler = Scheduler(
             ConsensusDecoder(network), slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling
@@ -73,7 +74,7 @@ def serve(
         app = create_app(scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes)
         status_console.print(f"{name} on http://{host}:{port}/v1, {slots} slots of {max_len} tokens", highlight=False)
         try:
-            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=15, limit_concurrency=1024)
+            Server(app, scheduler, host, port).run()
         finally:
             scheduler.close()
 

@@ -77,7 +77,7 @@ class Scheduler:
         self._slots: list[Request | None] = [None] * slots
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
-        self._closing, self._why_closed = False, "the scheduler has been closed"
+        self._closing, self._why_closed = False, "the server is closing"
         self._run = self._open()
         self._thread = threading.Thread(target=self._work, name="orthrus-scheduler", daemon=True)
         self._thread.start()

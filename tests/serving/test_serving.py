@@ -13,7 +13,6 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +21,7 @@ from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.run_to_end import NO_TOKEN
 from orthrus_triton.serving import QueueFullError, Request, Scheduler
 from orthrus_triton.serving.app import create_app
+from orthrus_triton.serving.server import Server
 from orthrus_triton.serving.text_stream import TextStream
 from tests.modules.ledger_model import LedgerModel, oracle
 
@@ -45,7 +45,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-class Server:
+class Running:
     """A server on a free port, in a thread."""
 
     def __init__(self, **options) -> None:
@@ -57,7 +57,7 @@ class Server:
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        self.server = Server(app, self.scheduler)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
         while not self.server.started:
@@ -69,7 +69,6 @@ class Server:
     def close(self) -> None:
         self.server.should_exit = True
         self.thread.join()
-        self.scheduler.close()
 
     def expected(self, prompt: str, tokens: int, **params) -> str:
         ids = self.tokenizer(prompt)["input_ids"]
@@ -83,13 +82,13 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server(max_waiting=40)
+def server() -> Iterator[Running]:
+    server = Running(max_waiting=40)
     yield server
     server.close()
 
 
-def test_completions_are_ar_text(server: Server) -> None:
+def test_completions_are_ar_text(server: Running) -> None:
     client = server.client()
     assert [model.id for model in client.models.list()] == ["tiny"]
     whole = client.completions.create(model="tiny", prompt="w1 w2 w3", max_tokens=9, temperature=0)
@@ -107,7 +106,7 @@ def test_completions_are_ar_text(server: Server) -> None:
     assert chunks[-1].usage.completion_tokens == 9 and len(chunks) > 3
 
 
-def test_chat_and_stop_strings(server: Server) -> None:
+def test_chat_and_stop_strings(server: Running) -> None:
     client = server.client()
     messages = [{"role": "system", "content": "w4"}, {"role": "user", "content": [{"type": "text", "text": "w5"}]}]
     free = server.expected("w4 w5", 30)
@@ -126,7 +125,7 @@ def test_chat_and_stop_strings(server: Server) -> None:
         assert (text, reason) == (free[: free.index(stop)], "stop")
 
 
-def test_load(server: Server) -> None:
+def test_load(server: Running) -> None:
     """Thirty clients over three slots: each gets the text it would get alone."""
 
     async def run() -> list[str]:
@@ -145,7 +144,7 @@ def test_load(server: Server) -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(server: Server, streamed: bool) -> None:
+def test_a_client_that_goes_away_frees_its_slot(server: Running, streamed: bool) -> None:
     client = server.client()
     if streamed:
         stream = client.completions.create(model="tiny", prompt="w1", max_tokens=2800, temperature=1, stream=True)
@@ -162,7 +161,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server, streamed: bool) 
 
 
 def test_a_full_queue_says_so() -> None:
-    server = Server(slots=1, max_waiting=1)
+    server = Running(slots=1, max_waiting=1)
     try:
         client, streams = server.client(), []
         for busy in (lambda: server.scheduler.running == 1, lambda: server.scheduler.waiting == 1):
@@ -174,6 +173,22 @@ def test_a_full_queue_says_so() -> None:
             stream.close()
         server.wait_until(lambda: server.scheduler.running == server.scheduler.waiting == 0)
         assert client.completions.create(model="tiny", prompt="w1", max_tokens=2)
+    finally:
+        server.close()
+
+
+def test_a_server_that_stops_tells_its_clients() -> None:
+    """Neither does it wait for 2,800 tokens, nor do they see no more than a connection that ends."""
+    server = Running(slots=1, max_waiting=1)
+    try:
+        streams = []
+        for busy in (lambda: server.scheduler.running == 1, lambda: server.scheduler.waiting == 1):
+            streams.append(server.client().completions.create(model="tiny", prompt="w1", max_tokens=2800, stream=True))
+            server.wait_until(busy)
+        server.server.should_exit = True
+        for stream in streams:
+            with pytest.raises(openai.APIError, match="the server is closing"):
+                list(stream)
     finally:
         server.close()
 
@@ -197,14 +212,14 @@ def test_a_full_queue_says_so() -> None:
         ({}, "prompt: Field required"),
     ],
 )
-def test_bad_requests_are_named(server: Server, body: dict, message: str) -> None:
+def test_bad_requests_are_named(server: Running, body: dict, message: str) -> None:
     reply = httpx.post(f"{server.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
     assert reply.status_code == 400
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(reply.json()["error"]["message"])
 
 
-def test_keys_and_limits(server: Server) -> None:
+def test_keys_and_limits(server: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
         server.client(api_key="secreu").models.list()
     assert httpx.get(f"{server.url}/v1/models").status_code == 401
@@ -241,7 +256,7 @@ def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     healthy = oracle(LedgerModel(VOCAB), [1, 2, 3, 4], 6, SamplingParams(logit_bias={5: -torch.inf}))
     assert ask([1, 2, 3, 4], 6) == (healthy, "length", "")
     scheduler.close()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match="the server is closing"):
         ask([1], 6)
     with pytest.raises(ValueError, match="slots must be an integer >= 1, but got 0"):
         Scheduler(ConsensusDecoder(model, impl="torch"), slots=0)
