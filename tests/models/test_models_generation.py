@@ -55,6 +55,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
         {}, {"repetition_penalty": 1.8}, {"min_new_tokens": 6}, {"bad_words_ids": [[7], [8, 9]]},
         {"no_repeat_ngram_size": 2}, {"suppress_tokens": [11, 12]}, {"min_length": 11}, {"max_length": 14},
         {"sequence_bias": [[[5], 4.0]]}, {"begin_suppress_tokens": [4, 5, 6]},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [5 + row, 9, 10 + len(ids)]},
     ],
 )  # fmt: skip
 def test_greedy_is_transformers_own(pair, options: dict) -> None:
@@ -75,6 +76,9 @@ def test_padded_batches_in_and_out(pair) -> None:
     assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12).tolist() == expected.tolist()
     result = model.generate(ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True)
     assert result.sequences.tolist() == expected.tolist()
+    options = {"max_new_tokens": 6, "prefix_allowed_tokens_fn": lambda row, _: [5 + row, 20 + row]}
+    allowed = model.generate(ids, attention_mask=mask, **options)
+    assert allowed.tolist() == base.generate(ids, attention_mask=mask, do_sample=False, **options).tolist()
     ar = model.generate(ids, attention_mask=mask, max_new_tokens=12, use_diffusion_mode=False)
     assert ar.tolist() == expected.tolist() and model.last_stats.tokens_per_cycle == 1
 
