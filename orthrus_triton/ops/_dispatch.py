@@ -32,6 +32,15 @@ def resolve_impl(impl: str, tensor: torch.Tensor) -> str:
     return impl
 
 
+def runs_directly(impl: str) -> bool:
+    """Whether a call may skip the registered op and run the torch implementation itself.
+
+    Registration serves the compiler and autograd. In eager inference its bookkeeping costs a CPU about as much as a
+    small op, some ten times in every layer.
+    """
+    return impl == "torch" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which torch implementations compute: fp64 stays, everything else goes to fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ import torch
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._cpu_product import library_product, tiled_product
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
 
 
 def linear(
@@ -53,6 +53,10 @@ def linear(
         if impl != "triton":
             raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
         return launch_linear(x, weight, bias, residual, out_dtype, config)
+    if impl == "library" and runs_directly("torch"):
+        return linear_library(x, weight, bias, residual, out_dtype)
+    if runs_directly(impl):
+        return linear_torch(x, weight, bias, residual, out_dtype)
     return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl)
 
 

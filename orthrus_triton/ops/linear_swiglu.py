@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
 from orthrus_triton.ops.linear import (
     COMBINE_BLOCK_N,
     COMBINE_WARPS,
@@ -54,6 +54,8 @@ def linear_swiglu(
         if impl != "triton":
             raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
         return launch_linear_swiglu(x, weight, bias, config)
+    if runs_directly(impl):
+        return linear_swiglu_torch(x, weight, bias)
     return torch.ops.orthrus_triton.linear_swiglu(x, weight, bias, impl)
 
 
@@ -143,6 +145,11 @@ def launch_linear_swiglu(
     return out
 
 
+def linear_swiglu_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Any device."""
+    return swiglu_formula(linear_torch(x, weight, bias, None, x.dtype), accumulate_dtype(x.dtype))
+
+
 @torch.library.custom_op(
     "orthrus_triton::linear_swiglu",
     mutates_args=(),
@@ -152,7 +159,7 @@ def _linear_swiglu_op(x, weight, bias, impl):
     if impl == "triton":
         return launch_linear_swiglu(x, weight, bias)
     if impl == "torch":
-        return swiglu_formula(linear_torch(x, weight, bias, None, x.dtype), accumulate_dtype(x.dtype))
+        return linear_swiglu_torch(x, weight, bias)
     return swiglu_formula(linear_reference(x, weight, bias), torch.float64).to(x.dtype)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
 
 
 def rms_norm(
@@ -30,10 +30,15 @@ def rms_norm(
     require_same("weight", tuple(weight.shape), (x.shape[-1],), "shape")
     require_same("weight", weight.dtype, x.dtype, "dtype")
     impl = resolve_impl(impl, x)
+    direct = runs_directly(impl)
     if residual is None:
+        if direct:
+            return rms_norm_torch(x, weight, eps)
         return torch.ops.orthrus_triton.rms_norm(x, weight, eps, impl)
     require_same("residual", tuple(residual.shape), tuple(x.shape), "shape")
     require_same("residual", residual.dtype, x.dtype, "dtype")
+    if direct:
+        return add_rms_norm_torch(x, residual, weight, eps)
     return torch.ops.orthrus_triton.add_rms_norm(x, residual, weight, eps, impl)
 
 
@@ -88,6 +93,14 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     return h.to(x.dtype) * weight
 
 
+def add_rms_norm_torch(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of x + residual, and that sum."""
+    hidden = x.contiguous() + residual.contiguous()
+    return rms_norm_torch(hidden, weight, eps), hidden
+
+
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The formula in fp64, no rounding in between."""
     h = x.contiguous().double()
@@ -118,9 +131,9 @@ def _(x, weight, eps, impl):
 def _add_rms_norm_op(x, residual, weight, eps, impl):
     if impl == "triton":
         return launch_rms_norm(x, residual, weight, eps)
-    hidden = x.contiguous() + residual.contiguous()
     if impl == "torch":
-        return rms_norm_torch(hidden, weight, eps), hidden
+        return add_rms_norm_torch(x, residual, weight, eps)
+    hidden = x.contiguous() + residual.contiguous()
     return rms_norm_reference(hidden, weight, eps).to(x.dtype), hidden
 
 

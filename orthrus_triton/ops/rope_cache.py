@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
 
 
 def rope_cache(
@@ -60,9 +60,11 @@ def rope_cache(
     if q_norm is not None:
         require_same("q_norm", tuple(q_norm.shape), (D,), "shape")
         require_same("k_norm", tuple(k_norm.shape), (D,), "shape")
-    return torch.ops.orthrus_triton.rope_cache(
-        qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, resolve_impl(impl, qkv)
-    )
+    impl = resolve_impl(impl, qkv)
+    if runs_directly(impl):
+        compute = accumulate_dtype(qkv.dtype)
+        return rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, qkv.dtype)
+    return torch.ops.orthrus_triton.rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -135,9 +137,7 @@ def launch_rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps) -
     return q
 
 
-def _norm(heads: torch.Tensor, weight: torch.Tensor | None, eps: float, rounding: torch.dtype) -> torch.Tensor:
-    if weight is None:
-        return heads
+def _norm(heads: torch.Tensor, weight: torch.Tensor, eps: float, rounding: torch.dtype) -> torch.Tensor:
     normed = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps)
     return (normed.to(rounding) * weight.to(rounding)).to(heads.dtype)
 
@@ -147,24 +147,31 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
-def _write(out: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+def _write(k_out: torch.Tensor, k: torch.Tensor, v_out: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """out[b, :, slots[b, t]] = rows[b, t] wherever the slot exists."""
-    b, t = ((slots >= 0) & (slots < out.shape[2])).nonzero(as_tuple=True)
-    out[b, :, slots[b, t].long()] = rows[b, t].to(out.dtype)
+    exists = (slots >= 0) & (slots < k_out.shape[2])
+    if bool(exists.all()):
+        b, s = torch.arange(slots.shape[0], device=slots.device)[:, None], slots.long()
+    else:
+        b, t = exists.nonzero(as_tuple=True)
+        s, k, v = slots[b, t].long(), k[b, t], v[b, t]
+    for out, rows in ((k_out, k), (v_out, v)):
+        out.transpose(1, 2).index_put_((b, s), rows)
 
 
 def rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding) -> torch.Tensor:
     """Any device. `compute` is the dtype of the arithmetic, `rounding` that between norm, weight and rotation."""
     B, T, width = qkv.shape
     HKV, D = k_out.shape[1], k_out.shape[3]
-    heads = qkv.view(B, T, width // D, D).to(compute)
-    q, k, v = heads.split([width // D - 2 * HKV, HKV, HKV], dim=2)
-    cos, sin = cos.to(compute)[:, :, None], sin.to(compute)[:, :, None]
-    q = _rotate(_norm(q, q_norm, eps, rounding), cos, sin)
-    k = _rotate(_norm(k, k_norm, eps, rounding), cos, sin)
-    _write(k_out, k, slots)
-    _write(v_out, v, slots)
-    return q.to(qkv.dtype)
+    heads = qkv.view(B, T, width // D, D)
+    HQ = heads.shape[2] - 2 * HKV
+    q_and_k, v = heads[:, :, : HQ + HKV].to(compute), heads[:, :, HQ + HKV :]
+    if q_norm is not None:
+        q, k = q_and_k.split([HQ, HKV], dim=2)
+        q_and_k = torch.cat((_norm(q, q_norm, eps, rounding), _norm(k, k_norm, eps, rounding)), dim=2)
+    rotated = _rotate(q_and_k, cos.to(compute)[:, :, None], sin.to(compute)[:, :, None]).to(qkv.dtype)
+    _write(k_out, rotated[:, :, HQ:], v_out, v, slots)
+    return rotated[:, :, :HQ].contiguous()
 
 
 @torch.library.custom_op(

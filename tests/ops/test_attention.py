@@ -81,6 +81,19 @@ def test_row_without_keys_is_zero(impl: str, device: torch.device) -> None:
     assert not out[:, 0].any() and out[:, 1].any()
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_window_shorter_than_the_block_leaves_its_last_rows_the_block_alone(impl: str, device: torch.device) -> None:
+    check(make_case(8, torch.float32, device, rows=8, block_size=8, window=3), impl)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_garbage_that_would_overflow_is_not_seen(impl: str, device: torch.device) -> None:
+    case = make_case(9, torch.float32, device, rows=4)
+    for cache in (case.k_cache, case.v_cache):
+        cache.nan_to_num_(nan=3e38)
+    check(case, impl)
+
+
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 def test_limits_are_clamped_to_the_cache(impl: str, device: torch.device) -> None:
     case = make_case(4, torch.float32, device, rows=3, capacity=40, context=20, poison=False)

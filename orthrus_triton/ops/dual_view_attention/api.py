@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton.autotune.store import KernelConfig
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
 from orthrus_triton.ops.dual_view_attention import schema  # noqa: F401  (registers the op)
 from orthrus_triton.ops.dual_view_attention.launch import launch
+from orthrus_triton.ops.dual_view_attention.torch_impl import attention_torch
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -70,6 +71,9 @@ def dual_view_attention(
     scale = float(scale) if scale is not None else q.shape[-1] ** -0.5
     if config is not None:
         return launch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config)
+    if runs_directly("torch" if impl == "library" else impl):
+        exact = impl == "torch"
+        return attention_torch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, exact)
     return torch.ops.orthrus_triton.dual_view_attention(
         q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, impl
     )

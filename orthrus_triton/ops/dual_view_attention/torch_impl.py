@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
 from orthrus_triton.ops._dispatch import accumulate_dtype
 
@@ -32,7 +31,8 @@ def attention_torch(
 
     With exact=False ("library") only the rows and keys there are go in: cheaper for one row, with no such promise.
     """
-    T, group = q.shape[1], q.shape[2] // k_cache.shape[1]
+    (B, T, HQ, D), HKV = q.shape, k_cache.shape[1]
+    group = HQ // HKV
     tokens = max(ROW_CHUNK // group, 1)
     if block_size is not None:
         tokens = max(tokens // block_size, 1) * block_size
@@ -45,13 +45,14 @@ def attention_torch(
             steps = torch.arange(limit.shape[1], device=limit.device, dtype=limit.dtype)
             position = limit - 1 if block_size is None else limit + steps % block_size
             lowest = (position + 1 - window).clamp(min=0)
-        packed = rearrange(q[:, rows], "b t (h g) d -> b h (t g) d", g=group)
-        # [B, HKV, rows, D] and [B, HKV, rows]
+        # [B, HKV, tokens * group, D]: the heads of a group lie beside each other
+        packed = q[:, rows].view(B, -1, HKV, group, D).transpose(1, 2).reshape(B, HKV, -1, D)
+        # [B, HKV, tokens * group, D] and [B, HKV, tokens * group]
         attended, lse = _attend_cache(packed, k_cache, v_cache, limit, lowest, group, scale, exact)
         if block_size is not None:
             own, own_lse = _attend_own_block(packed, k_block[:, rows], v_block[:, rows], block_size, scale)
             attended = _merge(attended, lse, own, own_lse)
-        out[:, rows] = rearrange(attended.to(q.dtype), "b h (t g) d -> b t (h g) d", g=group)
+        out[:, rows] = attended.view(B, HKV, -1, group, D).transpose(1, 2).reshape(B, -1, HQ, D)
     return out
 
 
@@ -60,40 +61,46 @@ def _attend_cache(
     lowest: torch.Tensor | None, group: int, scale: float, exact: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Packed rows over the cached keys -> out, and log-sum-exp in fp32, -inf where a row sees none (and out is 0)."""
-    num_rows, longest = rows.shape[2], int(limit.max())
+    num_rows, (shortest, longest) = rows.shape[2], (int(edge) for edge in limit.aminmax())
     if longest == 0:
         return torch.zeros_like(rows), rows.new_full(rows.shape[:3], -torch.inf, dtype=torch.float32)
     tile = KV_TILE if exact else 1
     start = 0 if lowest is None else int(lowest.min()) // tile * tile
     end = -(-longest // tile) * tile
-    keys, values = (_tiles(cache, start, end, limit) for cache in (k_cache, v_cache))
-    key_ids = torch.arange(start, end, device=rows.device, dtype=limit.dtype)
-    hidden = key_ids >= limit[..., None]
-    if lowest is not None:
-        hidden |= key_ids < lowest[..., None]
-    mask = torch.zeros(hidden.shape, dtype=rows.dtype, device=rows.device).masked_fill_(hidden, -torch.inf)
-    # [B, 1, T * group, keys]
-    mask = mask.repeat_interleave(group, dim=1)[:, None]
+    keys, values = (_tiles(cache, start, end, limit, shortest) for cache in (k_cache, v_cache))
     filled = -num_rows % ROW_TILE if exact else 0
+    mask = None
+    if exact or shortest < longest or lowest is not None:
+        key_ids = torch.arange(start, end, device=rows.device, dtype=limit.dtype)
+        # [B, rows, keys]
+        hidden = key_ids >= _per_row(limit, group, filled)
+        if lowest is not None:
+            hidden |= key_ids < _per_row(lowest, group, filled)
+        mask = torch.zeros(hidden.shape, dtype=rows.dtype, device=rows.device).masked_fill_(hidden, -torch.inf)
     if filled:
-        rows, mask = F.pad(rows, (0, 0, 0, filled)), F.pad(mask, (0, 0, 0, filled))
+        rows = F.pad(rows, (0, 0, 0, filled))
     out, lse = _sdpa(rows, keys, values, mask, scale)
-    sees_none = hidden.all(dim=-1).repeat_interleave(group, dim=1)[:, None]
-    return (
-        out[:, :, :num_rows].masked_fill(sees_none[..., None], 0.0),
-        lse[:, :, :num_rows].masked_fill(sees_none, -torch.inf),
-    )
+    out, lse = out[:, :, :num_rows], lse[:, :, :num_rows]
+    if shortest == 0 or lowest is not None:
+        sees_none = _per_row(limit if lowest is None else (limit - lowest).clamp(min=0), group, 0)[:, None] == 0
+        out, lse = out.masked_fill(sees_none, 0.0), lse.masked_fill(sees_none[..., 0], -torch.inf)
+    return out, lse
 
 
-def _tiles(cache: torch.Tensor, start: int, end: int, limit: torch.Tensor) -> torch.Tensor:
+def _per_row(limit: torch.Tensor, group: int, filled: int) -> torch.Tensor:
+    """[B, tokens] as a column of the packed rows [B, tokens * group + filled, 1]; rows that fill up have 0."""
+    return F.pad(limit.repeat_interleave(group, dim=1), (0, filled))[..., None]
+
+
+def _tiles(cache: torch.Tensor, start: int, end: int, limit: torch.Tensor, shortest: int) -> torch.Tensor:
     """Rows start..end-1 of a cache, in which nothing a row must not see is NaN, or so large that its score would
     overflow: that would outlive a mask.
 
     Usually these are the cache's own rows, garbage included; only where some of it is so bad are they copied.
     """
     tiles = cache[:, :, start:end]
-    # from here on, not every query row sees what is there
-    garbage = tiles[:, :, max(int(limit.min()) - start, 0) :]
+    # from the shortest limit on, not every query row sees what is there
+    garbage = tiles[:, :, max(shortest - start, 0) :]
     if garbage.shape[2] and not _all_within(garbage, HARMLESS):
         seen = torch.arange(start, start + tiles.shape[2], device=cache.device) < limit.amax(dim=1)[:, None]
         tiles = torch.where(seen[:, None, :, None], tiles, 0)
@@ -108,35 +115,38 @@ def _all_within(x: torch.Tensor, bound: float) -> bool:
 
 
 def _sdpa(
-    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of [B, HKV, R, D] over whole tiles with an additive mask -> out, and log-sum-exp [B, HKV, R]."""
+    """Attention of [B, HKV, R, D] with an additive mask [B, R, keys] -> out, and log-sum-exp [B, HKV, R]."""
+    mask = None if mask is None else mask[:, None]
     if rows.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows, keys, values, 0.0, False, attn_mask=mask, scale=scale
         )
     compute = accumulate_dtype(rows.dtype)
-    scores = (rows.to(compute) * scale) @ keys.to(compute).transpose(-1, -2) + mask.to(compute)
+    scores = (rows.to(compute) * scale) @ keys.to(compute).transpose(-1, -2)
+    if mask is not None:
+        scores += mask.to(compute)
     lse = scores.logsumexp(dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return weights @ values.to(compute), lse
+    return (weights @ values.to(compute)).to(rows.dtype), lse
 
 
 def _attend_own_block(
     rows: torch.Tensor, k_block: torch.Tensor, v_block: torch.Tensor, block_size: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed rows, each over the keys of its own block, in fp32 or more -> out, log-sum-exp."""
-    compute = accumulate_dtype(rows.dtype)
-    keys, values = (rearrange(x.to(compute), "b (n k) h d -> b h n k d", k=block_size) for x in (k_block, v_block))
-    num_blocks = keys.shape[2]
-    blocks = rearrange(rows.to(compute), "b h (n r) d -> b h n r d", n=num_blocks) * scale
+    compute, (B, HKV, _, D) = accumulate_dtype(rows.dtype), rows.shape
+    # [B, HKV, blocks, block_size, D]
+    keys, values = (x.view(B, -1, block_size, HKV, D).permute(0, 3, 1, 2, 4).to(compute) for x in (k_block, v_block))
+    blocks = rows.view(B, HKV, keys.shape[2], -1, D).to(compute) * scale
     scores = blocks @ keys.transpose(-1, -2)
-    lse = scores.logsumexp(dim=-1)
-    out = torch.exp(scores - lse[..., None]) @ values
-    return rearrange(out, "b h n r d -> b h (n r) d"), rearrange(lse, "b h n r -> b h (n r)")
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    out = torch.exp(scores - lse) @ values
+    return out.view(rows.shape), lse.view(rows.shape[:3])
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
     """Attention over two disjoint sets of keys from attention over each."""
     share = torch.sigmoid(lse.to(other.dtype) - other_lse)[..., None]
-    return out.to(other.dtype) * share + other * (1 - share)
+    return torch.lerp(other, out.to(other.dtype), share)
