@@ -32,9 +32,12 @@ class AnchorExamples(Dataset):
         num_anchors: blocks per row; drawn without replacement while the answers are long enough.
         domain_weights: share of the examples by domain. None: by number of rows.
         seed: of everything drawn.
+        surprise: for each row, how unlikely the frozen model found each of its tokens, in 0..1, and
+        focus: the share of the anchors drawn in proportion to it. In decoding a block begins where the last draft went
+            wrong, so at such tokens more often than elsewhere.
 
     Raises:
-        ValueError: no rows, or weights that do not name exactly the domains there are.
+        ValueError: no rows, weights that do not name exactly the domains there are, or focus without surprise.
     """
 
     def __init__(
@@ -44,10 +47,15 @@ class AnchorExamples(Dataset):
         num_anchors: int,
         domain_weights: Mapping[str, float] | None = None,
         seed: int = 0,
+        surprise: Sequence[np.ndarray] | None = None,
+        focus: float = 0.0,
     ) -> None:
         if not rows:
             raise ValueError("rows must not be empty: no row of the data has an answer to learn from")
+        if not 0 <= focus < 1 or (focus and surprise is None):
+            raise ValueError(f"focus must be in [0, 1), and 0 where no surprise is given, but got {focus}")
         self.rows, self.num_examples, self.num_anchors, self.seed = rows, num_examples, num_anchors, seed
+        self.surprise, self.focus = surprise, focus
         counts = Counter(row.domain for row in rows)
         weights = counts if domain_weights is None else domain_weights
         if set(weights) != set(counts) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -65,7 +73,11 @@ class AnchorExamples(Dataset):
         generator = np.random.default_rng((self.seed, index))
         row_id = int(np.searchsorted(self._cumulative, generator.random(), side="right"))
         places = np.concatenate([np.arange(start - 1, end - 1) for start, end in self.rows[row_id].answers])
-        anchors = generator.choice(places, self.num_anchors, replace=len(places) < self.num_anchors)
+        chances = None
+        if self.focus:
+            unlikely = self.surprise[row_id][places] + 1e-6
+            chances = (1 - self.focus) / len(places) + self.focus * unlikely / unlikely.sum()
+        anchors = generator.choice(places, self.num_anchors, replace=len(places) < self.num_anchors, p=chances)
         return {"row_id": row_id, "anchors": np.sort(anchors)}
 
 

@@ -43,6 +43,9 @@ class ViewTrainingArguments(TrainingArguments):
     mask_embedding: bool = _option(True, "Train an embedding of the mask token that the frozen model does not see.")
     loss: Loss = _option("kl", "kl: the frozen model's probabilities; ce: its own tokens.")
     position_decay: float | None = _option(4.0, "Row i of a block weighs exp(-i / decay); null: all alike.")
+    anchor_focus: float = _option(
+        0.0, "Share of the anchors drawn where the frozen model was unsure, as decoding does; needs cache_dir."
+    )
     domain_weights: dict[str, float] | str | None = _option(None, "Share of the rows by domain; null: as in the data.")
     teacher_top_k: int = _option(32, "Teacher probabilities kept per position in the cache.")
     eval_anchors: int = _option(8, "Blocks per held-out row.")
@@ -69,6 +72,9 @@ class ViewTrainingArguments(TrainingArguments):
         _require(self.loss in ("kl", "ce"), "loss", "'kl' or 'ce'", self.loss)
         _require(self.position_decay is None or self.position_decay > 0, "position_decay", "> 0 or null",
                  self.position_decay)  # fmt: skip
+        _require(0 <= self.anchor_focus < 1, "anchor_focus", "in [0, 1)", self.anchor_focus)
+        _require(not self.anchor_focus or self.cache_dir is not None, "anchor_focus", "0 without cache_dir",
+                 self.anchor_focus)  # fmt: skip
         _require(self.frozen_dtype in ("float32", "bfloat16", "float16"), "frozen_dtype",
                  "float32, bfloat16 or float16", self.frozen_dtype)  # fmt: skip
         _require(not self.load_best_model_at_end, "load_best_model_at_end", "false", self.load_best_model_at_end)

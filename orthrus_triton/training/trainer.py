@@ -26,7 +26,7 @@ from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
 from orthrus_triton.training.config import ViewTrainingArguments
 from orthrus_triton.training.data import TextRow
-from orthrus_triton.training.frozen_cache import FrozenCache
+from orthrus_triton.training.frozen_cache import FrozenCache, surprise
 
 STATE, STAGING = "trainer_state.json", ".checkpoint-being-written"
 
@@ -62,10 +62,13 @@ class ViewTrainer(Trainer):
             raise ValueError(f"block_size must be in 2..{model.block_size}, the model's, but got {block_size}")
         everything, cache = [*rows, *eval_rows], None
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        examples = AnchorExamples(rows, args.max_steps * per_step, args.num_anchors, args.domain_weights, args.seed)
         if args.cache_dir is not None:
             with args.main_process_first(desc="the frozen cache"):
                 cache = FrozenCache.open_or_build(args.cache_dir, model, everything, args.teacher_top_k)
+        examples = AnchorExamples(
+            rows, args.max_steps * per_step, args.num_anchors, args.domain_weights, args.seed,
+            surprise(cache, rows) if args.anchor_focus else None, args.anchor_focus,
+        )  # fmt: skip
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("_diff" in name)
             if "_diff" in name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from orthrus_triton.training.acceptance import acceptance
 from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
 from orthrus_triton.training.data import TextRow
-from orthrus_triton.training.frozen_cache import FrozenCache
+from orthrus_triton.training.frozen_cache import FrozenCache, surprise
 from orthrus_triton.training.objective import position_weights
 from orthrus_triton.training.student import BlockStudent
 from orthrus_triton.training.trainer import ViewTrainer
@@ -176,3 +177,24 @@ def test_examples_are_a_function_of_seed_and_number():
         AnchorExamples([], 1, 1)
     assert EvenAnchors(rows, 3, K, first_row_id=7)[0]["anchors"].tolist() == [3, 14, 26]
     assert EvenAnchors(rows, 3, K, first_row_id=7)[1]["row_id"] == 8
+
+
+def test_anchors_gather_where_the_frozen_model_was_unsure(tmp_path):
+    model = make_model()
+    rows = own_rows(model, 3)
+    cache = FrozenCache.open_or_build(tmp_path, model, rows, top_k=model.vocab_size, dtype=torch.float32)
+    unlikely = surprise(cache, rows)
+    for row, values in zip(rows, unlikely):
+        probs = model(torch.tensor([row.ids])).softmax(-1)[0]
+        for n in range(row.prompt_len, len(row.ids)):
+            assert values[n] == pytest.approx(1 - float(probs[n - 1, row.ids[n]].detach()), abs=1e-4)
+        assert values[row.prompt_len - 1] == 1 and not values[: row.prompt_len - 1].any()
+    sharp = [np.eye(len(row.ids))[row.prompt_len + 2] for row in rows]
+    at_sharp = []
+    for focus in (0.0, 0.8):
+        examples = AnchorExamples(rows, 400, 1, surprise=sharp, focus=focus)
+        drawn = [examples[n] for n in range(400)]
+        at_sharp.append(sum(one["anchors"][0] == rows[one["row_id"]].prompt_len + 2 for one in drawn))
+    assert at_sharp[0] < 100 and 280 < at_sharp[1] < 400
+    with pytest.raises(ValueError, match="focus must be in"):
+        AnchorExamples(rows, 1, 1, focus=0.5)
