@@ -1,5 +1,5 @@
 """Tier A on a CPU: the torch implementations of product and attention give a row the bits it has alone.
-Both work in tiles of eight rows, because BLAS picks its kernels by the row count."""
+Rows come in eights, because libraries pick their kernels by the row count; keys in whole tiles, for the same reason."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orthrus_triton import ops
+from orthrus_triton.ops import _cpu_product
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
@@ -25,13 +26,13 @@ def test_a_row_of_a_product_has_the_bits_it_has_alone(dtype, rows, at, shape, bi
 
 
 @given(
-    DTYPES, st.integers(1, 33), st.integers(0, 32), st.integers(0, 700), st.sampled_from([(1, 16), (3, 64), (4, 24)])
+    DTYPES, st.integers(1, 33), st.integers(0, 32), st.integers(0, 1700), st.sampled_from([(1, 16), (3, 64), (4, 24)])
 )
 def test_a_row_of_attention_has_the_bits_it_has_alone(dtype, rows, at, context, heads):
     group, D = heads
     at = at % rows
     q = torch.randn(1, rows, 2 * group, D).to(dtype)
-    k, v = torch.randn(2, 1, 2, 768, D).to(dtype)
+    k, v = torch.randn(2, 1, 2, 1740, D).to(dtype)
     key_limit = (context + 1 + torch.arange(rows, dtype=torch.int32))[None]
     together = ops.dual_view_attention(q, k, v, key_limit, impl="torch")
     row = slice(at, at + 1)
@@ -44,3 +45,25 @@ def test_both_products_are_the_product(impl):
     x, weight, residual = torch.randn(3, 5, 64), torch.randn(24, 64), torch.randn(3, 5, 24)
     expected = x.double() @ weight.double().T + residual.double()
     assert torch.allclose(ops.linear(x, weight, None, residual, impl=impl).double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_taller_products_are_taken_only_where_they_have_the_bits_of_tiles(dtype, monkeypatch):
+    x, weight = torch.randn(40, 96).to(dtype), torch.randn(64, 96).to(dtype)
+    tiles = torch.cat([ops.linear(tile, weight, impl="torch") for tile in x.split(8)])
+    shapes = []
+
+    def uneven(x, weight, bias):
+        """A library that rounds otherwise for more than eight rows."""
+        shapes.append(len(x))
+        out = torch.nn.functional.linear(x, weight, bias)
+        return out if len(x) == 8 else out * (1 + 2**-6)
+
+    assert torch.equal(ops.linear(x, weight, impl="torch"), tiles)
+    _cpu_product.has_tile_bits.cache_clear()
+    monkeypatch.setattr(_cpu_product, "library_product", uneven)
+    together = ops.linear(x, weight, impl="torch")
+    alone = torch.cat([ops.linear(row, weight, impl="torch") for row in x.split(1)])
+    _cpu_product.has_tile_bits.cache_clear()
+    assert torch.equal(together, alone)
+    assert shapes.count(40) == 1  # the bit test itself, and never again
