@@ -8,6 +8,7 @@ import typer
 
 from orthrus_triton import __version__
 from orthrus_triton.cli import (
+    autotune,
     chat,
     convert,
     demo,
@@ -40,6 +41,7 @@ app.command()(evaluate.evaluate)
 app.command()(train.train)
 app.command()(export_view.export_view)
 app.command()(verify.verify)
+app.command()(autotune.autotune)
 app.command()(doctor.doctor)
 
 
@@ -68,6 +70,7 @@ def _root(
     orthrus-triton distill-data OUT --builtin     write training data with the frozen model
     orthrus-triton evaluate --prompts FILE        measure what its drafts are worth
     orthrus-triton verify --prompts FILE          check that both modes give the same tokens
+    orthrus-triton autotune --model ./orthrus     tune the kernels to this GPU
     orthrus-triton doctor                         what runs where, and why
     """
 

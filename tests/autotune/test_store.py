@@ -1,0 +1,300 @@
+"""Look-up: the order of the files, strict reading, what is said and how often, and writers side by side."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_triton.autotune import describe, files, lookup, store
+from orthrus_triton.autotune.config import KernelConfig, Problem
+from orthrus_triton.autotune.space import SPACES
+from tests.autotune.conftest import GPU
+
+CPU = torch.device("cpu")
+KEY = {"N": 512, "K": 512}
+NAME = files.file_name(GPU.name)
+
+
+def entry(block_n: int = 32, **changes: object) -> files.Entry:
+    space = SPACES["linear"]
+    fields = {
+        "op": "linear", "version": space.version, "source": space.source(), "dtype": "bf16", "key": KEY,
+        "constants": {"BLOCK_M": 16, "BLOCK_N": block_n, "BLOCK_K": 64, "SPLIT_K": 1},
+        "launch": {"num_warps": 4, "num_stages": 3}, "origin": "measured",
+    }  # fmt: skip
+    return files.Entry(**(fields | changes))
+
+
+def write(folder: Path, *entries: files.Entry, name: str = NAME, gpu: str | None = GPU.name) -> Path:
+    files.merge_entries(folder / name, gpu, GPU.family, GPU.capability, list(entries))
+    store.forget()
+    return folder / name
+
+
+def find() -> store.Found:
+    return store.find("linear", torch.bfloat16, CPU, **KEY)
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(files, "PACKAGED", tmp_path / "packaged")
+    return tmp_path / "packaged"
+
+
+def test_order(folder, packaged, on_gpu):
+    rule = SPACES["linear"].default("bf16", "sm90", KEY)
+    assert find() == store.Found(rule, store.BUILT_IN)
+    places = [(packaged, f"{GPU.family}.json", None, 16, store.FAMILY), (packaged, NAME, GPU.name, 32, store.PACKAGED)]
+    for where, name, gpu, block_n, place in [*places, (folder, NAME, GPU.name, 64, store.USER)]:
+        write(where, entry(block_n), name=name, gpu=gpu)
+        found = find()
+        assert (found.place, found.config["BLOCK_N"]) == (place, block_n)
+    # explicit comes before all: an op's `config=` never asks
+    assert lookup("linear", torch.float16, CPU, **KEY) == SPACES["linear"].default("fp16", "sm90", KEY)
+
+
+def test_the_variable_is_read_at_look_up(folder, on_gpu, tmp_path, monkeypatch):
+    write(folder, entry(16))
+    write(tmp_path / "other", entry(64))
+    assert find().config["BLOCK_N"] == 16
+    monkeypatch.setenv(files.CONFIG_DIR_VARIABLE, str(tmp_path / "other"))
+    assert find().config["BLOCK_N"] == 64
+
+
+def test_a_configuration_stays_for_the_life_of_the_process(folder, on_gpu):
+    write(folder, entry(16))
+    assert find().config["BLOCK_N"] == 16
+    files.merge_entries(folder / NAME, GPU.name, GPU.family, GPU.capability, [entry(64)])
+    assert find().config["BLOCK_N"] == 16
+    store.forget()
+    assert find().config["BLOCK_N"] == 64
+
+
+def test_a_miss_logs_one_line_with_the_command(caplog, folder, on_gpu):
+    caplog.set_level(logging.INFO, "orthrus_triton.autotune")
+    for _ in range(3):
+        find()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "orthrus-triton autotune --key linear:K=512,N=512 --dtype bf16" in record.message
+    assert GPU.name in record.message
+    store.find("linear", torch.bfloat16, CPU, N=64, K=512)  # the next one does not shout
+    assert [r.levelno for r in caplog.records] == [logging.WARNING, logging.INFO]
+
+
+def test_without_a_gpu_nothing_is_said_and_no_folder_is_looked_at(caplog, monkeypatch):
+    monkeypatch.setattr(files, "user_folder", lambda: pytest.fail("looked"))
+    caplog.set_level(logging.DEBUG)
+    assert lookup("linear", torch.bfloat16, CPU, N=24, K=40) == SPACES["linear"].default(
+        "bf16", "sm90", {"N": 24, "K": 40}
+    )
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", [{"source": "0123456789abcdef"}, {"version": 99}], ids=["source", "version"])
+def test_stale_entries_are_ignored_and_said_so_once(change, caplog, folder, on_gpu):
+    other = {"N": 256, "K": 256}
+    write(folder, entry(**change), entry(key=other, **change))
+    assert find().place == store.BUILT_IN
+    store.find("linear", torch.bfloat16, CPU, **other)
+    stale = [record for record in caplog.records if "another version" in record.message]
+    assert len(stale) == 1 and "Tune again: orthrus-triton autotune" in stale[0].message
+    # a current entry beside it counts
+    write(folder, entry(64))
+    assert find().config["BLOCK_N"] == 64
+    assert len(files.read_table(folder / NAME).entries) == 3  # nothing of another version is thrown away
+
+
+HOSTILE = {
+    "empty": b"",
+    "not json": b"{",
+    "binary": bytes(range(256)),
+    "a list": b"[]",
+    "no entries": b'{"format": 1, "gpu": "Test GPU 9000", "family": "sm90", "capability": "9.0"}',
+    "other format": b'{"format": 2, "gpu": "Test GPU 9000", "family": "sm90", "capability": "9.0", "entries": []}',
+    "deep": b"[" * 100_000,
+    "huge integer": b'{"format": 1' + b"0" * 10_000 + b"}",
+    "NaN": b'{"format": NaN, "entries": []}',
+    "other gpu": b'{"format": 1, "gpu": "RTX", "family": "sm90", "capability": "9.0", "entries": []}',
+    "too large": b" " * (files.MOST_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_file_that_is_none_is_one_warning_and_the_default(content, caplog, folder, on_gpu):
+    folder.mkdir()
+    (folder / NAME).write_bytes(content)
+    expected = SPACES["linear"].default("bf16", "sm90", KEY)
+    assert find().config == expected and find().config == expected
+    store.find("linear", torch.bfloat16, CPU, N=24, K=40)
+    warnings = [r for r in caplog.records if str(folder / NAME) in r.message]
+    assert len(warnings) == 1 and warnings[0].levelno == logging.WARNING
+    # tuning does not lose what was there: it is moved aside
+    write(folder, entry(64))
+    assert find().config["BLOCK_N"] == 64
+    assert (folder / f"{NAME}.invalid").read_bytes() == content
+
+
+def test_a_truncated_file_is_one_warning_and_the_default(caplog, folder, on_gpu):
+    path = write(folder, entry(64))
+    whole = path.read_bytes()
+    expected = SPACES["linear"].default("bf16", "sm90", KEY)
+    for length in range(0, len(whole) - 2, 29):
+        path.write_bytes(whole[:length])
+        store.forget()
+        assert find().config == expected
+    assert len([r for r in caplog.records if str(path) in r.message]) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "unreadable link"])
+def test_what_is_no_file_is_not_waited_for(kind, folder, on_gpu):
+    import os
+
+    folder.mkdir()
+    path = folder / NAME
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path)
+    assert find().place == store.BUILT_IN
+
+
+FIELDS = [
+    ({"constants": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}}, "must hold BLOCK_M"),
+    ({"constants": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT_K": 1, "M": 2}}, "must hold BLOCK_M"),
+    ({"constants": {"BLOCK_M": 16, "BLOCK_N": 48, "BLOCK_K": 64, "SPLIT_K": 1}}, "BLOCK_N must be one of"),
+    ({"constants": {"BLOCK_M": 2**40, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT_K": 1}}, "integers in"),
+    ({"constants": {"BLOCK_M": 16.0, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT_K": 1}}, "integers in"),
+    ({"constants": {"BLOCK_M": True, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT_K": 1}}, "integers in"),
+    ({"constants": {"BLOCK_M": "16", "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT_K": 1}}, "integers in"),
+    ({"constants": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 256, "SPLIT_K": 1},
+      "launch": {"num_warps": 8, "num_stages": 5}}, "shared memory"),
+    ({"launch": {"num_warps": -4, "num_stages": 3}}, "integers in"),
+    ({"launch": [4, 3]}, "must be an object"),
+    ({"launch": {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": 1}}, "must hold BLOCK_M"),
+    ({"us": {"rows=1": -1}}, "numbers in 0..1e12"),
+    ({"origin": 7}, "`origin`"),
+    ({"op": "../../etc"}, "`op`"),
+    ({"version": "1"}, "`version`"),
+    ({"surprise": 1}, "surprise"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, said", FIELDS, ids=[said + str(n) for n, (_, said) in enumerate(FIELDS)])
+def test_a_hostile_entry_is_a_warning_and_the_default(changes, said, caplog, folder, on_gpu):
+    path = write(folder, entry(64))
+    content = json.loads(path.read_text())
+    content["entries"][0].update(changes)
+    path.write_text(json.dumps(content))
+    store.forget()
+    assert find().config == SPACES["linear"].default("bf16", "sm90", KEY)
+    assert said in "".join(record.message for record in caplog.records if str(path) in record.message)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(field=st.sampled_from(sorted(files.Entry.__dataclass_fields__)), value=json_values)
+def test_any_value_in_any_field_is_an_allowed_configuration_or_none(field, value, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / NAME
+    content = json.loads(write(path.parent, entry(64)).read_text())
+    content["entries"][0][field] = value
+    path.write_text(json.dumps(content))
+    table = files.read_table(path)
+    problem = Problem.of("linear", "bf16", **KEY)
+    found = store._current(table, problem, "sm90")
+    if found is not None:
+        assert SPACES["linear"].problem_with(found.config, "bf16", "sm90", KEY) is None
+
+
+WRITER = """
+import sys
+from tests.autotune.test_store import entry, write
+from pathlib import Path
+for n in range(12):
+    write(Path(sys.argv[1]), entry(key={"N": int(sys.argv[2]) + n, "K": 512}))
+"""
+
+
+def test_two_writers_lose_nothing(folder):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(start)]) for start in (1, 101)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    table = files.read_table(folder / NAME)
+    assert not table.problems
+    assert sorted(e.key["N"] for e in table.entries) == [*range(1, 13), *range(101, 113)]
+
+
+def test_a_writer_that_dies_leaves_the_old_file(folder, monkeypatch):
+    path = write(folder, entry(64))
+    before = path.read_bytes()
+    monkeypatch.setattr(files.os, "fsync", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write(folder, entry(32))
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir() if "lock" not in p.name) == [NAME]
+
+
+def test_describe_says_which_and_why(folder, on_gpu):
+    timed = entry(64, us={"rows=32": 12.5}, of_floor={"rows=32": 0.8})
+    write(folder, timed)
+    find()
+    store.find("linear", torch.bfloat16, CPU, N=24, K=40)
+    rows = {row.problem: row for row in describe(device="cpu")}
+    tuned = rows[Problem.of("linear", "bf16", **KEY)]
+    assert (tuned.place, tuned.origin, tuned.us) == (store.USER, "measured", {"rows=32": 12.5})
+    assert "12.5 us (80%) of floor" in str(tuned) and str(tuned.config) in str(tuned)
+    untuned = rows[Problem.of("linear", "bf16", N=24, K=40)]
+    assert untuned.place == store.BUILT_IN and "not measured" in untuned.origin
+
+
+def test_keys_as_text():
+    problem = Problem.of("linear", "fp16", N=6144, K=4096)
+    assert str(problem) == "linear:K=4096,N=6144" and Problem.parse(str(problem), "fp16") == problem
+    for wrong in ("linear", "linear:", "linear:N", "linear:N=x", "linear:N=1;K=2", "linear:N=99999999999"):
+        with pytest.raises(ValueError, match="must look like linear:N=6144,K=4096"):
+            Problem.parse(wrong, "bf16")
+
+
+def test_an_unknown_op_is_named():
+    with pytest.raises(KeyError, match="nonsense"):
+        lookup("nonsense", torch.bfloat16, CPU, N=1)
+
+
+def test_config_reads_and_writes_nothing_at_import(tmp_path):
+    """With a home that cannot be entered, and a variable that points nowhere, importing is silent."""
+    source = """
+import builtins, io, os
+import torch, einops  # whatever these read
+opened = []
+real = io.open
+def spy(file, *args, **kwargs):
+    opened.append(str(file))
+    return real(file, *args, **kwargs)
+builtins.open = io.open = spy
+import orthrus_triton.autotune, orthrus_triton.autotune.store, orthrus_triton.ops, orthrus_triton.autotune.tuner
+print([name for name in opened if name.endswith(("json", "jsonl"))])
+"""
+    env = {"PATH": "", "HOME": str(tmp_path / "home"), files.CONFIG_DIR_VARIABLE: str(tmp_path / "configs")}
+    env |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    assert not (tmp_path / "configs").exists()
+
+
+def test_equal_configurations_are_equal_whatever_the_order():
+    assert KernelConfig({"A": 1, "B": 2}).identity() == KernelConfig({"B": 2, "A": 1}).identity()

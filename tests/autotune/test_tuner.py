@@ -1,0 +1,249 @@
+"""The tuner from end to end on a CPU: real gate in the interpreter, real worker processes, fake compiler and clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus_triton.autotune import KernelConfig, files, run, store, tune
+from orthrus_triton.autotune.config import Problem
+from orthrus_triton.autotune.gate import Gate
+from orthrus_triton.autotune.run import Result
+from orthrus_triton.autotune.tunable_op import OPS
+from orthrus_triton.autotune.worker import NOT_RUN, Worker, ask_all, compiler_environment
+from tests.autotune import planted
+from tests.autotune.conftest import GPU
+
+CPU = torch.device("cpu")
+HANDLER = "tests.autotune.fake_jobs:handle"
+SCALE = planted.scale.problem("fp32", H=100)
+PRODUCT = planted.product.problem("fp32", N=16, K=100)
+
+
+def run_tune(*problems: Problem, **options: object) -> Result:
+    return tune(problems, device="cpu", gpu=GPU, handler=HANDLER, jobs=1, **options)
+
+
+def configs_of(op: str) -> dict[str, KernelConfig]:
+    return {str(config): config for config in OPS[op].space.candidates("fp32", "sm90", {"N": 16, "K": 100, "H": 100})}
+
+
+def stages(log: Path) -> list[str]:
+    return [json.loads(line)[0] for line in log.read_text().splitlines()]
+
+
+# --- the gate
+
+
+def test_a_configuration_whose_bits_depend_on_the_row_count_is_rejected():
+    gate = Gate.of(OPS["planted_product"], PRODUCT, CPU)
+    good, bad = (
+        KernelConfig({"BLOCK_K": 32, "WIDE_FROM": wide_from, "DROP": 1}) for wide_from in (1000, 8)
+    )  # fmt: skip
+    assert gate.problems(good) == []
+    (problem,) = gate.problems(bad)
+    assert "rows 0..0 alone have other bits than among 64 rows" in problem
+    # nothing but the bits gives it away: its results are as near to fp64 as anyone's
+    x, weight = gate.variants[0].inputs
+    torch.testing.assert_close(planted.product(x, weight, config=bad), x @ weight.T, atol=1e-4, rtol=0)
+
+
+def test_a_wrong_result_is_rejected():
+    gate = Gate.of(OPS["planted_product"], PRODUCT, CPU)
+    assert "exceeds the budget" in gate.problems(KernelConfig({"BLOCK_K": 32, "WIDE_FROM": 1000, "DROP": 2}))[0]
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem.of("linear", "bf16", ("gate_up", "head"), N=64, K=96),
+        Problem.of("dual_view_attention", "fp32", head_dim=64, group=2),
+    ],
+    ids=str,
+)
+def test_the_built_in_ops_pass_the_gate(problem: Problem):
+    from orthrus_triton.autotune import builtin  # noqa: F401
+
+    space = OPS[problem.op].space
+    gate = Gate.of(OPS[problem.op], problem, CPU)
+    default = space.default(problem.dtype, "sm90", problem.shape)
+    assert gate.problems(default) == []
+    assert len(gate.variants) == (3 if problem.op == "linear" else 2)
+
+
+# --- the pipeline
+
+
+def test_the_planted_configuration_never_wins_however_fast(fakes, folder):
+    every = configs_of("planted_product")
+    bad = [name for name, config in every.items() if config["WIDE_FROM"] == 8 or config["DROP"] == 2]
+    fakes(real=True, us=dict.fromkeys(bad, 1.0) | {"BLOCK_K=64 WIDE_FROM=1000 DROP=1": 50.0})
+    (outcome,) = run_tune(PRODUCT).outcomes
+    assert outcome.tried == len(every) and outcome.timed == len(every) - len(bad)
+    assert set(outcome.rejected) == set(bad)
+    assert outcome.entry.config == KernelConfig({"BLOCK_K": 64, "WIDE_FROM": 1000, "DROP": 1})
+
+
+def test_what_is_written_and_looked_up(fakes, folder, on_gpu):
+    fakes(real=True, us={"BLOCK=64 num_warps=2": 40.0}, noise=0.002)
+    result = run_tune(SCALE)
+    content = json.loads(result.path.read_text())
+    assert result.path == folder / "Test_GPU_9000.json" and result.unfinished == []
+    assert (content["gpu"], content["capability"], content["family"]) == ("Test GPU 9000", "9.0", "sm90")
+    (entry,) = content["entries"]
+    assert entry["constants"] == {"BLOCK": 64} and entry["launch"] == {"num_warps": 2}
+    assert {"op", "version", "source", "date", "driver", "torch", "triton", "us", "of_floor"} <= set(entry)
+    assert entry["us"] == {"rows=1": 40.0, "rows=32": 40.0} and entry["origin"] == "measured"
+    # bytes / bandwidth / time: x, weight and result are 100 floats each, at 1 GB/s in 40 us
+    assert entry["of_floor"]["rows=1"] == pytest.approx(3 * 400 / 1e9 / 40e-6, abs=1e-4)
+    found = store.find("planted_scale", torch.float32, CPU, H=100)
+    assert found.place == store.USER and found.config == KernelConfig({"BLOCK": 64}, {"num_warps": 2})
+    # the op itself runs with it
+    x, weight = torch.randn(3, 100), torch.randn(100)
+    torch.testing.assert_close(planted.scale(x, weight), x * weight)
+    assert not list(folder.glob("*.journal.jsonl")) and not list(folder.glob(".*tmp*"))
+
+
+def test_a_configuration_that_ends_its_process_ends_nothing_else(fakes, monkeypatch):
+    names = list(configs_of("planted_scale"))
+    monkeypatch.setattr(run, "GATE_TIMEOUT", 3.0)
+    fates = {
+        "compile": {names[0]: "crash"},
+        "gate": {names[1]: "hang", names[2]: "memory"},
+        "time": {names[3]: "killed"},
+    }
+    fakes(**fates, us={names[3]: 1.0, names[-1]: 50.0},
+    )  # fmt: skip
+    (outcome,) = run_tune(SCALE).outcomes
+    assert outcome.rejected == {
+        names[0]: "ended its process with signal 11",
+        names[1]: "took longer than 3 s",
+        names[2]: "MemoryError: no memory left",
+        names[3]: "while being timed: was killed, most likely for want of memory",
+    }
+    assert str(outcome.entry.config) == names[-1]
+
+
+@pytest.mark.parametrize(
+    "fate, said", [("crash", "signal 11"), ("killed", "for want of memory"), ("memory", "MemoryError"),
+                   ("exit", "exit code 3"), ("raise", "out of resource"), ("hang", "took longer than 1 s")]
+)  # fmt: skip
+def test_a_worker_survives_its_jobs(fate, said, fakes):
+    fakes(compile={"A=1": fate})
+    worker = Worker(HANDLER, compiler_environment())
+    jobs = [{"stage": "compile", "config": {"constants": {"A": n}, "launch": {}}} for n in (0, 1, 2)]
+    answers = [worker.ask(job, timeout) for job, timeout in zip(jobs, (60.0, 1.0, 60.0))]
+    worker.close()
+    assert said in answers[1]["error"] and answers[0] == answers[2] != answers[1]
+
+
+def test_workers_share_the_jobs_and_stop_in_time(fakes):
+    log = fakes(compile={"A=3": "hang"})
+    workers = [Worker(HANDLER, compiler_environment()) for _ in range(2)]
+    jobs = [{"stage": "compile", "config": {"constants": {"A": n}, "launch": {}}} for n in range(8)]
+    answers: dict[int, dict] = {}
+    left = lambda: 1.0 if len(answers) < 5 else 0.0  # noqa: E731
+    ask_all(workers, jobs, 2.0, answers.__setitem__, left)
+    for worker in workers:
+        worker.close()
+    assert sorted(answers) == list(range(8)) and "took longer" in answers[3]["error"]
+    not_run = [n for n, answer in answers.items() if answer.get("error") == NOT_RUN]
+    assert 0 < len(not_run) <= 3 and len(stages(log)) == 8 - len(not_run)
+
+
+def test_nothing_is_written_if_no_candidate_gets_through(fakes, folder):
+    fakes(gate=dict.fromkeys(configs_of("planted_scale"), "raise"))
+    (outcome,) = run_tune(SCALE).outcomes
+    assert outcome.entry is None and len(outcome.rejected) == 6
+    assert not (folder / "Test_GPU_9000.json").exists()
+
+
+# --- stop and resume
+
+
+def test_an_interrupted_run_goes_on_where_it_was(fakes, folder):
+    log = fakes()
+    problems = (SCALE, PRODUCT)
+    seen = []
+
+    def interrupt(done: int, total: int, text: str) -> None:
+        seen.append(text)
+        if "planted_product" in text and "checking" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tune(*problems, advance=interrupt)
+    assert len(store.files.read_table(folder / "Test_GPU_9000.json").entries) == 1  # the first one is safe
+    before = stages(log)
+    result = run_tune(*problems)
+    again = stages(log)[len(before) :]
+    total = len(configs_of("planted_scale")) + len(configs_of("planted_product"))
+    assert [outcome.entry is not None for outcome in result.outcomes] == [True, True]
+    # no compilation and no check twice; a job that was under way when the run was stopped may be asked again
+    assert before.count("compile") + again.count("compile") <= total + 1
+    assert before.count("gate") + again.count("gate") <= total + 1
+    assert again.count("time") == 2  # of the second problem alone: a first look, then the near-winners
+    assert not list(folder.glob("*.journal.jsonl"))
+
+
+def test_out_of_budget_says_what_is_left(fakes):
+    result = run_tune(SCALE, PRODUCT, budget=1e-3)
+    assert result.outcomes == [] and result.unfinished == [SCALE, PRODUCT]
+
+
+# --- the same again
+
+
+def test_tuning_again_keeps_the_winner_within_noise_and_says_when_it_changed(fakes):
+    names = list(configs_of("planted_scale"))
+    fakes(us={names[3]: 90.0})
+    (first,) = run_tune(SCALE).outcomes
+    assert str(first.entry.config) == names[3] and first.previous is None
+    fakes(us={names[3]: 90.0, names[1]: 89.5})  # another is faster by less than can be told
+    (second,) = run_tune(SCALE, repeats=3).outcomes
+    assert str(second.entry.config) == names[3] and not second.changed
+    assert [str(config) for config, _ in second.choices] == [names[3]] * 3
+    assert second.choices[0][1] == pytest.approx(90 / 89.5 - 1)
+    fakes(us={names[3]: 90.0, names[1]: 50.0})
+    (third,) = run_tune(SCALE).outcomes
+    assert str(third.entry.config) == names[1] and third.changed and str(third.previous) == names[3]
+
+
+def test_without_a_gpu_it_says_what_can_be_done(folder):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="timing needs a GPU.*--dry-run --target sm_90"):
+        tune("qwen3-8b")
+    assert not folder.exists()
+
+
+def test_a_packaged_and_a_user_configuration_of_the_same_content_give_the_same_bits(
+    fakes, folder, on_gpu, tmp_path, monkeypatch
+):
+    from orthrus_triton import ops
+
+    config = KernelConfig(
+        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SPLIT_K": 2}, {"num_warps": 4, "num_stages": 2}
+    )
+    space = store.SPACES["linear"]
+    entry = files.Entry(
+        "linear", space.version, space.source(), "fp32", {"N": 48, "K": 128}, config.constants, config.launch
+    )
+    x, weight = torch.randn(5, 128), torch.randn(48, 128)
+    results = {"explicit": ops.linear(x, weight, impl="triton", config=config)}
+    monkeypatch.setattr(files, "PACKAGED", tmp_path / "packaged")
+    for place, where in ((store.USER, folder), (store.PACKAGED, tmp_path / "packaged")):
+        files.merge_entries(where / files.file_name(GPU.name), GPU.name, GPU.family, GPU.capability, [entry])
+        store.forget()
+        assert store.find("linear", torch.float32, CPU, N=48, K=128).place == place
+        results[place] = ops.linear(x, weight, impl="triton")
+        (where / files.file_name(GPU.name)).unlink()
+    store.forget()
+    results["built-in"] = ops.linear(x, weight, impl="triton")
+    assert torch.equal(results[store.USER], results["explicit"])
+    assert torch.equal(results[store.PACKAGED], results["explicit"])
+    # and the file's content does matter: the built-in rule sums in another order
+    assert not torch.equal(results["built-in"], results["explicit"])
