@@ -23,7 +23,7 @@ TARGETS = {
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 POINTER_TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.float64: "*fp64", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -89,15 +89,21 @@ def compile_launch(launch: Launch, family: str) -> CompileReport:
         if parameter.is_constexpr or (value == 1 if _specialises(parameter, value) else False):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
+            # an empty list, as the JIT has it: the same source finds the same file in Triton's cache
+            attributes[(index,)] = []
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTER_TYPES[value.dtype]
             divisible = True
+        elif isinstance(value, bool):
+            signature[parameter.name] = "u1"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = _specialises(parameter, value) and value % 16 == 0
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if divisible or _specialises(parameter, value):
+            attributes[(index,)] = [["tt.divisibility", 16]] if divisible else []
     source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
     target = triton.backends.compiler.GPUTarget(*TARGETS[family])
     compiled = triton.compile(source, target=target, options=launch.options)
@@ -106,7 +112,7 @@ def compile_launch(launch: Launch, family: str) -> CompileReport:
 
 
 def _specialises(parameter: Any, value: Any) -> bool:
-    return isinstance(value, int) and not parameter.do_not_specialize
+    return isinstance(value, int) and not isinstance(value, bool) and not parameter.do_not_specialize
 
 
 def _cuda_usage(compiled: Any) -> tuple[int, int]:

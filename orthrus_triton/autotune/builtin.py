@@ -20,6 +20,8 @@ from orthrus_triton.ops.sample import launch_greedy_choice
 from orthrus_triton.ops.swiglu import launch_swiglu
 
 CHECKED_COLUMNS = 1024  # of a wide weight, for the fp64 reference
+WINDOW = 2048  # of the draft that is checked
+VERIFY = (None, None, None, None)  # no block keys, no window
 
 
 def _randn(seed: int, device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -88,13 +90,15 @@ class Linear(TunableOp):
         return loads
 
     def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device) -> None:
-        """The plain product always: whoever has this weight may ask for it."""
+        """The plain product always, as it is checked and timed, and with all that can be asked of it."""
         x, weight = self._inputs(problem, 32, device)
         bias, residual = weight[:, 0].contiguous(), x.new_empty(32, problem.shape["N"])
+        _product((x, weight), config)
         launch_linear(x, weight, bias, residual, x.dtype, config)
         if "gate_up" in problem.uses:
             launch_linear_swiglu(x, weight, None, config)
         if "head" in problem.uses:
+            _logits((x, weight), config)
             launch_lm_head_choice(x, weight, config)
 
     def _inputs(self, problem: Problem, rows: int, device: torch.device, with_weight: bool = True) -> Inputs:
@@ -110,17 +114,18 @@ class Attention(TunableOp):
 
     def variants(self, problem: Problem, device: torch.device) -> list[Variant]:
         """A verify pass, each row against itself alone in a shorter cache with NaN behind what it sees; and a draft of
-        two blocks, each against itself alone."""
-        rows, context, kv_heads = (32, 3000, 2) if device.type == "cuda" else (18, 60, 1)
+        two blocks under a sliding window, each against itself alone."""
+        rows, context, kv_heads = (32, 3000, TIMED_KV_HEADS) if device.type == "cuda" else (18, 60, 1)
         q, k, v = self._tensors(problem, rows, context + rows + 40, kv_heads, device)
         limit = context + torch.arange(1, rows + 1, dtype=torch.int32, device=device)[None]
         block = rows // 2
         blocks = [_randn(7 + n, device, q.dtype, 1, rows, kv_heads, q.shape[3]) for n in range(2)]
         anchors = limit[:, :1].expand(1, rows).contiguous()
         return [
-            Variant("verify", (q, k, v, limit, None, None, None), self._run, _cut_verify,
+            Variant("verify", (q, k, v, limit, *VERIFY), self._run, _cut_verify,
                     row_slices(rows), self._exact, self._plain),
-            Variant("draft", (q, k, v, anchors, *blocks, block), self._run, _cut_draft,
+            Variant("draft", (q, k, v, anchors, *blocks, block, WINDOW if device.type == "cuda" else 40), self._run,
+                    _cut_draft,
                     [(0, block), (block, rows)], self._exact, self._plain),
         ]  # fmt: skip
 
@@ -134,19 +139,19 @@ class Attention(TunableOp):
                 copies = [(k, v)]
                 for _ in range(copies_beyond_cache(2 * k.nbytes, device) - 1):
                     copies.append((k.clone(), v.clone()))
-                inputs = [(q, k, v, limit, None, None, None) for k, v in copies]
+                inputs = [(q, k, v, limit, *VERIFY) for k, v in copies]
                 loads.append(
                     Load(f"rows={rows} context={context}", self._run, inputs, 2 * k.nbytes + 2 * q.nbytes)
                 )  # fmt: skip
         return loads
 
     def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device) -> None:
-        """With a window and block keys, the union of the branches; then the plain verify pass."""
-        q, k, v = self._tensors(problem, 32, 4096, 2, device)
+        """What is checked and timed: with window and block keys, which is the union of the branches, and without."""
+        q, k, v = self._tensors(problem, 32, 4096, TIMED_KV_HEADS, device)
         limit = torch.empty(1, 32, dtype=torch.int32, device=device)
-        block = torch.empty(1, 32, 2, q.shape[3], dtype=q.dtype, device=device)
-        launch_attention(q, k, v, limit, block, block, 32, 4096, q.shape[3] ** -0.5, config)
-        self._run((q, k, v, limit, None, None, None), config)
+        block = torch.empty(1, 32, TIMED_KV_HEADS, q.shape[3], dtype=q.dtype, device=device)
+        self._run((q, k, v, limit, block, block, 16, WINDOW), config)
+        self._run((q, k, v, limit, *VERIFY), config)
 
     def _tensors(self, problem: Problem, rows: int, capacity: int, kv_heads: int, device: torch.device) -> Inputs:
         head_dim, group, dtype = problem.shape["head_dim"], problem.shape["group"], DTYPES[problem.dtype]
@@ -155,17 +160,16 @@ class Attention(TunableOp):
 
     @staticmethod
     def _run(inputs: Inputs, config: KernelConfig) -> torch.Tensor:
-        q, k, v, limit, k_block, v_block, block = inputs
-        return launch_attention(q, k, v, limit, k_block, v_block, block, None, q.shape[3] ** -0.5, config)[0]
+        return launch_attention(*inputs, inputs[0].shape[3] ** -0.5, config)[0]
 
     @staticmethod
     def _exact(inputs: Inputs) -> torch.Tensor:
         q, *rest = (x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-        return attention_reference(q, *rest, None, q.shape[3] ** -0.5)[0]
+        return attention_reference(q, *rest, q.shape[3] ** -0.5)[0]
 
     @staticmethod
     def _plain(inputs: Inputs) -> torch.Tensor:
-        return attention_torch(*inputs, None, inputs[0].shape[3] ** -0.5)[0]
+        return attention_torch(*inputs, inputs[0].shape[3] ** -0.5)[0]
 
 
 def _cut_rows(inputs: Inputs, start: int, stop: int) -> Inputs:
@@ -180,10 +184,10 @@ def _cut_verify(inputs: Inputs, start: int, stop: int) -> Inputs:
 
 
 def _cut_draft(inputs: Inputs, start: int, stop: int) -> Inputs:
-    q, k, v, limit, k_block, v_block, block = inputs
+    q, k, v, limit, k_block, v_block, *rest = inputs
     k, v = _shortened(k, v, int(limit[0, stop - 1]))
     part = (slice(None), slice(start, stop))
-    return q[part], k, v, limit[part], k_block[part], v_block[part], block
+    return q[part], k, v, limit[part], k_block[part], v_block[part], *rest
 
 
 def _shortened(k: torch.Tensor, v: torch.Tensor, limit: int) -> Sequence[torch.Tensor]:

@@ -66,5 +66,5 @@ def _described(problem: Problem, device: torch.device) -> Described:
     found = store.find(problem.op, DTYPES[problem.dtype], device, **problem.shape)
     entry = found.entry
     if entry is None:
-        return Described(problem, found.config, found.place, None, "chosen by compiling it, not measured", {}, {})
+        return Described(problem, found.config, found.place, None, "not measured", {}, {})
     return Described(problem, found.config, found.place, found.path, entry.origin, entry.us, entry.of_floor)

@@ -128,7 +128,7 @@ class BuiltInSpace(Space):
         """The built-in rule."""
         return KernelConfig(*defaults.RULES[self.name](DTYPES[dtype], family, **key))
 
-    def shared_bytes(self, config: KernelConfig, dtype: str, key: dict[str, int]) -> int:
+    def shared_bytes(self, config: KernelConfig, dtype: str, family: str, key: dict[str, int]) -> int:
         """Shared memory of a program, at most."""
         raise NotImplementedError
 
@@ -138,7 +138,7 @@ class BuiltInSpace(Space):
 
     def rank(self, config: KernelConfig, dtype: str, family: str, key: dict[str, int]) -> float:
         """By the estimate, without a compiler's word on registers."""
-        return self.cost(config, dtype, family, key, self.shared_bytes(config, dtype, key), GUESSED_REGISTERS)
+        return self.cost(config, dtype, family, key, self.shared_bytes(config, dtype, family, key), GUESSED_REGISTERS)
 
     def cost(
         self, config: KernelConfig, dtype: str, family: str, key: dict[str, int], shared: int, registers: int
@@ -149,7 +149,7 @@ class BuiltInSpace(Space):
 
     def misfit(self, config: KernelConfig, dtype: str, family: str, key: dict[str, int]) -> str | None:
         """Shared memory, and accumulators that registers can hold."""
-        shared, limit = self.shared_bytes(config, dtype, key) + SHARED_SLACK, SHARED_MEMORY_LIMIT[family]
+        shared, limit = self.shared_bytes(config, dtype, family, key) + SHARED_SLACK, SHARED_MEMORY_LIMIT[family]
         if shared > limit:
             return f"{config} needs up to {shared} bytes of shared memory, {family} has {limit}"
         return None
@@ -168,7 +168,7 @@ class LinearSpace(BuiltInSpace):
         }  # fmt: skip
         super().__init__("linear", 1, ("N", "K"), choices)
 
-    def shared_bytes(self, config: KernelConfig, dtype: str, key: dict[str, int]) -> int:
+    def shared_bytes(self, config: KernelConfig, dtype: str, family: str, key: dict[str, int]) -> int:
         """Tiles of x and of the weight, one of each per stage."""
         tile = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"]
         return tile * DTYPES[dtype].itemsize * config.launch["num_stages"]
@@ -212,13 +212,14 @@ class AttentionSpace(BuiltInSpace):
         }  # fmt: skip
         super().__init__("dual_view_attention", 1, ("head_dim", "group"), choices)
 
-    def shared_bytes(self, config: KernelConfig, dtype: str, key: dict[str, int]) -> int:
+    def shared_bytes(self, config: KernelConfig, dtype: str, family: str, key: dict[str, int]) -> int:
         """Tiles of queries, keys, values and weights; or, on the way out, accumulators beside what is still there."""
         width, size = 1 << max(key["head_dim"] - 1, 15).bit_length(), DTYPES[dtype].itemsize
         rows, pair, stages = config["BLOCK_M"], 2 * config["BLOCK_N"] * width * size, config.launch["num_stages"]
-        queries, accumulators = rows * width * size, rows * width * 4
-        tiles = queries + rows * config["BLOCK_N"] * size + stages * pair
-        return max(tiles, accumulators + max(queries, (stages - 1) * pair))
+        queries, weights, accumulators = rows * width * size, rows * config["BLOCK_N"] * size, rows * width * 4
+        if family == "gfx942":  # the accumulators leave through memory that the tiles no longer need
+            return max(queries + weights + stages * pair, accumulators + max(queries, (stages - 1) * pair))
+        return queries + max(weights, accumulators) + stages * pair
 
     def problem_with_key(self, dtype: str, key: dict[str, int]) -> str | None:
         """Also: a head that fits a tile."""

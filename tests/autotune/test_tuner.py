@@ -146,7 +146,7 @@ def test_workers_share_the_jobs_and_stop_in_time(fakes):
     jobs = [{"stage": "compile", "config": {"constants": {"A": n}, "launch": {}}} for n in range(8)]
     answers: dict[int, dict] = {}
     left = lambda: 1.0 if len(answers) < 5 else 0.0  # noqa: E731
-    ask_all(workers, jobs, 2.0, answers.__setitem__, left)
+    ask_all(workers, jobs, 6.0, answers.__setitem__, left)
     for worker in workers:
         worker.close()
     assert sorted(answers) == list(range(8)) and "took longer" in answers[3]["error"]
