@@ -24,6 +24,7 @@ from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill
 from orthrus_triton.modules.prompts import split_prompts
 from orthrus_triton.modules.run_to_end import Stop, run_to_end
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams, SamplingRule, params_of
+from orthrus_triton.ops._cpu_packing import forget_changed
 from orthrus_triton.ops._dispatch import IMPLS, resolve_impl
 
 EOS_SLOTS = 8  # places for stop ids are made in eights, so that calls with few of them share buffers
@@ -180,6 +181,7 @@ class ConsensusDecoder:
         self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids))
         self._state.reset(eos_ids, choosing, self.model.vocab_size)
         self.choosing = choosing
+        forget_changed()
         self._runner.keep_or_drop(weight_addresses(self.model))
         impl = resolve_impl(self.impl, self.cache.context_len)
         # what runs on the host cannot be captured
@@ -225,7 +227,8 @@ class ConsensusDecoder:
         block = state.anchors(block_size)
         hidden = self.model.forward_view(block, cache, view_pass)
         drafted = self.choose(hidden[:, : block_size - 1], state, view_pass)
-        return torch.cat((block[:, :1], drafted), dim=1)
+        # where the draft has no token it proposes some token: verify says what is to be said
+        return torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
 
     def verify(
         self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from orthrus_triton.ops._cpu_packing import PACKED_DTYPES, has_onednn, pack, packed_weight
+
 ROW_TILE = 8  # libraries take other kernels for fewer rows
 MAX_ROWS = 128  # of one product
 
@@ -27,34 +29,49 @@ def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """All rows in one call of the fastest library there is; x [..., K] -> [..., N]."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _has_onednn():
-        # oneDNN also for fp32, where F.linear takes MKL: about a third faster for few rows, and alike for all counts
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "").view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
+    if x.device.type != "cpu" or x.dtype not in PACKED_DTYPES or not has_onednn():
+        return F.linear(x, weight, bias)
+    # oneDNN also for fp32, where F.linear takes MKL, which is slower for few rows and rounds them by their number
+    packed = packed_weight(weight)
+    return _onednn(x.reshape(-1, x.shape[-1]), weight if packed is None else packed, bias).view(*x.shape[:-1], -1)
 
 
 def _rows_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.shape[0]
-    if rows == ROW_TILE or has_tile_bits(rows, *weight.shape, weight.dtype, torch.get_num_threads()):
-        return library_product(x, weight, bias)
-    return torch.cat([library_product(tile, weight, bias) for tile in x.split(ROW_TILE)])
+    of = (*weight.shape, weight.dtype, torch.get_num_threads())
+    packed = packed_weight(weight)
+    for rows in (x.shape[0], ROW_TILE):
+        if packed is not None and has_tile_bits(rows, *of, True):
+            product, factor = _onednn, packed
+        elif rows == ROW_TILE or has_tile_bits(rows, *of, False):
+            product, factor = _plain, weight
+        else:
+            continue
+        break
+    if rows == x.shape[0]:
+        return product(x, factor, bias)
+    return torch.cat([product(tile, factor, bias) for tile in x.split(rows)])
 
 
 @cache
-def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: int) -> bool:
-    """Whether one product of `rows` rows has, here and now, the bits of the same rows in tiles of eight.
+def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: int, packed: bool) -> bool:
+    """Whether one product of `rows` rows has, here and now, the bits of the same rows in tiles of eight, times the
+    weight as it is.
 
-    A library chooses its kernel by shape, dtype and threads, not by the numbers, so random ones decide for all.
+    A library chooses its kernel by shape, layout, dtype and threads, not by the numbers, so random ones decide for all.
     """
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, K, generator=generator).to(dtype)
     some = torch.randn(min(N, 512), K, generator=generator).to(dtype)
     weight = some.repeat(-(-N // len(some)), 1)[:N].contiguous()
-    tiles = torch.cat([library_product(tile, weight, None) for tile in x.split(ROW_TILE)])
-    return torch.equal(library_product(x, weight, None), tiles)
+    tiles = torch.cat([_plain(tile, weight, None) for tile in x.split(ROW_TILE)])
+    return torch.equal(_onednn(x, pack(weight), None) if packed else _plain(x, weight, None), tiles)
 
 
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if x.dtype in PACKED_DTYPES and has_onednn():
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

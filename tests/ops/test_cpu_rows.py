@@ -61,7 +61,7 @@ def test_taller_products_are_taken_only_where_they_have_the_bits_of_tiles(dtype,
 
     assert torch.equal(ops.linear(x, weight, impl="torch"), tiles)
     _cpu_product.has_tile_bits.cache_clear()
-    monkeypatch.setattr(_cpu_product, "library_product", uneven)
+    monkeypatch.setattr(_cpu_product, "_plain", uneven)
     together = ops.linear(x, weight, impl="torch")
     alone = torch.cat([ops.linear(row, weight, impl="torch") for row in x.split(1)])
     _cpu_product.has_tile_bits.cache_clear()

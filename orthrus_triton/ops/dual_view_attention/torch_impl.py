@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_triton.ops._dispatch import accumulate_dtype
+from orthrus_triton.ops.dual_view_attention.visible_tiles import VisibleTiles, visible_tiles
 
-KV_TILE = 512  # keys per tile, at multiples of it; torch's CPU kernel walks the keys in tiles of this length
-ROW_TILE = 8  # packed rows (token x head in group) come in multiples of it: BLAS takes other kernels for fewer
 ROW_CHUNK = 128  # packed rows at a time: torch's CPU kernel cuts fewer than 192 in one way, and masks stay small
-HARMLESS = 1e15  # garbage up to here gives finite scores
 
 
 def attention_torch(
@@ -39,86 +37,73 @@ def attention_torch(
     out = q.new_empty(q.shape)
     for t in range(0, T, tokens):
         rows = slice(t, t + tokens)
-        limit = key_limit[:, rows].clamp(0, k_cache.shape[2])
-        lowest = None
-        if window is not None:
-            steps = torch.arange(limit.shape[1], device=limit.device, dtype=limit.dtype)
-            position = limit - 1 if block_size is None else limit + steps % block_size
-            lowest = (position + 1 - window).clamp(min=0)
+        seen = visible_tiles(key_limit, rows, k_cache.shape[2], group, block_size, window, exact, q.dtype)
         # [B, HKV, tokens * group, D]: the heads of a group lie beside each other
         packed = q[:, rows].view(B, -1, HKV, group, D).transpose(1, 2).reshape(B, HKV, -1, D)
         # [B, HKV, tokens * group, D] and [B, HKV, tokens * group]
-        attended, lse = _attend_cache(packed, k_cache, v_cache, limit, lowest, group, scale, exact)
-        if block_size is not None:
-            own, own_lse = _attend_own_block(packed, k_block[:, rows], v_block[:, rows], block_size, scale)
-            attended = _merge(attended, lse, own, own_lse)
+        if block_size is None:
+            attended, _ = _attend_cache(packed, k_cache, v_cache, seen, scale)
+        elif seen.own is not None:
+            attended, _ = _attend_cache(packed, k_cache, v_cache, seen, scale, k_block, v_block)
+        else:
+            attended = _merge(
+                *_attend_cache(packed, k_cache, v_cache, seen, scale),
+                *_attend_own_block(packed, k_block[:, rows], v_block[:, rows], block_size, scale),
+            )
         out[:, rows] = attended.view(B, HKV, -1, group, D).transpose(1, 2).reshape(B, -1, HQ, D)
     return out
 
 
 def _attend_cache(
-    rows: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, limit: torch.Tensor,
-    lowest: torch.Tensor | None, group: int, scale: float, exact: bool,
+    rows: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seen: VisibleTiles, scale: float,
+    k_block: torch.Tensor | None = None, v_block: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Packed rows over the cached keys -> out, and log-sum-exp in fp32, -inf where a row sees none (and out is 0)."""
-    num_rows, (shortest, longest) = rows.shape[2], (int(edge) for edge in limit.aminmax())
-    if longest == 0:
+    """Packed rows over the cached keys, and over a block whose place is `seen.own`.
+
+    Returns out, and log-sum-exp in fp32, -inf where a row sees none (and out is 0).
+    """
+    num_rows = rows.shape[2]
+    if seen.end == seen.start:
         return torch.zeros_like(rows), rows.new_full(rows.shape[:3], -torch.inf, dtype=torch.float32)
-    tile = KV_TILE if exact else 1
-    start = 0 if lowest is None else int(lowest.min()) // tile * tile
-    end = -(-longest // tile) * tile
-    keys, values = (_tiles(cache, start, end, limit, shortest) for cache in (k_cache, v_cache))
-    filled = -num_rows % ROW_TILE if exact else 0
-    mask = None
-    if exact or shortest < longest or lowest is not None:
-        key_ids = torch.arange(start, end, device=rows.device, dtype=limit.dtype)
-        # [B, rows, keys]
-        hidden = key_ids >= _per_row(limit, group, filled)
-        if lowest is not None:
-            hidden |= key_ids < _per_row(lowest, group, filled)
-        mask = torch.zeros(hidden.shape, dtype=rows.dtype, device=rows.device).masked_fill_(hidden, -torch.inf)
-    if filled:
-        rows = F.pad(rows, (0, 0, 0, filled))
-    out, lse = _sdpa(rows, keys, values, mask, scale)
+    if seen.filled:
+        rows = F.pad(rows, (0, 0, 0, seen.filled))
+    keys, values = _tiles(k_cache, k_block, seen), _tiles(v_cache, v_block, seen)
+    out, lse = _sdpa(rows, keys, values, seen.mask, scale)
+    if not bool(torch.isfinite(out.sum(dtype=torch.float32))):
+        # garbage that is not finite, or whose scores are not, outlives a mask
+        keys, values = (_without_garbage(tiles, seen) for tiles in (keys, values))
+        out, lse = _sdpa(rows, keys, values, seen.mask, scale)
     out, lse = out[:, :, :num_rows], lse[:, :, :num_rows]
-    if shortest == 0 or lowest is not None:
-        sees_none = _per_row(limit if lowest is None else (limit - lowest).clamp(min=0), group, 0)[:, None] == 0
-        out, lse = out.masked_fill(sees_none, 0.0), lse.masked_fill(sees_none[..., 0], -torch.inf)
+    if seen.blind is not None:
+        out, lse = out.masked_fill(seen.blind, 0.0), lse.masked_fill(seen.blind[..., 0], -torch.inf)
     return out, lse
 
 
-def _per_row(limit: torch.Tensor, group: int, filled: int) -> torch.Tensor:
-    """[B, tokens] as a column of the packed rows [B, tokens * group + filled, 1]; rows that fill up have 0."""
-    return F.pad(limit.repeat_interleave(group, dim=1), (0, filled))[..., None]
-
-
-def _tiles(cache: torch.Tensor, start: int, end: int, limit: torch.Tensor, shortest: int) -> torch.Tensor:
-    """Rows start..end-1 of a cache, in which nothing a row must not see is NaN, or so large that its score would
-    overflow: that would outlive a mask.
-
-    Usually these are the cache's own rows, garbage included; only where some of it is so bad are they copied.
-    """
-    tiles = cache[:, :, start:end]
-    # from the shortest limit on, not every query row sees what is there
-    garbage = tiles[:, :, max(shortest - start, 0) :]
-    if garbage.shape[2] and not _all_within(garbage, HARMLESS):
-        seen = torch.arange(start, start + tiles.shape[2], device=cache.device) < limit.amax(dim=1)[:, None]
-        tiles = torch.where(seen[:, None, :, None], tiles, 0)
-    if tiles.shape[2] < end - start:  # the end of a cache whose capacity is not a multiple of the tile
-        tiles = F.pad(tiles, (0, 0, 0, end - start - tiles.shape[2]))
+def _tiles(cache: torch.Tensor, block: torch.Tensor | None, seen: VisibleTiles) -> torch.Tensor:
+    """The cache's own rows, filled up with zeros where its capacity is not a multiple of the tile; or a copy of them
+    with the block in it."""
+    tiles = cache[:, :, seen.start : seen.end]
+    missing = seen.end - seen.start - tiles.shape[2]
+    if missing:
+        tiles = F.pad(tiles, (0, 0, 0, missing))
+    if block is not None:
+        tiles = tiles if missing else tiles.clone()
+        sequence = torch.arange(len(tiles), device=tiles.device)[:, None]
+        tiles.transpose(1, 2).index_put_((sequence, seen.own), block)
     return tiles
 
 
-def _all_within(x: torch.Tensor, bound: float) -> bool:
-    low, high = torch.aminmax(x)  # NaN if there is one
-    return bool((low >= -bound) & (high <= bound))
+def _without_garbage(tiles: torch.Tensor, seen: VisibleTiles) -> torch.Tensor:
+    """A copy with 0 in what no row of a sequence sees."""
+    limit = seen.limit if seen.own is None else seen.own + 1
+    visible = torch.arange(seen.start, seen.end, device=tiles.device) < limit.amax(dim=1)[:, None]
+    return torch.where(visible[:, None, :, None], tiles, 0)
 
 
 def _sdpa(
     rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of [B, HKV, R, D] with an additive mask [B, R, keys] -> out, and log-sum-exp [B, HKV, R]."""
-    mask = None if mask is None else mask[:, None]
+    """Attention of [B, HKV, R, D] with an additive mask [B, 1, R, keys] -> out, and log-sum-exp [B, HKV, R]."""
     if rows.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows, keys, values, 0.0, False, attn_mask=mask, scale=scale

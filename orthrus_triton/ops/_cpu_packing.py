@@ -1,0 +1,84 @@
+"""Weights in the layout in which oneDNN multiplies them, kept beside the parameters they were made from.
+Without it every product of a few rows first lays out the whole weight anew, which takes half of its time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+LAID_OUT_FOR = 8  # rows; the layout serves any number
+MEMORY_SHARE = 0.25  # of the machine's, for all packed weights together
+SAMPLES = 1024  # values of a weight by which a change is noticed that left no trace in its version
+
+
+@dataclass
+class _Packed:
+    weight: torch.Tensor
+    nbytes: int
+    made_from: tuple[int, int]  # address and version of the parameter
+    sample: torch.Tensor
+
+
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
+    """The packed form of a parameter [N, K], made when it is first asked for; None where it has none.
+
+    Only parameters have one: other tensors are not there to stay. It lives as long as they do. A parameter that was
+    assigned or changed in place since is packed again.
+    """
+    if not isinstance(weight, torch.nn.Parameter) or weight.dtype not in PACKED_DTYPES or not has_onednn():
+        return None
+    if weight.is_inference():  # such parameters do not tell whether they changed
+        return None
+    entry = _packed.get(weight)
+    if entry is None or entry.made_from != (weight.data_ptr(), weight._version):
+        if not weight.is_contiguous() or not _has_room(weight):
+            return None
+        made_from = (weight.data_ptr(), weight._version)
+        entry = _packed[weight] = _Packed(pack(weight), weight.nbytes, made_from, _sample(weight))
+    return entry.weight
+
+
+def forget_changed() -> None:
+    """Drop packed weights whose parameter changed behind its version's back, as `parameter.data.copy_()` does."""
+    for weight, entry in list(_packed.items()):
+        if not torch.equal(_sample(weight), entry.sample):
+            del _packed[weight]
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] in oneDNN's layout: opaque, for its own products alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LAID_OUT_FOR)
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether torch was built with it, and with the two operations used here."""
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    )
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.detach().view(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)].clone()
+
+
+def _has_room(weight: torch.Tensor) -> bool:
+    held = sum(entry.nbytes for parameter, entry in _packed.items() if parameter is not weight)
+    return held + weight.nbytes <= MEMORY_SHARE * _memory_bytes()
+
+
+@cache
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8 << 30

@@ -1,0 +1,103 @@
+"""Which whole KV tiles some query rows see, and the mask over them.
+The layers of a pass all ask for the same, so the answer is kept as long as the pass's key limits live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+KV_TILE = 512  # keys per tile, at multiples of it; torch's CPU kernel walks the keys in tiles of this length
+ROW_TILE = 8  # packed rows (token x head in group) come in multiples of it: BLAS takes other kernels for fewer
+COPIED_KEYS = 1024  # up to so many, a draft's block is put behind the keys it sees, in a copy: one attention, not two
+KEPT_ROWS = 64  # tokens of a pass whose masks are kept: those of decoding; a long prefill's would be large
+
+
+@dataclass(frozen=True)
+class VisibleTiles:
+    """Cache rows start..end-1 hold all keys that packed rows [B, R] see, R being tokens * heads in a group.
+
+    limit [B, tokens] int32, clamped to the cache. filled: rows to add, which see nothing. mask [B, 1, R + filled,
+    end - start] additive, or None where every row sees every key. blind [B, 1, R, 1] bool: rows that see nothing, None
+    where there is none. own [B, tokens] int64: where among these keys the block's own rows are to be put, None where
+    they are attended apart; the mask shows them.
+    """
+
+    start: int
+    end: int
+    limit: torch.Tensor
+    filled: int
+    mask: torch.Tensor | None
+    blind: torch.Tensor | None
+    own: torch.Tensor | None = None
+
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def visible_tiles(
+    key_limit: torch.Tensor, rows: slice, capacity: int, group: int, block_size: int | None, window: int | None,
+    exact: bool, dtype: torch.dtype,
+) -> VisibleTiles:  # fmt: skip
+    """What the tokens `rows` of a call see; `capacity` is that of the cache, `dtype` that of the mask.
+
+    With exact=False the tiles end where the longest row's keys end.
+    """
+    if key_limit.shape[1] > KEPT_ROWS or key_limit.is_inference():  # the latter do not tell whether they changed
+        return _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype)
+    version, kept = _kept.get(key_limit, (None, {}))
+    if version != key_limit._version:
+        kept = {}
+        _kept[key_limit] = (key_limit._version, kept)
+    key = (rows.start, rows.stop, capacity, group, block_size, window, exact, dtype)
+    if key not in kept:
+        kept[key] = _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype)
+    return kept[key]
+
+
+def _look(
+    key_limit: torch.Tensor, capacity: int, group: int, block_size: int | None, window: int | None, exact: bool,
+    dtype: torch.dtype,
+) -> VisibleTiles:  # fmt: skip
+    limit = key_limit.clamp(0, capacity)
+    shortest, longest = (int(edge) for edge in limit.aminmax())
+    tile, filled = (KV_TILE, -limit.shape[1] * group % ROW_TILE) if exact else (1, 0)
+    start, lowest, blind = 0, None, None
+    if block_size == limit.shape[1] and window is None and exact and bool((limit == limit[:, :1]).all()):
+        end = -(-(longest + block_size) // tile) * tile
+        if end <= COPIED_KEYS:
+            own = (limit[:, :1] + torch.arange(block_size, device=limit.device)).long()
+            return VisibleTiles(
+                0, end, limit, filled, _mask(0, end, limit + block_size, None, group, filled, dtype), None, own
+            )
+    if window is not None:
+        steps = torch.arange(limit.shape[1], device=limit.device, dtype=limit.dtype)
+        position = limit - 1 if block_size is None else limit + steps % block_size
+        lowest = (position + 1 - window).clamp(min=0)
+        start = int(lowest.min()) // tile * tile
+    end = max(-(-longest // tile) * tile, start)
+    if shortest == 0 or lowest is not None:
+        seen = limit if lowest is None else limit - lowest
+        blind = _per_row(seen, group, 0)[:, None] <= 0
+    mask = None
+    if exact or shortest < longest or lowest is not None:
+        mask = _mask(start, end, limit, lowest, group, filled, dtype)
+    return VisibleTiles(start, end, limit, filled, mask, blind)
+
+
+def _mask(
+    start: int, end: int, limit: torch.Tensor, lowest: torch.Tensor | None, group: int, filled: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """0 where a row sees a key, -inf elsewhere."""
+    key_ids = torch.arange(start, end, device=limit.device, dtype=limit.dtype)
+    hidden = key_ids >= _per_row(limit, group, filled)
+    if lowest is not None:
+        hidden |= key_ids < _per_row(lowest, group, filled)
+    return torch.zeros(hidden.shape, dtype=dtype, device=limit.device).masked_fill_(hidden, -torch.inf)[:, None]
+
+
+def _per_row(limit: torch.Tensor, group: int, filled: int) -> torch.Tensor:
+    """[B, tokens] as a column of the packed rows [B, tokens * group + filled, 1]; rows that fill up have 0."""
+    return F.pad(limit.repeat_interleave(group, dim=1), (0, filled))[..., None]

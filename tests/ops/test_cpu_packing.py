@@ -1,0 +1,82 @@
+"""Weights laid out for oneDNN: the same bits, never a stale copy, none of what does not stay, and a bound on memory."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from orthrus_triton import ops
+from orthrus_triton.ops import _cpu_packing
+from orthrus_triton.ops._cpu_packing import forget_changed, has_onednn, packed_weight
+
+pytestmark = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def parameter(dtype: torch.dtype = torch.float32, N: int = 48, K: int = 64) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(N, K).to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 24, 300])
+@torch.no_grad()
+def test_packed_weights_have_the_bits_of_plain_ones(dtype, rows):
+    x, weight, bias = torch.randn(rows, 64).to(dtype), parameter(dtype), torch.randn(48).to(dtype)
+    assert packed_weight(weight) is not None and packed_weight(weight.detach()) is None
+    packed = ops.linear(x, weight, bias, impl="torch")
+    assert torch.equal(packed, ops.linear(x, weight.detach(), bias, impl="torch"))
+
+
+@torch.no_grad()
+def test_a_changed_parameter_is_packed_again():
+    x, weight = torch.eye(64)[:5], parameter()
+
+    def agrees() -> bool:
+        return torch.equal(ops.linear(x, weight, impl="torch"), weight.T[:5])
+
+    assert agrees()
+    weight.mul_(2)
+    assert agrees()
+    weight.data = torch.randn(48, 64)
+    assert agrees()
+    weight.data.copy_(torch.randn(48, 64))  # leaves no trace in the version
+    assert not agrees()
+    forget_changed()
+    assert agrees()
+
+
+@torch.no_grad()
+def test_a_decoder_notices_weights_that_changed_behind_its_back():
+    from orthrus_triton.modules import ConsensusDecoder
+    from tests.modules.test_consensus_decoder import make_model, prompts_of
+
+    model, prompt = make_model(), prompts_of(3, [6])
+    ConsensusDecoder(model, impl="torch").generate(prompt, max_new_tokens=3)
+    for weight in model.parameters():
+        weight.data.copy_(torch.randn_like(weight) * weight.std())
+    changed = ConsensusDecoder(model, impl="torch").generate(prompt, max_new_tokens=12)
+    _cpu_packing._packed.clear()
+    afresh = ConsensusDecoder(model, impl="torch").generate(prompt, max_new_tokens=12)
+    assert torch.equal(changed.sequences[0], afresh.sequences[0])
+
+
+def test_packed_weights_go_with_their_parameters_and_are_bounded(monkeypatch):
+    _cpu_packing._packed.clear()
+    weight = parameter()
+    assert packed_weight(weight) is packed_weight(weight) and len(_cpu_packing._packed) == 1
+    room = int(1.5 * weight.nbytes / _cpu_packing.MEMORY_SHARE)
+    monkeypatch.setattr(_cpu_packing, "_memory_bytes", lambda: room)
+    assert packed_weight(parameter()) is None  # no room for a second one
+    del weight
+    gc.collect()
+    assert len(_cpu_packing._packed) == 0 and packed_weight(parameter()) is not None
+
+
+def test_inference_parameters_are_not_packed():
+    with torch.inference_mode():
+        weight = parameter()
+        x = torch.randn(3, 64)
+        assert packed_weight(weight) is None
+        assert torch.allclose(ops.linear(x, weight, impl="torch"), x @ weight.T, atol=1e-5)
