@@ -37,7 +37,7 @@ def environment(device: torch.device) -> dict[str, str]:
     on_gpu = device.type == "cuda"
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "driver": driver_version() if on_gpu else "none",
         "runtime": runtime if on_gpu else platform.machine(),
         "torch": torch.__version__,
@@ -45,6 +45,16 @@ def environment(device: torch.device) -> dict[str, str]:
         "git_sha": _git_sha(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name, and the instruction sets that decide about its half precision."""
+    name, flags = "CPU", ""
+    if (info := Path("/proc/cpuinfo")).is_file():
+        fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", info.read_text(), re.MULTILINE))
+        name, flags = fields.get("model name", name), fields.get("flags", "")
+    widest = next((what for what in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if what in flags.split()), None)
+    return f"{name} ({widest})" if widest else name
 
 
 def _git_sha() -> str:
