@@ -94,8 +94,8 @@ class DualViewAttention(nn.Module):
         q_norm = getattr(self, f"q_norm{suffix}").weight if self.qk_norm else None
         k_norm = getattr(self, f"k_norm{suffix}").weight if self.qk_norm else None
         q = ops.rope_cache(qkv, *rope, k_out, v_out, view_pass.slots, q_norm, k_norm, self.norm_eps, impl=impl)
-        # one row by the library's product is AR decoding with exact=False; a prefill has more rows
-        inexact = T == 1 and impl == "torch" and view_pass.linear_impl == "library"
+        # prefill, and AR decoding with exact=False: where the library's product serves, so does its attention
+        inexact = impl == "torch" and view_pass.linear_impl == "library"
         attended = ops.dual_view_attention(
             q, cache_layer.k, cache_layer.v, view_pass.key_limit, k_block, v_block,
             block_size=T if drafting else None, window=self.window, impl="library" if inexact else impl,

@@ -10,6 +10,7 @@ from orthrus_triton.ops._dispatch import accumulate_dtype
 from orthrus_triton.ops.dual_view_attention.visible_tiles import VisibleTiles, visible_tiles
 
 ROW_CHUNK = 128  # packed rows at a time: torch's CPU kernel cuts fewer than 192 in one way, and masks stay small
+LIBRARY_CHUNK = 768  # from here on it takes its largest tiles
 
 
 def attention_torch(
@@ -27,11 +28,12 @@ def attention_torch(
     """Same arguments as `dual_view_attention`. A row has the same bits whatever the context length, whatever lies
     beyond its limit, and, without a block, whether it comes alone or with others.
 
-    With exact=False ("library") only the rows and keys there are go in: cheaper for one row, with no such promise.
+    With exact=False ("library") only the rows and keys there are go in, and more rows at a time: cheaper for one row
+    and for many, with no such promise.
     """
     (B, T, HQ, D), HKV = q.shape, k_cache.shape[1]
     group = HQ // HKV
-    tokens = max(ROW_CHUNK // group, 1)
+    tokens = max((ROW_CHUNK if exact else LIBRARY_CHUNK) // group, 1)
     if block_size is not None:
         tokens = max(tokens // block_size, 1) * block_size
     out = q.new_empty(q.shape)

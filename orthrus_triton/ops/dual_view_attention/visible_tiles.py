@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 KV_TILE = 512  # keys per tile, at multiples of it; torch's CPU kernel walks the keys in tiles of this length
 ROW_TILE = 8  # packed rows (token x head in group) come in multiples of it: BLAS takes other kernels for fewer
 COPIED_KEYS = 1024  # up to so many, a draft's block is put behind the keys it sees, in a copy: one attention, not two
-KEPT_ROWS = 64  # tokens of a pass whose masks are kept: those of decoding; a long prefill's would be large
+KEPT_TOKENS = 1024  # of a pass whose masks are kept, at most
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def visible_tiles(
 
     With exact=False the tiles end where the longest row's keys end.
     """
-    if key_limit.shape[1] > KEPT_ROWS or key_limit.is_inference():  # the latter do not tell whether they changed
+    if key_limit.shape[1] > KEPT_TOKENS or key_limit.is_inference():  # the latter do not tell whether they changed
         return _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype)
     version, kept = _kept.get(key_limit, (None, {}))
     if version != key_limit._version:
