@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One visit to a GPU, part by part; each takes under 9 minutes, prints its table last and keeps all in OUTPUT_FOLDER.
 #   benchmarks/gpu_visit.sh PART... OUTPUT_FOLDER
-# Parts: facts tests linear attention cycle context batch profile prefill
+# Parts: facts tests tune linear attention cycle context batch profile prefill
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
 #   SHAPE=qwen3-8b  PYTHON=python3
 # A part that fails does not stop the next one; the exit status says whether any did.
@@ -37,6 +37,11 @@ from benchmarks.common import copy_bandwidth, environment
 device = torch.device('cuda')
 print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         tests) run tests "$python" -m pytest -q -x -p no:cacheprovider -m gpu tests ;;
+        # the first run is timed; the second says whether the winners are the same. The user's files stay as they are.
+        tune) for n in 1 2; do
+            ORTHRUS_TRITON_CONFIG_DIR=$out/configs run "tune_$n" "$python" -m orthrus_triton.cli autotune --shape "$shape" \
+                --dtype bf16 --budget 5m --repeat 3 --export "$out/tuned.json"
+        done ;;
         linear) run linear "$python" -m benchmarks.linear --out "$out" ;;
         attention) run attention "$python" -m benchmarks.attention --out "$out" ;;
         # one context, everybody

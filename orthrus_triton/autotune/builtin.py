@@ -89,16 +89,18 @@ class Linear(TunableOp):
             loads.append(Load(f"rows={rows}", run, [(x, w) for w in weights], weight.nbytes + x.nbytes + result))
         return loads
 
-    def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device) -> None:
+    def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device, every: bool = True) -> None:
         """The plain product always, as it is checked and timed, and with all that can be asked of it."""
         x, weight = self._inputs(problem, 32, device)
         bias, residual = weight[:, 0].contiguous(), x.new_empty(32, problem.shape["N"])
-        _product((x, weight), config)
         launch_linear(x, weight, bias, residual, x.dtype, config)
+        if every:
+            _product((x, weight), config)
         if "gate_up" in problem.uses:
             launch_linear_swiglu(x, weight, None, config)
         if "head" in problem.uses:
-            _logits((x, weight), config)
+            if every:
+                _logits((x, weight), config)
             launch_lm_head_choice(x, weight, config)
 
     def _inputs(self, problem: Problem, rows: int, device: torch.device, with_weight: bool = True) -> Inputs:
@@ -145,7 +147,7 @@ class Attention(TunableOp):
                 )  # fmt: skip
         return loads
 
-    def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device) -> None:
+    def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device, every: bool = True) -> None:
         """What is checked and timed: with window and block keys, which is the union of the branches, and without."""
         q, k, v = self._tensors(problem, 32, 4096, TIMED_KV_HEADS, device)
         limit = torch.empty(1, 32, dtype=torch.int32, device=device)

@@ -30,7 +30,7 @@ def handle(job: dict[str, Any], measure: Any = None) -> dict[str, Any]:
     op, problem = load_op(job["home"], job["problem"]["op"]), Problem.from_json(job["problem"])
     with torch.no_grad():
         if job["stage"] == "compile":
-            return _compile(op, problem, KernelConfig(**job["config"]), job["family"])
+            return _compile(op, problem, KernelConfig(**job["config"]), job["family"], job.get("every", True))
         device = torch.device(job["device"])
         if job["stage"] == "gate":
             return {"problems": _gate(op, problem, device).problems(KernelConfig(**job["config"]))}
@@ -62,12 +62,12 @@ def load_file(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def _compile(op: TunableOp, problem: Problem, config: KernelConfig, family: str) -> dict[str, Any]:
+def _compile(op: TunableOp, problem: Problem, config: KernelConfig, family: str, every: bool) -> dict[str, Any]:
     """Every kernel of the configuration for one family: the worst of each figure, and what forbids it."""
     from orthrus_triton.autotune.aot import compile_launch, record_launches
 
     with record_launches() as launches:
-        op.launch_all(problem, config, torch.device("meta"))
+        op.launch_all(problem, config, torch.device("meta"), every)
     reports = [compile_launch(launch, family) for launch in launches]
     return {
         "problems": [f"{report.kernel} {problem}" for report in reports for problem in report.problems()],

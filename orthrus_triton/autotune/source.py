@@ -19,9 +19,9 @@ SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
 
 
 @cache
-def fingerprint_of_files(*paths: str) -> str:
-    """Of every function under `triton.jit` in these files of the package."""
-    return _digest(text for path in paths for text in _kernels(PACKAGE / path))
+def fingerprint_of_files(*paths: str, without: tuple[str, ...] = ()) -> str:
+    """Of every function under `triton.jit` in these files of the package, but for those named in `without`."""
+    return _digest(text for path in paths for text in _kernels(PACKAGE / path, without))
 
 
 def fingerprint_of_functions(kernels: Iterable[Callable | Any]) -> str:
@@ -36,12 +36,14 @@ def fingerprint_of_functions(kernels: Iterable[Callable | Any]) -> str:
         raise ValueError(f"kernels must be functions in a Python file: {error}") from error
 
 
-def _kernels(path: Path) -> list[str]:
+def _kernels(path: Path, without: tuple[str, ...]) -> list[str]:
     text = path.read_text(encoding="utf-8")
     found = [
         ast.get_source_segment(text, node)
         for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+        if isinstance(node, ast.FunctionDef)
+        and node.name not in without
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
     ]
     if not found:
         raise ValueError(f"{path} must hold kernels under triton.jit, but has none")

