@@ -21,7 +21,8 @@ def choose_tokens(
     model: DualViewModel, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass, choosing: Choosing,
     candidate: torch.Tensor | None, stream: int = CHOICE,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Tokens [B, T] int64 of T rows, and the processed logits [B, T, V] fp32 they come from, if there are any.
+    """Tokens [B, T] int64 of T rows, VOID where the logits leave none, and the processed logits [B, T, V] fp32 they
+    come from, if there are any.
 
     Args:
         model: see `DualViewModel`.
@@ -42,8 +43,7 @@ def choose_tokens(
         choice = ops.sample_choice(logits, positions, state.sampling.sampling, stream=stream, impl=impl)
     else:
         choice = ops.greedy_choice(logits, impl=impl)
-    # a draft without a token is some token: verify says what is to be said
-    return choice if view_pass.view == "diffusion" else void_where_none_is_left(choice, logits, choosing), logits
+    return choice, logits
 
 
 def choose_logits(
@@ -61,13 +61,6 @@ def choose_logits(
     return logits
 
 
-def void_where_none_is_left(choice: torch.Tensor, logits: torch.Tensor, choosing: Choosing) -> torch.Tensor:
-    """`choice` with VOID in rows where what processes the logits [B, T, V] banned every token or made NaN."""
-    if not (choosing.processed or choosing.hosted):
-        return choice
-    return torch.where(logits.amax(dim=-1) > -torch.inf, choice, ops.VOID)
-
-
 def draft_and_judge(
     model: DualViewModel, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str, choosing: Choosing
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,14 +69,13 @@ def draft_and_judge(
     block = state.anchors(block_size)
     hidden = model.forward_view(block, cache, view_pass)[:, : block_size - 1]
     drafted, draft_logits = choose_tokens(model, hidden, state, view_pass, choosing, None, stream=DRAFT)
-    candidate = torch.cat((block[:, :1], drafted), dim=1)
+    candidate = torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
     view_pass = cache.view_pass("ar", block_size, impl=impl)
     hidden = model.forward_view(candidate, cache, view_pass)
     logits = choose_logits(model, hidden, state, view_pass, choosing, candidate)
     choice = ops.rejection_choice(
         logits, draft_logits, candidate, view_pass.positions + 1, state.sampling.sampling, impl=impl
     )
-    choice = void_where_none_is_left(choice, logits, choosing)
     return candidate, ops.void_rows(choice, hidden, impl=impl)
 
 
@@ -113,5 +105,5 @@ def process_on_host(
             if candidate is None:
                 row = logits[b : b + 1, t : t + 1]
                 drafted = ops.sample_choice(row, positions[b : b + 1, t : t + 1], slot, stream=stream, impl=impl)
-                ids = torch.cat((ids, drafted[0]))
+                ids = torch.cat((ids, drafted[0].clamp(min=0)))
     return logits

@@ -80,7 +80,7 @@ class DecodeState:
 
     def anchors(self, block_size: int) -> torch.Tensor:
         """The next block [B, K]. A sequence that ended for want of a token has some token there: nobody looks."""
-        return self.block[:, :block_size].clamp(min=0)
+        return self.block[:, :block_size].contiguous()
 
     def start(self, limit: int) -> None:
         """Make these slots live, with nothing committed yet."""

@@ -18,7 +18,8 @@ class DualViewModel(Protocol):
     eos_token_ids: stop tokens when the caller names none; may be empty.
 
     A model may also have `choose(hidden [B, T, H], impl) -> [B, T]`, the greedy tokens of `compute_logits` with the
-    same arithmetic and without the logits in memory (`orthrus_triton.ops.lm_head_choice`); it is then used.
+    same arithmetic and without the logits in memory (`orthrus_triton.ops.lm_head_choice`), VOID where there is none;
+    it is then used.
     """
 
     block_size: int

@@ -32,7 +32,8 @@ def consensus_(
 
     Args:
         candidate: [B, K] int64, the verified block: anchor, then K - 1 drafted tokens.
-        choice: [B, K] int64, the AR view's own choice in each row.
+        choice: [B, K] int64, the AR view's own choice in each row. What ends a sequence without being a token (VOID,
+            negative) never stands in `block`, whose ids are looked up.
         eos_ids: [E] int64, may be empty. The EOS that stops a sequence is part of its output.
         limit: [B] int32, the most tokens each sequence may have in `output_ids`.
         mask_token_id: fills the next block after its anchor.
@@ -90,7 +91,7 @@ def consensus_kernel(
         tl.store(output_len_ptr + b, written + count)
         tl.store(context_len_ptr + b, tl.load(context_len_ptr + b) + count)
         tl.store(finished_ptr + b, (first_eos < count) | (written + count >= limit))
-        anchor = tl.sum(tl.where(rows == count - 1, choice, 0), axis=0)
+        anchor = tl.maximum(tl.sum(tl.where(rows == count - 1, choice, 0), axis=0), 0)
         next_block = tl.where(rows == 0, anchor, mask_token_id)
         tl.store(block_ptr + b * W + rows, next_block, mask=rows < tl.where(count > 0, W, 0))
         tally_ptr = histogram_ptr + b * W + accepted
@@ -135,7 +136,7 @@ def consensus_torch(
     context_len += count.to(torch.int32)
     finished |= active & ((first_eos < count) | (output_len >= limit))
     moved = (count > 0)[:, None]
-    anchor = choice.gather(1, (count - 1).clamp(min=0)[:, None].long())
+    anchor = choice.gather(1, (count - 1).clamp(min=0)[:, None].long()).clamp(min=0)
     block[:, :1] = torch.where(moved, anchor, block[:, :1])
     block[:, 1:] = torch.where(moved, mask_token_id, block[:, 1:])
     histogram.scatter_add_(1, accepted[:, None].long(), active[:, None].to(torch.int32))
@@ -161,7 +162,7 @@ def consensus_reference(
             output_ids[b, output_len[b]] = token
             output_len[b] += 1
             context_len[b] += 1
-            block[b] = torch.tensor([token] + [mask_token_id] * (block.shape[1] - 1))
+            block[b] = torch.tensor([max(token, 0)] + [mask_token_id] * (block.shape[1] - 1))
             finished[b] = token in stops or bool(output_len[b] >= limit[b])
 
 

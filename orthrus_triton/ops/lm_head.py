@@ -24,8 +24,8 @@ def lm_head_choice(
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
 
     Returns:
-        [...] int64: the id of the largest fp32 logit, the lowest among equals. A NaN never wins; a row of NaN alone
-        gives id 0.
+        [...] int64: the id of the largest fp32 logit, the lowest among equals. A NaN never wins; a row of NaN and -inf
+        alone gives VOID, no token.
 
     Raises:
         ValueError: shapes or dtypes that do not agree.
@@ -72,7 +72,7 @@ def best_tile_kernel(
     """Grid (rows): `greedy_choice` over the column tiles' winners, whose ids ascend."""
     row = tl.program_id(0).to(tl.int64)
     best = tl.full((), float("-inf"), tl.float32)
-    best_id = tl.full((), 0, tl.int32)
+    best_id = tl.full((), -2, tl.int32)  # VOID, until a logit is larger than -inf
     for start in range(0, NUM_TILES, BLOCK):
         tiles = start + tl.arange(0, BLOCK)
         # [BLOCK], [BLOCK]

@@ -9,6 +9,7 @@ import torch
 
 from orthrus_triton._triton import tl, triton
 from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch
+from orthrus_triton.ops.void_rows import VOID
 
 LARGEST = 3.0e38  # +inf logits are this: a difference of two of them must not be NaN
 MASS_ONE = 2.0**40  # mass of the likeliest token; 2**20 of them still fit int64
@@ -43,9 +44,9 @@ def load_scaled(row_ptr, ids, temperature, V: tl.constexpr):
 
 @triton.jit
 def row_max(row_ptr, temperature, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest scaled logit and the lowest id that has it."""
+    """Largest scaled logit and the lowest id that has it; VOID where no logit is larger than -inf."""
     best = tl.full((), float("-inf"), tl.float32)
-    best_id = tl.full((), 0, tl.int32)
+    best_id = tl.full((), -2, tl.int32)
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         z = load_scaled(row_ptr, ids, temperature, V)
@@ -109,6 +110,12 @@ def scaled_torch(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tenso
     z = torch.where(z.isnan(), -torch.inf, z)
     z = (z / torch.where(temperature > 0, temperature, 1.0)[:, None, None]).clamp(max=LARGEST)
     return torch.where(z == 0.0, 0.0, z)
+
+
+def row_max_torch(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled logits [B, T, V] -> the largest [B, T] and the lowest id that has it, as `row_max`."""
+    best, ids = z.max(dim=-1)
+    return best, torch.where(best > -torch.inf, ids, VOID)
 
 
 def order_key_torch(z: torch.Tensor) -> torch.Tensor:

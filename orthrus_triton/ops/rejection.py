@@ -28,12 +28,14 @@ from orthrus_triton.ops.logits_filter import (
     order_key,
     order_key_torch,
     row_max,
+    row_max_torch,
     scaled_torch,
     top_k_key,
     top_k_torch,
 )
 from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch, portable_log, portable_log_torch
 from orthrus_triton.ops.sampling import check_sampling
+from orthrus_triton.ops.void_rows import VOID
 
 BLOCK, NUM_WARPS = 2048, 8
 
@@ -51,6 +53,7 @@ def rejection_choice(
 
     So the longest prefix on which choice and draft agree is what was accepted, and `consensus_` commits it. The last
     row has no draft and draws from p: the bonus token. A sequence of temperature 0 gets its largest logit everywhere.
+    A row of NaN and -inf alone gives VOID, no token; one of the draft's like that drafts nothing, and p is drawn from.
 
     Args:
         logits: [B, K, V] of the AR view, for p.
@@ -155,6 +158,7 @@ def rejection_choice_kernel(
             ids = start + tl.arange(0, BLOCK)
             p = kept_probs(p_ptr, ids, temperature, min_p, p_max, p_key, p_total, V)
             q = kept_probs(q_ptr, ids, temperature, min_p, q_max, q_key, q_total, V)
+            q = tl.where(q_max > float("-inf"), q, 0.0)
             p_drafted += tl.sum(tl.where(ids == drafted, p, 0.0), axis=0)
             q_drafted += tl.sum(tl.where(ids == drafted, q, 0.0), axis=0)
             rest = tl.where(has_draft, p - q, p)
@@ -167,7 +171,8 @@ def rejection_choice_kernel(
         accept_key0, accept_key1 = row_key(seed, sequence, position, ACCEPT_STREAM)
         # a residual that is empty but for rounding means p is q
         accepted = (uniform(accept_key0, accept_key1) * q_drafted < p_drafted) | (best == float("-inf"))
-        choice = tl.where(has_draft & accepted, drafted, choice)
+        choice = tl.where(has_draft & accepted & (q_max > float("-inf")), drafted, choice)
+        choice = tl.where(p_max > float("-inf"), choice, -2)
     else:
         p_max, choice = row_max(p_ptr, temperature, V, BLOCK)
     tl.store(out_ptr + row, choice.to(tl.int64))
@@ -196,6 +201,8 @@ def rejection_choice_torch(
 
 
 def _accept_or_replace(logits, p, q, candidate, positions, sampling) -> torch.Tensor:
+    drafts = ~q[..., 0].isnan()  # else the draft had no token to draw
+    q = torch.where(drafts[..., None], q, 0.0)
     rest = p.clone()
     rest[:, :-1] -= q
     seed, sequence = sampling.seed[:, None], sampling.sequence[:, None]
@@ -206,9 +213,9 @@ def _accept_or_replace(logits, p, q, candidate, positions, sampling) -> torch.Te
     drafted = candidate[:, 1:, None]
     accepted = u * q.gather(-1, drafted)[..., 0] < p[:, :-1].gather(-1, drafted)[..., 0]
     accepted |= best[:, :-1] == -torch.inf
-    choice[:, :-1] = torch.where(accepted, candidate[:, 1:], choice[:, :-1])
-    sampled = sampling.temperature > 0
-    return torch.where(sampled[:, None], choice, scaled_torch(logits, sampling.temperature).argmax(-1))
+    choice[:, :-1] = torch.where(accepted & drafts, candidate[:, 1:], choice[:, :-1])
+    greedy = row_max_torch(scaled_torch(logits, sampling.temperature))[1]
+    return torch.where((sampling.temperature > 0)[:, None] & (greedy != VOID), choice, greedy)
 
 
 def rejection_choice_reference(

@@ -1,4 +1,4 @@
-"""From logits to token ids. Greedy: the highest logit, ties to the lowest id."""
+"""From logits to token ids. Greedy: the highest logit, ties to the lowest id; where there is none, no token at all."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.ops._dispatch import resolve_impl
+from orthrus_triton.ops.void_rows import VOID
 
 
 def greedy_choice(logits: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """Index of the largest logit of each row; the lowest index among equals.
 
     Args:
-        logits: [..., V] floating point. A NaN never wins; a row of NaN alone gives id 0.
+        logits: [..., V] floating point. A NaN never wins; a row of NaN and -inf alone gives VOID, no token.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -27,7 +28,7 @@ def greedy_choice(logits: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
 def greedy_choice_kernel(logits_ptr, out_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     best = tl.full((), float("-inf"), tl.float32)
-    best_id = tl.full((), 0, tl.int32)
+    best_id = tl.full((), -2, tl.int32)  # VOID, until a logit is larger than -inf
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         # [BLOCK]
@@ -56,15 +57,18 @@ def launch_greedy_choice(logits: torch.Tensor) -> torch.Tensor:
 
 
 def greedy_choice_torch(logits: torch.Tensor) -> torch.Tensor:
-    """torch.argmax returns the first maximum; NaN is taken out first, because argmax would choose it."""
-    return logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(dim=-1)
+    """torch.max returns the first maximum; NaN is taken out first, because max would choose it."""
+    best, ids = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).max(dim=-1)
+    return torch.where(best > -torch.inf, ids, VOID)
 
 
 def greedy_choice_reference(logits: torch.Tensor) -> torch.Tensor:
     """The first index that reaches the row's maximum, by comparison."""
     logits = logits.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     ids = torch.arange(logits.shape[-1], device=logits.device)
-    return torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)
+    best = logits.amax(-1, keepdim=True)
+    first = torch.where(logits == best, ids, logits.shape[-1]).amin(-1)
+    return torch.where(best[..., 0] > -torch.inf, first, VOID)
 
 
 @torch.library.custom_op("orthrus_triton::greedy_choice", mutates_args=(), schema="(Tensor logits, str impl) -> Tensor")

@@ -16,11 +16,13 @@ from orthrus_triton.ops.logits_filter import (
     mass_torch,
     order_key,
     row_max,
+    row_max_torch,
     scaled_torch,
     top_k_key,
     top_k_torch,
 )
 from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch
+from orthrus_triton.ops.void_rows import VOID
 
 BLOCK, NUM_WARPS = 2048, 8
 
@@ -40,7 +42,7 @@ def sample_choice(
     mass, by min-p if it is at least `min_p` times as likely as the likeliest.
 
     Args:
-        logits: [B, T, V] floating point. NaN is never chosen; a row of NaN alone gives id 0.
+        logits: [B, T, V] floating point. NaN is never chosen; a row of NaN and -inf alone gives VOID, no token.
         positions: [B, T] int32, where the chosen token will stand.
         sampling: see `SamplingTensors`, tensors [B].
         stream: which of the independent draws at a position.
@@ -143,10 +145,10 @@ def sample_choice_torch(
 ) -> torch.Tensor:  # fmt: skip
     """The same algorithm on all rows at once; integer sums and elementwise arithmetic, so the same ids."""
     z = scaled_torch(logits, temperature)
-    greedy = z.argmax(dim=-1)
+    best, greedy = row_max_torch(z)
     if not bool((temperature > 0).any()):
         return greedy
-    z_max = z.amax(dim=-1, keepdim=True)
+    z_max = best[..., None]
     key0, key1 = row_key_torch(seed[:, None], sequence[:, None], positions, stream)
     score = z + gumbel_torch(z.shape[-1], key0, key1)
     kept = z >= top_k_torch(z, top_k)
@@ -164,8 +166,7 @@ def sample_choice_torch(
         best, found = torch.where(above, score, -torch.inf).max(dim=-1)
         looking = looking & (best > -torch.inf) & (likelier >= bound)
         choice = torch.where(looking, found, choice)
-    sampled = (temperature > 0)[:, None] & (z_max[..., 0] > -torch.inf)
-    return torch.where(sampled, choice, greedy)
+    return torch.where((temperature > 0)[:, None] & (greedy != VOID), choice, greedy)
 
 
 def sample_choice_reference(
@@ -176,8 +177,8 @@ def sample_choice_reference(
     z = scaled_torch(logits, temperature)
     noise = gumbel_torch(z.shape[-1], *row_key_torch(seed[:, None], sequence[:, None], positions, stream))
     score = torch.where(kept_reference(logits, sampling), z.double() + noise.double(), -torch.inf)
-    sampled = (temperature > 0)[:, None] & (z.amax(-1) > -torch.inf)
-    return torch.where(sampled, score.argmax(-1), z.argmax(-1))
+    greedy = row_max_torch(z)[1]
+    return torch.where((temperature > 0)[:, None] & (greedy != VOID), score.argmax(-1), greedy)
 
 
 @torch.library.custom_op(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthrus_triton.ops import consensus_
+from orthrus_triton.ops import VOID, consensus_
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MASK = 99
@@ -80,3 +80,10 @@ def test_mask_in_a_draft_is_a_token_like_any_other() -> None:
     for impl in ("triton", "torch", "reference"):
         state = run(impl, [[0, MASK]], [[MASK, 5]], [], [9], [0], [False], 2, 9)
         assert state["output_ids"][0, :3].tolist() == [MASK, 5, -1], impl
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_what_ends_a_sequence_without_being_a_token_is_never_looked_up(impl: str) -> None:
+    state = run(impl, [[1, 2, 3]], [[2, VOID, 3]], [VOID], [9], [0], [False], width=3, capacity=9)
+    assert state["output_ids"][0, :2].tolist() == [2, VOID] and bool(state["finished"][0])
+    assert state["block"].tolist() == [[0, MASK, MASK]]

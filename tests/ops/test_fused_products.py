@@ -125,12 +125,13 @@ def test_infinities_and_nan_follow_greedy_choice(impl: str) -> None:
     """One input column of ones: the weight is the row of logits."""
     inf, nan = torch.inf, torch.nan
     columns = {
-        "all minus infinity": ([-inf] * 40, 0),
-        "all NaN": ([nan] * 40, 0),
+        "all minus infinity": ([-inf] * 40, ops.VOID),
+        "all NaN": ([nan] * 40, ops.VOID),
+        "NaN and minus infinity": ([nan, -inf] * 20, ops.VOID),
         "minus infinity but one": ([-inf] * 35 + [-9.0] + [-inf] * 4, 35),
         "NaN never wins": ([nan] * 33 + [-9.0] + [nan] * 6, 33),
         "first infinity": ([1.0] * 20 + [inf] + [2.0] * 15 + [inf] * 4, 20),
-        "NaN beside infinity": ([nan, -inf] * 20, 0),
+        "NaN beside infinity": ([nan, inf] * 20, 1),
     }
     hidden = torch.ones(2, 1, device=DEVICE)
     for name, (logits, winner) in columns.items():

@@ -3,6 +3,8 @@ depends on that row alone; and its distribution is softmax's."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from orthrus_triton.ops import SamplingTensors, filtered_probs, greedy_choice, sample_choice, sampling
+from orthrus_triton.ops import VOID, SamplingTensors, filtered_probs, greedy_choice, sample_choice, sampling
 from orthrus_triton.ops.gumbel import CHOICE, DRAFT, gumbel_torch, philox_torch, row_key_torch
 from orthrus_triton.ops.logits_filter import kept_reference
 from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
@@ -128,11 +130,12 @@ def test_portable_exp_and_log_are_accurate() -> None:
     assert float(error.max()) < 4 * 2.0**-24
 
 
-def test_rows_without_a_choice_give_the_first_id() -> None:
+def test_rows_without_a_choice_give_no_id() -> None:
     logits = torch.full((2, 1, 9), torch.nan, device=DEVICE)
-    logits[1] = -torch.inf
-    for impl in ("triton", "torch", "reference"):
-        assert sample_choice(logits, positions_of(2, 1), sampling_of(2, top_p=0.5), impl=impl).tolist() == [[0], [0]]
+    logits[0, 0, ::2], logits[1] = -torch.inf, -torch.inf
+    for impl, temperature in itertools.product(("triton", "torch", "reference"), (0.0, 1.0)):
+        how = sampling_of(2, temperature=temperature, top_p=0.5)
+        assert sample_choice(logits, positions_of(2, 1), how, impl=impl).tolist() == [[VOID], [VOID]]
     logits[0, 0, 4], logits[1, 0, 6] = torch.inf, 1.0
     for impl in ("triton", "torch"):
         assert sample_choice(logits, positions_of(2, 1), sampling_of(2), impl=impl).tolist() == [[4], [6]]
