@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from orthrus_triton.training.data import TextRow, pack_rows, read_rows
 from orthrus_triton.training.trainer import ViewTrainer
 
 logger = logging.getLogger(__name__)
+# names beside the model's folder that a run which was killed may leave; the next one clears them away
+STAGING, REPLACED = ".model-being-written", ".model-replaced"
 
 
 def train_view(args: ViewTrainingArguments, resume: bool = True) -> ViewTrainer:
@@ -36,8 +40,27 @@ def train_view(args: ViewTrainingArguments, resume: bool = True) -> ViewTrainer:
         eval_rows = load_rows(args.eval_data, args)
     trainer = ViewTrainer(model, args, rows, eval_rows)
     trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_trained(Path(args.output_dir) / "model", tokenizer)
+    save_model(trainer, Path(args.output_dir) / "model", tokenizer)
     return trainer
+
+
+def save_model(trainer: ViewTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write the trained model as `folder`, whole or not at all; every process must call this.
+
+    A folder of that name is replaced as a whole, never file by file: whenever this is interrupted, there is the old
+    model, the new one, or (between two renames) none.
+    """
+    staging, replaced = folder.with_name(STAGING), folder.with_name(REPLACED)
+    if trainer.args.should_save:
+        for left in (staging, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+        staging.mkdir(parents=True)  # one that is there keeps what is being written inside it
+    trainer.save_trained(staging, tokenizer)
+    if trainer.args.should_save:
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(staging, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrainedTokenizerBase]:

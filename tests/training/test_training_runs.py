@@ -8,11 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.training import trainer as trainer_module
+from orthrus_triton.training.run import save_model
 from orthrus_triton.training.trainer import STAGING, last_checkpoint
 from tests.training.killed_run import OPTIONS, STEPS
 from tests.training.view_runs import make_model, make_trainer, saved_view, view_of
@@ -143,3 +146,48 @@ def test_a_checkpoint_of_another_view_is_refused(tmp_path):
         other.train(resume_from_checkpoint=True)
     with pytest.raises(FileNotFoundError, match="resume_from_checkpoint must be a training checkpoint"):
         other.train(resume_from_checkpoint=str(tmp_path))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_trained_model_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Interrupted at every rename, over a folder that an earlier run left and that differs in each file."""
+    run = tmp_path / "run"
+    folder = run / "model"
+    earlier = make_trainer(make_model(mask_embedding=False), tmp_path, 1)
+    trainer = make_trainer(make_model(), tmp_path, 1)
+    save_model(trainer, folder)
+    new = files_of(folder)
+    assert [path.name for path in run.iterdir()] == ["model"]
+    rename, renamed = os.replace, 0
+
+    def interrupt(*paths) -> None:
+        nonlocal renamed
+        if renamed == last:
+            raise KeyboardInterrupt
+        renamed += 1
+        rename(*paths)
+
+    found = []
+    for last in range(20):
+        save_model(earlier, folder)
+        old = files_of(folder)
+        assert old.keys() == new.keys() and all(old[name] != new[name] for name in ("config.json", "model.safetensors"))
+        renamed = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupt)
+            patch.setattr(Path, "replace", interrupt)
+            try:
+                save_model(trainer, folder)
+            except KeyboardInterrupt:
+                pass
+        files = files_of(folder) if folder.exists() else None
+        found.append("none" if files is None else "new" if files == new else "old" if files == old else "mixed")
+        if renamed < last:
+            break
+    assert found[-1] == "new" and set(found) == {"old", "none", "new"}, found
+    # what an interrupted one left is gone, and the model loads
+    assert [path.name for path in run.iterdir()] == ["model"]
+    assert OrthrusForCausalLM.from_pretrained(folder).config.mask_embedding
