@@ -84,7 +84,9 @@ class OrthrusGenerationMixin:
             seed: of sampling; by default drawn from torch's global generator.
             sampling: "coupled", or "rejection"; see `ConsensusDecoder.generate`.
             block_size: rows of a draft block.
-            reuse_cache: go on from the cache of the last call where the prompt begins as that text did.
+            reuse_cache: go on from the cache of the last call where the prompt begins as that text did. Its K/V have
+                the bits of a fresh prefill only with `consensus_decoder(mode).batch_invariant_prefill = True`: by
+                default a prompt is read by the library's product, which may round differently from decoding.
             tokenizer: needed with stop_strings.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from pathlib import Path
@@ -143,6 +144,23 @@ def test_a_conversation_goes_on_from_its_cache(pair, monkeypatch: pytest.MonkeyP
     assert model.generate(turn, max_new_tokens=5, eos_token_id=[], reuse_cache=True).tolist() == expected.tolist()
     assert rows[0] == 8  # three tokens in a pass of eight, not sixteen
     model.consensus_decoder().max_cache_len = None
+
+
+def test_a_continued_cache_has_a_fresh_ones_bits_where_the_prefill_is_the_cycles_own() -> None:
+    """Of the K/V themselves, as generate() promises: some were written by decoding, some by an earlier prefill."""
+    base = build_base(base_config("qwen3", hidden_size=256, intermediate_size=256))  # wide enough to round differently
+    model, held = OrthrusForCausalLM.from_base(base, block_size=5, mask_token_id=100), []
+    for reuse in (True, False):
+        ours = copy.deepcopy(model)
+        decoder = ours.consensus_decoder()
+        decoder.batch_invariant_prefill, decoder.max_cache_len = True, 64
+        first = ours.generate(random_ids(21), max_new_tokens=9, eos_token_id=[])
+        turn = torch.cat((first, torch.tensor([[30, 31, 32]])), dim=1)
+        ours.generate(turn, max_new_tokens=4, eos_token_id=[], reuse_cache=reuse)
+        cached = int(decoder.cache.context_len[0])
+        held.append([buffer[:, :, :cached].clone() for layer in decoder.cache.layers for buffer in (layer.k, layer.v)])
+    assert cached >= turn.shape[1]
+    assert all(torch.equal(kept, fresh) for kept, fresh in zip(*held))
 
 
 def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
