@@ -14,6 +14,7 @@ HOMES = {
     "problems_of": "shapes",
     "tunable": "tunable_op",
     "tune": "tuner",
+    "tune_dry": "tuner",
 }
 
 __all__ = sorted(HOMES)

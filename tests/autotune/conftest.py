@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from orthrus_triton.autotune import files, store
 
+# where there is a GPU, kernels are compiled and do not run on CPU tensors
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for kernels in the interpreter")
 GPU = store.Gpu("Test GPU 9000", "sm90", "9.0")
 
 

@@ -17,6 +17,7 @@ from orthrus_triton.autotune.run import Outcome, Result
 from orthrus_triton.autotune.tuner import MODEL_ORIGIN, DryOutcome, tune_dry
 from orthrus_triton.autotune.worker import compiler_environment
 from orthrus_triton.cli.autotune import _print, parse_seconds
+from tests.autotune.conftest import interpreted
 from tests.test_cli import assert_bad_input, run
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,16 @@ def test_show(folder):
     assert "linear:K=512,N=512 bf16 BLOCK_M=" in text and "built-in" in text and "not measured" in text
 
 
+def test_doctor_names_the_file(folder, on_gpu):
+    from orthrus_triton.cli.doctor import _configs
+
+    cpu = torch.device("cpu")
+    assert _configs("torch", cpu).startswith("not used")
+    assert "not tuned on this GPU: orthrus-triton autotune" in _configs("triton", cpu)
+    files.merge_entries(folder / files.file_name(on_gpu.name), on_gpu.name, "sm90", "9.0", [])
+    assert _configs("triton", cpu).startswith(f"0 in {folder}")
+
+
 def test_what_is_printed_of_a_run(capsys, tmp_path):
     config = KernelConfig({"BLOCK_M": 16}, {"num_warps": 4})
     entry = files.Entry(
@@ -131,6 +142,7 @@ def test_the_example(tmp_path):
     assert lines.index(")", first) - first < 20
 
 
+@interpreted
 def test_the_example_is_tuned_and_found_like_the_ops(fakes, folder, on_gpu):
     """The whole way with a fake clock: the worker imports the script by its path."""
     from orthrus_triton.autotune import tune

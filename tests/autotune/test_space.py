@@ -15,9 +15,10 @@ from orthrus_triton.autotune.estimate import Work, estimate
 from orthrus_triton.autotune.journal import Journal
 from orthrus_triton.autotune.shapes import SHAPES, select
 from orthrus_triton.autotune.source import _normalised, fingerprint_of_files, fingerprint_of_functions
-from orthrus_triton.autotune.space import MAX_CANDIDATES, SPACES
+from orthrus_triton.autotune.space import MAX_CANDIDATES, SPACES, BuiltInSpace
 from orthrus_triton.autotune.tunable_op import home_of, tunable
 from tests.autotune import planted
+from tests.autotune.conftest import interpreted
 
 KEYS = [
     ("linear", {"N": 6144, "K": 4096}), ("linear", {"N": 576, "K": 576}), ("linear", {"N": 7, "K": 5}),
@@ -42,7 +43,7 @@ def test_candidates(op: str, key: dict, family: str):
 
 
 def test_no_key_knows_a_row_count_or_a_context():
-    assert {name: space.key for name, space in SPACES.items() if not name.startswith("planted")} == {
+    assert {name: space.key for name, space in SPACES.items() if isinstance(space, BuiltInSpace)} == {
         "linear": ("N", "K"), "dual_view_attention": ("head_dim", "group"),
     }  # fmt: skip
     for op, key in KEYS:
@@ -60,6 +61,7 @@ def test_keys_of_qwen3_8b():
     assert {problem.dtype for problem in problems} == {"bf16"}
 
 
+@interpreted
 def test_keys_are_what_a_model_looks_up(tmp_path, monkeypatch):
     """A tiny model, full and of low rank, run with the Triton kernels: nothing is looked up that would not be tuned."""
     from orthrus_triton import ConsensusDecoder
@@ -232,6 +234,7 @@ def test_a_wrong_declaration_is_named(changes: dict, said: str):
     assert "declared" not in SPACES
 
 
+@interpreted
 def test_an_op_knows_where_it_comes_from():
     assert planted.scale.home == "tests.autotune.planted"
     assert home_of(planted.scale._launch) == planted.scale.home

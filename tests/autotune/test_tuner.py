@@ -15,7 +15,7 @@ from orthrus_triton.autotune.run import Result
 from orthrus_triton.autotune.tunable_op import OPS
 from orthrus_triton.autotune.worker import NOT_RUN, Worker, ask_all, compiler_environment
 from tests.autotune import planted
-from tests.autotune.conftest import GPU
+from tests.autotune.conftest import GPU, interpreted
 
 CPU = torch.device("cpu")
 HANDLER = "tests.autotune.fake_jobs:handle"
@@ -38,6 +38,7 @@ def stages(log: Path) -> list[str]:
 # --- the gate
 
 
+@interpreted
 def test_a_configuration_whose_bits_depend_on_the_row_count_is_rejected():
     gate = Gate.of(OPS["planted_product"], PRODUCT, CPU)
     good, bad = (
@@ -51,6 +52,7 @@ def test_a_configuration_whose_bits_depend_on_the_row_count_is_rejected():
     torch.testing.assert_close(planted.product(x, weight, config=bad), x @ weight.T, atol=1e-4, rtol=0)
 
 
+@interpreted
 def test_a_wrong_result_is_rejected():
     gate = Gate.of(OPS["planted_product"], PRODUCT, CPU)
     assert "exceeds the budget" in gate.problems(KernelConfig({"BLOCK_K": 32, "WIDE_FROM": 1000, "DROP": 2}))[0]
@@ -68,7 +70,7 @@ def test_the_built_in_ops_pass_the_gate(problem: Problem):
     from orthrus_triton.autotune import builtin  # noqa: F401
 
     space = OPS[problem.op].space
-    gate = Gate.of(OPS[problem.op], problem, CPU)
+    gate = Gate.of(OPS[problem.op], problem, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     default = space.default(problem.dtype, "sm90", problem.shape)
     assert gate.problems(default) == []
     assert len(gate.variants) == (3 if problem.op == "linear" else 2)
@@ -77,6 +79,7 @@ def test_the_built_in_ops_pass_the_gate(problem: Problem):
 # --- the pipeline
 
 
+@interpreted
 def test_the_planted_configuration_never_wins_however_fast(fakes, folder):
     every = configs_of("planted_product")
     bad = [name for name, config in every.items() if config["WIDE_FROM"] == 8 or config["DROP"] == 2]
@@ -87,6 +90,7 @@ def test_the_planted_configuration_never_wins_however_fast(fakes, folder):
     assert outcome.entry.config == KernelConfig({"BLOCK_K": 64, "WIDE_FROM": 1000, "DROP": 1})
 
 
+@interpreted
 def test_what_is_written_and_looked_up(fakes, folder, on_gpu):
     fakes(real=True, us={"BLOCK=64 num_warps=2": 40.0}, noise=0.002)
     result = run_tune(SCALE)
@@ -220,6 +224,7 @@ def test_without_a_gpu_it_says_what_can_be_done(folder):
     assert not folder.exists()
 
 
+@interpreted
 def test_a_packaged_and_a_user_configuration_of_the_same_content_give_the_same_bits(
     fakes, folder, on_gpu, tmp_path, monkeypatch
 ):
