@@ -1,0 +1,93 @@
+"""The serving benchmark end to end on a tiny model: a row per level of load, and none where an answer is wrong."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import serving
+from orthrus_triton.modules import DecodeRun
+
+TINY = ("--shape", "tiny", "--dtype", "fp32", "--device", "cpu", "--prompt-tokens", "20", "--tokens", "6")
+
+
+def run(*arguments: str):
+    app = typer.Typer()
+    app.command()(serving.main)
+    return CliRunner().invoke(app, arguments)
+
+
+def test_a_row_for_every_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    admit, kept = DecodeRun.admit, []
+
+    def spy(self, b, prompt, max_new_tokens, params, cached) -> None:
+        kept.append(cached)
+        admit(self, b, prompt, max_new_tokens, params, cached)
+
+    monkeypatch.setattr(DecodeRun, "admit", spy)
+    result = run(*TINY, "--clients", "1,3", "--requests", "5", "--out", str(tmp_path))
+    assert result.exit_code == 0, (result.output, result.exception)
+    (path,) = tmp_path.rglob("serving_tiny.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["clients"], row["slots"], row["requests"], row["output_tokens"]) for row in rows] == [
+        ("1", "3", "5", "30"), ("3", "3", "5", "30"),
+    ]  # fmt: skip
+    for row in rows:
+        seconds = float(row["seconds"])
+        assert float(row["requests_s"]) == pytest.approx(5 / seconds, rel=0.05)
+        assert float(row["tokens_s"]) == pytest.approx(30 / seconds, rel=0.05)
+        assert 0 < float(row["ttft_p50_ms"]) <= float(row["ttft_p95_ms"]) < 1e3 * seconds
+        assert row["model"] == "tiny, random weights" and row["device"] and row["git_sha"]
+    # one client at a time: the five waits for a first text lie side by side, three of them as long as the median
+    assert 3 * float(rows[0]["ttft_p50_ms"]) < 1e3 * float(rows[0]["seconds"])
+    assert path.with_suffix(".md").read_text() in result.output + "\n"
+    # gate and two levels, each after a first load of three, and three AR answers; nothing was in a cache already
+    assert len(kept) == (3 + 3) + 3 + 2 * (3 + 5) and max(kept) < 3
+
+
+def test_a_wrong_answer_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = serving.ask
+
+    async def wrong(*arguments: object) -> serving.Answer:
+        answer = await right(*arguments)
+        return answer._replace(text=answer.text[:-1])
+
+    monkeypatch.setattr(serving, "ask", wrong)
+    result = run(*TINY, "--clients", "2", "--out", str(tmp_path))
+    assert result.exit_code == 1 and "WRONG: prompt 0: 2 clients get" in result.stderr
+    assert "tokens_s" not in result.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_refusal_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "problems", lambda *_: [])
+    start = serving.running_server
+    monkeypatch.setattr(serving, "running_server", lambda *arguments: start(*arguments[:3], 20, 9))  # max_len
+    result = run(*TINY, "--clients", "1", "--requests", "1")
+    assert isinstance(result.exception, RuntimeError) and "status 200, but got 400" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shape", "9b"), "--shape must be one of tiny, "),
+        (("--shape", "tiny", "folder"), "--shape must not be given with a MODEL"),
+        (("--shape", "tiny", "--clients", "2,0"), "--clients must be integers >= 1 with commas between them, but got"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split()) and result.stdout == ""
+
+
+def test_prompts_are_asked_once_and_percentiles_are_nearest_ranks(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match="must be at most 2, the prompts of .*prompts.txt, but ask 3"):
+        serving.make_prompts(None, tmp_path / "prompts.txt", 3, 0, 0)
+    values = [float(n) for n in range(20, 0, -1)]
+    assert [serving.nearest_rank(values, share) for share in (0.5, 0.95, 0.0)] == [10.0, 19.0, 1.0]
+    assert serving.nearest_rank([7.0], 0.95) == 7.0
