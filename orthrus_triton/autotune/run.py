@@ -150,11 +150,20 @@ class Run:
             self.journal.remove()
         return result
 
+    def _previous(self, problem: Problem) -> store.Found | None:
+        """What an earlier tuning on this machine chose."""
+        known = self.known[problem]
+        return known if known is not None and known.place == store.USER else None
+
+    def _finished(self, problem: Problem) -> bool:
+        """Whether the run that this one goes on with had written its winner, and it is still there."""
+        return self.journal.get(self.question("done", problem)) is not None and self._previous(problem) is not None
+
     def _compile_all(self, workers: list[Worker]) -> None:
         """In a thread of its own: problems compile while earlier ones are timed."""
         asked, jobs = [], []
         for problem, configs in self.candidates.items():
-            if self.journal.get(self.question("done", problem)) is not None:
+            if self._finished(problem):
                 continue
             for index, config in enumerate(configs):
                 if (answer := self.journal.get(self.question("compile", problem, config))) is not None:
@@ -188,11 +197,10 @@ class Run:
         self, problem: Problem, measurer: Worker, bandwidth: Answer, share: float, compiling: threading.Thread
     ) -> Outcome | None:
         """None if there was no time."""
-        configs, known = self.candidates[problem], self.known[problem]
-        user = known is not None and known.place == store.USER
-        outcome = Outcome(problem, previous=known.config if user else None)
-        if self.journal.get(self.question("done", problem)) is not None and user:
-            outcome.entry = known.entry
+        configs, previous = self.candidates[problem], self._previous(problem)
+        outcome = Outcome(problem, previous=previous and previous.config)
+        if self._finished(problem):
+            outcome.entry = previous.entry
             self.step(2 * len(configs) + 1, f"{problem}: done before")
             return outcome
         started = time.monotonic()
@@ -202,6 +210,7 @@ class Run:
             with self.arrived:
                 while not late and index not in self.compiled[problem] and compiling.is_alive():
                     self.arrived.wait(0.2)
+                    late = self.left() <= 0
             if self.failure is not None:
                 raise self.failure
             answer = self.compiled[problem].get(index, {"error": NOT_RUN})
@@ -220,8 +229,7 @@ class Run:
         self._choose(outcome, passed, measurer, bandwidth)
         self.step(1, f"{problem}: timed")
         if outcome.entry is not None:
-            gpu = self.gpu
-            files.merge_entries(self.path, gpu.name, gpu.family, gpu.capability, [outcome.entry])
+            files.merge_entries(self.path, *self.gpu.identity(), [outcome.entry])
             self._record("done", problem, None, True)
         return outcome
 

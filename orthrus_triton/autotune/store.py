@@ -31,6 +31,10 @@ class Gpu:
     family: str
     capability: str
 
+    def identity(self) -> tuple[str, str, str]:
+        """What a file says it is for."""
+        return self.name, self.family, self.capability
+
 
 @dataclass(frozen=True)
 class Found:

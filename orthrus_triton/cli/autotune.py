@@ -167,6 +167,7 @@ def _print(result: Result) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for outcome in result.outcomes:
         console.print(escape(_line(outcome)), style=None if outcome.entry else "bold red")
+        _print_rejected(console, outcome.rejected)
     if result.unfinished:
         names = ", ".join(str(problem) for problem in result.unfinished)
         console.print(f"out of time, not done: {escape(names)}. The same command goes on with them.", style="yellow")
@@ -176,8 +177,7 @@ def _print(result: Result) -> None:
 def _line(outcome: Outcome) -> str:
     entry = outcome.entry
     if entry is None:
-        reasons = "; ".join(dict.fromkeys(outcome.rejected.values()))
-        return f"{outcome.problem}: none of {outcome.tried} candidates may be used, the default stays: {reasons}"
+        return f"{outcome.problem}: none of {outcome.tried} candidates may be used, the default stays"
     times = ", ".join(f"{load} {us:.1f} us, {entry.of_floor[load]:.0%} of floor" for load, us in entry.us.items())
     text = f"{outcome.problem} {entry.dtype}: {entry.config} ({times}"
     if outcome.tried:
@@ -197,9 +197,13 @@ def _print_dry(outcomes: Sequence[DryOutcome], target: str) -> None:
         total = len(outcome.fitting) + len(outcome.rejected)
         text = f"{outcome.problem} {outcome.problem.dtype}: {len(outcome.fitting)} of {total} candidates fit {target}"
         console.print(escape(f"{text}; by the compile-time model: {outcome.pick or 'none'}"))
-        for config, why in outcome.rejected.items():
-            console.print(escape(f"  no: {config}: {why}"), style="dim")
+        _print_rejected(console, outcome.rejected)
     console.print("compiled only; which one is fastest takes a GPU of this kind: the same command without --dry-run")
+
+
+def _print_rejected(console: Console, rejected: dict[str, str]) -> None:
+    for config, why in rejected.items():
+        console.print(escape(f"  no: {config}: {why}"), style="dim")
 
 
 def _export(path: Path, gpu: str | None, family: str, capability: str, entries: list) -> None:

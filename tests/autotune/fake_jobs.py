@@ -58,6 +58,8 @@ def misbehave(how: str | None) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "slow":
+        time.sleep(0.5)
     if how == "hang":
         time.sleep(600)
     if how == "memory":

@@ -125,7 +125,7 @@ def test_what_is_printed_of_a_run(capsys, tmp_path):
         "BLOCK_M=16 num_warps=4 (rows=32 12.3 us, 87% of floor; 30 timed of 32; another winner than last time" in text
     )
     assert "2 winner(s) in 2 repetitions, at most 0.4% behind" in text
-    assert "none of 2 candidates may be used, the default stays: took longer than 8 s" in text
+    assert "none of 2 candidates may be used, the default stays no: a: took longer than 8 s" in text
     assert "out of time, not done: linear:K=2,N=2. The same command goes on" in text
 
 

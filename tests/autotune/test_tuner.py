@@ -198,6 +198,15 @@ def test_out_of_budget_says_what_is_left(fakes):
     assert result.outcomes == [] and result.unfinished == [SCALE, PRODUCT]
 
 
+def test_a_short_budget_tries_fewer_candidates_and_still_chooses(fakes, folder):
+    names = [*configs_of("planted_scale"), *configs_of("planted_product")]
+    fakes(gate=dict.fromkeys(names, "slow"))
+    result = run_tune(SCALE, PRODUCT, budget=6.0)  # the checks alone would take seven
+    first = result.outcomes[0]
+    assert first.entry is not None and 1 <= first.tried < len(configs_of("planted_scale"))
+    assert files.read_table(result.path).entries[-1].problem in (SCALE, PRODUCT)
+
+
 # --- the same again
 
 
