@@ -32,6 +32,8 @@ def read_prompts(path: str | PathLike[str]) -> list[Prompt]:
             not such an object; the message names file and line.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts must come from a file, but there is no {str(path)!r}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON text may hold other line separators
     except UnicodeDecodeError as error:

@@ -117,6 +117,8 @@ def test_prompt_files(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="at least one prompt"):
         read_prompts(tmp_path / "empty.txt")
+    with pytest.raises(FileNotFoundError, match="prompts must come from a file, but there is no .*nowhere.txt"):
+        read_prompts(tmp_path / "nowhere.txt")
 
 
 def test_encode_follows_the_template():
