@@ -46,19 +46,21 @@ class OrthrusModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
         """input_ids [B, T] through one view -> hidden states [B, T, H], normed."""
-        hidden = self.embed(input_ids, view_pass.view)
+        hidden = self.embed(input_ids, view_pass)
         rope = self.rotary_emb(view_pass.positions, view_pass.prompt_len)
         for layer, cache_layer in zip(self.layers, cache.layers):
             hidden = layer(hidden, rope, cache_layer, view_pass)
         return self.norm(hidden, impl=view_pass.impl)
 
-    def embed(self, input_ids: torch.Tensor, view: View) -> torch.Tensor:
-        """input_ids [..., T] -> [..., T, H]. The mask token has an embedding of its own in a diffusion view that was
-        given one; everything else has the frozen row in both views."""
+    def embed(self, input_ids: torch.Tensor, view_pass: ViewPass) -> torch.Tensor:
+        """input_ids [B, T] -> [B, T, H]. The mask token has an embedding of its own in a diffusion view that was given
+        one; everything else, and whatever the frozen view reads, has the frozen row."""
         hidden = self.embed_tokens(input_ids)
-        if view == "ar" or self.mask_embedding_diff is None:
+        if view_pass.view == "ar" or self.mask_embedding_diff is None:
             return hidden
         is_mask = (input_ids == self.mask_token_id).unsqueeze(-1)
+        if view_pass.anchor_rows:
+            is_mask[:, : view_pass.anchor_rows] = False
         return torch.where(is_mask, self.mask_embedding_diff.to(hidden.dtype), hidden)
 
 
@@ -88,6 +90,11 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
     def block_size(self) -> int:
         """Rows of the block the diffusion view was made for."""
         return self.config.block_size
+
+    @property
+    def anchor_rows(self) -> int:
+        """Rows of a draft block that the frozen view reads: 1 with `anchor_view="ar"`, else 0."""
+        return int(self.config.anchor_view == "ar")
 
     @property
     def mask_token_id(self) -> int:
@@ -155,6 +162,7 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         mask_embedding: bool = False,
+        anchor_view: str = "diffusion",
     ) -> OrthrusForCausalLM:
         """A dual-view model of a frozen base, whose diffusion view starts as a copy of the AR weights.
 
@@ -168,6 +176,7 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
             view_rank: None for full projections, r for rank-r deltas.
             dtype, device: of the new model; by default those of the base (a folder's own dtype, the CPU).
             mask_embedding: give the diffusion view a vector of its own for mask_token_id, to be trained with it.
+            anchor_view: "diffusion", or "ar" to let the frozen view read a block's anchor; see `OrthrusConfig`.
 
         Raises:
             ValueError: an unsupported architecture or option, weights that do not fit the config, pickle files.
@@ -178,7 +187,7 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
             mask_token_id = choose_mask_token_id(base)
         config = OrthrusConfig.from_base_config(
             base.config, block_size=block_size, mask_token_id=mask_token_id, view_rank=view_rank,
-            mask_embedding=mask_embedding,
+            mask_embedding=mask_embedding, anchor_view=anchor_view,
         )  # fmt: skip
         model = cls._load(config, base.weights, dtype or base.dtype, device or base.device, has_view=False)
         model.generation_config = base.generation_config

@@ -101,7 +101,7 @@ def read_view_config(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is not a view file.
     """
-    return json.loads(_read(path, metadata_only=True)[0]["config"])
+    return {"anchor_view": "diffusion", **json.loads(_read(path, metadata_only=True)[0]["config"])}
 
 
 @torch.no_grad()

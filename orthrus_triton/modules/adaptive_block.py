@@ -53,6 +53,7 @@ class AdaptiveBlock:
 
     Args:
         sizes: block sizes to choose from; 1 is AR.
+        anchor_rows: tokens that a cycle with drafts commits besides, 0 or 1.
     """
 
     SAMPLES = 3
@@ -63,8 +64,8 @@ class AdaptiveBlock:
     PRIOR_CHANCE, PRIOR_WEIGHT = 0.5, 1.0
     FIRST_PROBE, LAST_PROBE = 16, 256  # AR cycles between two drafted ones; doubles while drafting stays the worse
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = tuple(sorted(set(sizes)))
+    def __init__(self, sizes: Sequence[int], anchor_rows: int = 0) -> None:
+        self.sizes, self.anchor_rows = tuple(sorted(set(sizes))), anchor_rows
         if not self.sizes or self.sizes[0] < 1:
             raise ValueError(f"sizes must be block sizes >= 1, but got {list(sizes)}")
         self._times: dict[int, list[float]] = {size: [] for size in self.sizes}
@@ -114,7 +115,8 @@ class AdaptiveBlock:
 
     def expected_tokens(self, size: int) -> float:
         """Tokens a cycle of `size` should commit: the bonus token and the drafts likely to be accepted before it."""
-        chance, all_agree, tokens = self.PRIOR_CHANCE, 1.0, 1.0
+        chance, all_agree = self.PRIOR_CHANCE, 1.0
+        tokens = 1.0 + (self.anchor_rows if size != AR else 0)
         for agreed, tried in zip(self._agreed[: size - 1], self._tried):
             # a position seldom reached is taken to be like the one before it
             chance = (agreed + self.PRIOR_WEIGHT * chance) / (tried + self.PRIOR_WEIGHT)

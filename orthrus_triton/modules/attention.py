@@ -82,6 +82,8 @@ class DualViewAttention(nn.Module):
         Returns:
             [B, T, hidden_size].
         """
+        if view_pass.parts is not None:
+            return self._forward_parts(hidden, rope, cache_layer, view_pass.parts)
         drafting = view_pass.view == "diffusion"
         suffix = SUFFIX[view_pass.view]
         impl, B, T = view_pass.impl, *hidden.shape[:2]
@@ -101,6 +103,20 @@ class DualViewAttention(nn.Module):
             block_size=T if drafting else None, window=self.window, impl="library" if inexact else impl,
         ).view(B, T, -1)  # fmt: skip
         return self._project_out(attended, drafting, view_pass.linear_impl)
+
+    def _forward_parts(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache_layer: CacheLayer,
+        parts: tuple[ViewPass, ViewPass],
+    ) -> torch.Tensor:
+        """The anchor through the frozen view first: its key stands in the cache when the masks look."""
+        attended = [
+            self.forward(hidden[:, rows], (rope[0][:, rows], rope[1][:, rows]), cache_layer, part)
+            for rows, part in zip((slice(0, 1), slice(1, None)), parts)
+        ]
+        return torch.cat(attended, dim=1)
 
     def _project_qkv(self, hidden: torch.Tensor, drafting: bool, impl: str) -> torch.Tensor:
         if not drafting:

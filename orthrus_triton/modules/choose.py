@@ -13,6 +13,7 @@ from orthrus_triton.modules.sampling_params import Choosing
 from orthrus_triton.ops.gumbel import CHOICE, DRAFT
 
 if TYPE_CHECKING:
+    from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
     from orthrus_triton.modules.decode_state import DecodeState
     from orthrus_triton.modules.dual_view_model import DualViewModel
 
@@ -62,14 +63,19 @@ def choose_logits(
 
 
 def draft_and_judge(
-    model: DualViewModel, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str, choosing: Choosing
+    decoder: ConsensusDecoder, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draft and verify for rejection sampling -> the block [B, K], and in every row its draft or what replaces it."""
-    view_pass = cache.view_pass("diffusion", block_size, impl=impl)
+    model, choosing, anchor_rows = decoder.model, decoder.choosing, decoder.anchor_rows
+    view_pass = cache.draft_pass(block_size, anchor_rows, impl=impl)
     block = state.anchors(block_size)
-    hidden = model.forward_view(block, cache, view_pass)[:, : block_size - 1]
+    hidden = model.forward_view(block, cache, view_pass)[:, : block_size - 1 + anchor_rows]
     drafted, draft_logits = choose_tokens(model, hidden, state, view_pass, choosing, None, stream=DRAFT)
-    candidate = torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
+    if anchor_rows:
+        decoder.commit_anchor_choice(drafted, hidden, cache, state, impl)
+        candidate, draft_logits = drafted.clamp(min=0), draft_logits[:, 1:].contiguous()
+    else:
+        candidate = torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
     view_pass = cache.view_pass("ar", block_size, impl=impl)
     hidden = model.forward_view(candidate, cache, view_pass)
     logits = choose_logits(model, hidden, state, view_pass, choosing, candidate)

@@ -77,6 +77,7 @@ class ConsensusDecoder:
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be >= 1 or None, but got {prefill_chunk}")
         self.model, self.mode, self.exact = model, mode, exact
+        self.anchor_rows: int = getattr(model, "anchor_rows", 0)
         self._block_option = block_size
         self.block_size = widest_block(block_size, self.model)
         self.impl, self.max_cache_len, self.prefill_chunk = impl, max_cache_len, prefill_chunk
@@ -212,23 +213,29 @@ class ConsensusDecoder:
             linear_impl = "library" if not self.exact and impl != "triton" else None
             candidate = choice = self.verify(state.anchors(1), cache, state, impl, linear_impl)
         elif self.choosing.rejection:
-            candidate, choice = draft_and_judge(self.model, cache, state, block_size, impl, self.choosing)
+            candidate, choice = draft_and_judge(self, cache, state, block_size, impl)
         else:
             candidate = self.draft(cache, state, block_size, impl)
             choice = self.verify(candidate, cache, state, impl)
         state.commit(candidate, choice, cache.context_len, impl)
 
     def draft(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> torch.Tensor:
-        """One bidirectional pass over [anchor, MASK x (K-1)] -> the block to verify, [B, K]: anchor and K - 1 drafts.
+        """One pass over [anchor, MASK x (K-1)] -> the block to verify, [B, K]: its anchor and K - 1 drafts.
 
-        Row i proposes the token at position context_len + i + 1, so the last row has nothing to propose.
+        Row i proposes the token at position context_len + i + 1. Where the diffusion view reads the anchor, the last
+        row has nothing to propose. Where the frozen view does, row 0's token is committed at once and is the anchor of
+        the block to verify, which ends one token later.
         """
-        view_pass = cache.view_pass("diffusion", block_size, impl=impl)
+        view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
         block = state.anchors(block_size)
         hidden = self.model.forward_view(block, cache, view_pass)
-        drafted = self.choose(hidden[:, : block_size - 1], state, view_pass)
-        # where the draft has no token it proposes some token: verify says what is to be said
-        return torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
+        if not self.anchor_rows:
+            drafted = self.choose(hidden[:, : block_size - 1], state, view_pass)
+            # where the draft has no token it proposes some token: verify says what is to be said
+            return torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
+        drafted = self.choose(hidden, state, view_pass)
+        self.commit_anchor_choice(drafted, hidden, cache, state, impl)
+        return drafted.clamp(min=0)
 
     def verify(
         self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,
@@ -249,6 +256,15 @@ class ConsensusDecoder:
         int64. A row's token must depend on that row, its history and that position alone, or the two modes part.
         """
         return choose_tokens(self.model, hidden, state, view_pass, self.choosing, candidate)[0]
+
+    def commit_anchor_choice(
+        self, drafted: torch.Tensor, hidden: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str
+    ) -> None:
+        """Commit what row 0 of a draft [B, K] says, the frozen view's own choice after the anchor."""
+        choice = ops.void_rows(drafted[:, :1].contiguous(), hidden[:, :1].contiguous(), impl=impl)
+        state.commit_anchor_choice(choice, cache.context_len, impl)
+        if self.choosing.processed:
+            state.sampling.absorb(state.output_ids, state.output_len, 1)
 
     def prefill(
         self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str,
@@ -281,7 +297,7 @@ class ConsensusDecoder:
         device = cache.context_len.device
         eos_slots = max(-(-eos_count // EOS_SLOTS), 1) * EOS_SLOTS
         self._state = DecodeState.allocate(
-            batch_size, block_size, cache.capacity, max(block_size, AR_STEPS), eos_slots,
+            batch_size, block_size, cache.capacity, max(block_size + self.anchor_rows, AR_STEPS), eos_slots,
             self.model.mask_token_id, device,
         )  # fmt: skip
         self._runner = StepRunner(self._new_capture(device), self._state.idle)
@@ -301,4 +317,5 @@ class ConsensusDecoder:
         if option != "auto":
             return FixedBlock(widest_block(option, self.model))
         # cycle times differ by batch size
-        return self._adaptive.setdefault(batch_size, AdaptiveBlock(auto_sizes(self.model.block_size)))
+        rule = AdaptiveBlock(auto_sizes(self.model.block_size), self.anchor_rows)
+        return self._adaptive.setdefault(batch_size, rule)

@@ -23,8 +23,9 @@ class DecodeState:
     block [B, W] int64: anchor, then MASK; a cycle of K <= W rows uses its first K columns. output_ids [B, L] int64 and
     output_len [B] int32: committed tokens. limit [B] int32: most tokens of each. finished [B] bool: a finished slot is
     an exact no-op in every further cycle. eos_ids [E] int64, padded with -1. accepted_histogram [B, W] int32: cycles
-    by accepted length. report [B, 2 + R] int64: output_len, finished and the newest R committed tokens, for the host.
-    sampling: parameters of the slots, None until a run is open for more than greedy decoding.
+    by accepted length. uncounted [B, W] int32 takes the counts of commits that end no cycle. report [B, 2 + R] int64:
+    output_len, finished and the newest R committed tokens, for the host. sampling: parameters of the slots, None until
+    a run is open for more than greedy decoding.
     """
 
     block: torch.Tensor
@@ -34,6 +35,7 @@ class DecodeState:
     finished: torch.Tensor
     eos_ids: torch.Tensor
     accepted_histogram: torch.Tensor
+    uncounted: torch.Tensor
     report: torch.Tensor
     report_columns: torch.Tensor
     mask_token_id: int
@@ -54,6 +56,7 @@ class DecodeState:
             finished=torch.ones(B, dtype=torch.bool, device=device),
             eos_ids=torch.full((eos_slots,), NO_TOKEN, **int64),
             accepted_histogram=torch.zeros(B, block_size, **int32),
+            uncounted=torch.zeros(B, block_size, **int32),
             report=torch.zeros(B, 2 + report_tokens, **int64),
             report_columns=torch.arange(-report_tokens, 0, **int64),
             mask_token_id=mask_token_id,
@@ -89,13 +92,23 @@ class DecodeState:
         self.accepted_histogram.zero_()
         self.finished.fill_(False)
 
-    def commit(self, candidate: torch.Tensor, choice: torch.Tensor, context_len: torch.Tensor, impl: str) -> None:
+    def commit(
+        self, candidate: torch.Tensor, choice: torch.Tensor, context_len: torch.Tensor, impl: str,
+        histogram: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Consensus over one verified block: everything a cycle changes, in place."""
         ops.consensus_(
             candidate, choice, self.eos_ids, self.limit, self.mask_token_id, context_len=context_len,
             output_ids=self.output_ids, output_len=self.output_len, finished=self.finished, block=self.block,
-            accepted_histogram=self.accepted_histogram, impl=impl,
+            accepted_histogram=self.accepted_histogram if histogram is None else histogram, impl=impl,
         )  # fmt: skip
+
+    def commit_anchor_choice(self, choice: torch.Tensor, context_len: torch.Tensor, impl: str) -> None:
+        """Commit the token [B, 1] that the frozen view chose after the anchor while the rest of the block was drafted.
+        A sequence that ends with it is not verified any more: its cycle counts here, with nothing accepted."""
+        alive = ~self.finished
+        self.commit(self.anchors(1), choice, context_len, impl, self.uncounted)
+        self.accepted_histogram[:, 0] += alive & self.finished
 
     def write_report(self) -> None:
         """Pack what the host wants to know into one buffer, so that it takes one copy."""

@@ -14,7 +14,8 @@ class DecodeStats:
     tokens: generated tokens, EOS included.
     cycles: cycles of the longest-lived sequence. In AR mode a cycle is one pass.
     forward_passes: 1 prefill, then 2 per cycle (1 per cycle of block size 1, which is AR).
-    tokens_per_cycle: tokens committed per cycle a sequence was alive, bonus token included; at most K.
+    tokens_per_cycle: tokens committed per cycle a sequence was alive, bonus token included; at most K, and K + 1 where
+        the frozen view reads the anchor.
     tpf: tokens per forward pass, the paper's Eq. 9: tokens / (1 + 2 * cycles), token-weighted over sequences.
     accepted_histogram: accepted_histogram[a] cycles had their first `a` drafted tokens accepted.
     prefill_seconds, decode_seconds: wall-clock.

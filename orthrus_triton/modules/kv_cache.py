@@ -27,6 +27,7 @@ class ViewPass(NamedTuple):
     positions [B, T] int32 for the rotary angles; slots [B, T] int32, the row each token's K/V goes to (of the cache
     for the AR view, of the scratch block for the diffusion view); key_limit [B, T] int32 for the attention;
     prompt_len [B] int32 for length-dependent rotary rules; impl and linear_impl choose the implementations.
+    parts: where the frozen view reads a draft block's anchor, the passes of the anchor and of the rows behind it.
     """
 
     view: View
@@ -36,6 +37,12 @@ class ViewPass(NamedTuple):
     prompt_len: torch.Tensor
     impl: str = "auto"
     linear_impl: str = "auto"
+    parts: tuple[ViewPass, ViewPass] | None = None
+
+    @property
+    def anchor_rows(self) -> int:
+        """Leading rows that the frozen view reads in a pass of the diffusion view: 0 or 1."""
+        return int(self.parts is not None)
 
 
 class SharedKVCache:
@@ -110,6 +117,17 @@ class SharedKVCache:
             slots, key_limit = rows.repeat(start.shape[0], 1), start[:, None].repeat(1, num_rows)
         linear_impl = impl if linear_impl is None else linear_impl
         return ViewPass(view, positions, slots, key_limit, self.prompt_len, impl, linear_impl)
+
+    def draft_pass(self, block_size: int, anchor_rows: int = 0, *, impl: str = "auto") -> ViewPass:
+        """Plan the pass that drafts a block [B, K]: the diffusion view's, or with `anchor_rows=1` one in which the
+        frozen view reads the anchor, writes its cache row and so says the token after it, exactly; the masks see that
+        row as they see those before it."""
+        if not anchor_rows:
+            return self.view_pass("diffusion", block_size, impl=impl)
+        anchor = self.view_pass("ar", 1, impl=impl)
+        masks = self.view_pass("diffusion", block_size - 1, self.context_len + 1, impl=impl)
+        whole = (torch.cat(tensors, dim=1) for tensors in zip(anchor[1:4], masks[1:4]))
+        return ViewPass("diffusion", *whole, self.prompt_len, impl, impl, parts=(anchor, masks))
 
     def sequence(self, b: int) -> SharedKVCache:
         """The buffers of one sequence as a cache of batch size 1, all views: what is written to it is written here."""

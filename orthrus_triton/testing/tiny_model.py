@@ -19,6 +19,7 @@ class TinyDualViewModel(nn.Module):
     Args:
         vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size: its shape.
         block_size: rows of a draft block.
+        anchor_rows: 1 to let the frozen view read a block's anchor, as `OrthrusConfig.anchor_view="ar"` does.
         **layer: further options of `OrthrusDecoderLayer` (qk_norm, window, view_rank, ...).
     """
 
@@ -32,10 +33,12 @@ class TinyDualViewModel(nn.Module):
         head_dim: int = 64,
         intermediate_size: int = 96,
         block_size: int = 8,
+        anchor_rows: int = 0,
         **layer: object,
     ) -> None:
         super().__init__()
         self.vocab_size, self.block_size, self.mask_token_id = vocab_size, block_size, vocab_size - 1
+        self.anchor_rows = anchor_rows
         self.eos_token_ids: list[int] = []
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(

@@ -23,8 +23,8 @@ class AnchorExample(TypedDict):
 class AnchorExamples(Dataset):
     """Example i: a row drawn by domain, and anchors in its answers drawn from it, by (seed, i) alone.
 
-    An anchor is the newest known token, so the first one is the prompt's last token and the last one is the answer's
-    last but one.
+    An anchor is the newest known token, so the first one is the prompt's last token and the last one is the one before
+    the last that there is to predict.
 
     Args:
         rows: at least one.
@@ -35,6 +35,7 @@ class AnchorExamples(Dataset):
         surprise: for each row, how unlikely the frozen model found each of its tokens, in 0..1, and
         focus: the share of the anchors drawn in proportion to it. In decoding a block begins where the last draft went
             wrong, so at such tokens more often than elsewhere.
+        anchor_rows: 1 where the frozen view reads the anchor: the first token to predict is the one after the next.
 
     Raises:
         ValueError: no rows, weights that do not name exactly the domains there are, or focus without surprise.
@@ -49,13 +50,14 @@ class AnchorExamples(Dataset):
         seed: int = 0,
         surprise: Sequence[np.ndarray] | None = None,
         focus: float = 0.0,
+        anchor_rows: int = 0,
     ) -> None:
         if not rows:
             raise ValueError("rows must not be empty: no row of the data has an answer to learn from")
         if not 0 <= focus < 1 or (focus and surprise is None):
             raise ValueError(f"focus must be in [0, 1), and 0 where no surprise is given, but got {focus}")
         self.rows, self.num_examples, self.num_anchors, self.seed = rows, num_examples, num_anchors, seed
-        self.surprise, self.focus = surprise, focus
+        self.surprise, self.focus, self.anchor_rows = surprise, focus, anchor_rows
         counts = Counter(row.domain for row in rows)
         weights = counts if domain_weights is None else domain_weights
         if set(weights) != set(counts) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -72,13 +74,16 @@ class AnchorExamples(Dataset):
     def __getitem__(self, index: int) -> AnchorExample:
         generator = np.random.default_rng((self.seed, index))
         row_id = int(np.searchsorted(self._cumulative, generator.random(), side="right"))
-        places = np.concatenate([np.arange(start - 1, end - 1) for start, end in self.rows[row_id].answers])
+        places = np.concatenate([self._places(start, end) for start, end in self.rows[row_id].answers])
         chances = None
         if self.focus:
             unlikely = self.surprise[row_id][places] + 1e-6
             chances = (1 - self.focus) / len(places) + self.focus * unlikely / unlikely.sum()
         anchors = generator.choice(places, self.num_anchors, replace=len(places) < self.num_anchors, p=chances)
         return {"row_id": row_id, "anchors": np.sort(anchors)}
+
+    def _places(self, start: int, end: int) -> np.ndarray:
+        return np.arange(start - 1, max(end - 1 - self.anchor_rows, start))
 
 
 class EvenAnchors(Dataset):
@@ -89,16 +94,20 @@ class EvenAnchors(Dataset):
         num_anchors: blocks per row.
         block_size: K.
         first_row_id: what the row ids count from.
+        anchor_rows: as in `AnchorExamples`.
     """
 
-    def __init__(self, rows: Sequence[TextRow], num_anchors: int, block_size: int, first_row_id: int = 0) -> None:
+    def __init__(
+        self, rows: Sequence[TextRow], num_anchors: int, block_size: int, first_row_id: int = 0, anchor_rows: int = 0
+    ) -> None:
         self.rows, self.num_anchors, self.block_size, self.first_row_id = rows, num_anchors, block_size, first_row_id
+        self.anchor_rows = anchor_rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> AnchorExample:
         start, end = self.rows[index].answers[-1]
-        last = max(start - 1, end - self.block_size)
+        last = max(start - 1, end - self.block_size - self.anchor_rows)
         anchors = np.linspace(start - 1, last, self.num_anchors).round().astype(np.int64)
         return {"row_id": self.first_row_id + index, "anchors": anchors}

@@ -31,10 +31,14 @@ class BlockCollator:
         cache: of the same rows, or None.
         block_size: K.
         loss: "kl" or "ce".
+        anchor_rows: 1 where the frozen view reads the anchor; its own prediction has nothing to learn.
     """
 
-    def __init__(self, rows: Sequence[TextRow], cache: FrozenCache | None, block_size: int, loss: Loss) -> None:
+    def __init__(
+        self, rows: Sequence[TextRow], cache: FrozenCache | None, block_size: int, loss: Loss, anchor_rows: int = 0
+    ) -> None:
         self.rows, self.cache, self.block_size, self.loss = rows, cache, block_size, loss
+        self.anchor_rows = anchor_rows
 
     def __call__(self, examples: Sequence[AnchorExample]) -> dict[str, torch.Tensor]:
         row_ids = [example["row_id"] for example in examples]
@@ -42,8 +46,8 @@ class BlockCollator:
         anchors = torch.stack([torch.as_tensor(example["anchors"]) for example in examples])
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
         ends = torch.stack([_ends(row, of_row) for row, of_row in zip(rows, anchors)])
-        # row i of a block predicts the token at a + i + 1, so the last row has nothing to learn
-        predicted = anchors[..., None] + torch.arange(1, self.block_size)
+        # row i of a block predicts the token at a + i + 1
+        predicted = anchors[..., None] + self.anchor_rows + torch.arange(1, self.block_size)
         inside = predicted < ends[..., None]
         taken = ids.gather(1, predicted.clamp(max=ids.shape[1] - 1).flatten(1)).view_as(predicted)
         batch = {
@@ -55,7 +59,7 @@ class BlockCollator:
         }
         if self.cache is None:
             return batch | {"input_ids": ids}
-        batch["context"] = self.cache.context(row_ids, anchors.amax(dim=1).tolist())
+        batch["context"] = self.cache.context(row_ids, (anchors.amax(dim=1) + self.anchor_rows).tolist())
         if self.loss == "kl":
             starts = torch.tensor([self.cache.starts[row] for row in row_ids])[:, None, None]
             # beyond an answer's end any probabilities do, for they weigh nothing
@@ -111,7 +115,7 @@ class ViewDistillation(nn.Module):
             layers, states = self._read(input_ids, prompt_len)
             teacher = ops.HiddenTeacher(states.flatten(0, 1))
             starts = torch.arange(len(anchors), device=anchors.device)[:, None, None] * input_ids.shape[1]
-            steps = torch.arange(self.block_size - 1, device=anchors.device)
+            steps = self.student.anchor_rows + torch.arange(self.block_size - 1, device=anchors.device)
             index = starts + torch.where(targets >= 0, anchors[..., None] + steps, anchors[..., None])
         else:
             layers = [context[:, n].unbind(1) for n in range(context.shape[1])]
@@ -121,7 +125,7 @@ class ViewDistillation(nn.Module):
             teacher = ops.LabelTeacher(targets.flatten().clamp(min=0))
             index = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
         hidden = self.student.draft(anchor_ids, anchors, prompt_len, layers, self.block_size)
-        loss, matches = block_loss(hidden[:, :, :-1], self.student.head_weight, teacher, index, targets, self.weights)
+        loss, matches = block_loss(hidden, self.student.head_weight, teacher, index, targets, self.weights)
         return {"loss": loss, "matches": matches}
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, torch.Tensor]:

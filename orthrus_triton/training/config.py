@@ -40,6 +40,9 @@ class ViewTrainingArguments(TrainingArguments):
     num_anchors: int = _option(8, "Blocks per row and step.")
     block_size: int | None = _option(None, "K, anchor included; by default the model's.")
     view_rank: int | None = _option(None, "Demo model only: train rank-r deltas instead of full projections.")
+    anchor_view: str | None = _option(
+        None, "ar: the frozen view reads a block's anchor; diffusion: the trained one; by default as the model has it."
+    )
     mask_embedding: bool = _option(True, "Train an embedding of the mask token that the frozen model does not see.")
     loss: Loss = _option("kl", "kl: the frozen model's probabilities; ce: its own tokens.")
     position_decay: float | None = _option(4.0, "Row i of a block weighs exp(-i / decay); null: all alike.")
@@ -69,6 +72,8 @@ class ViewTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name in ("max_steps", "max_row_len", "num_anchors", "eval_anchors", "teacher_top_k"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        _require(self.anchor_view in (None, "ar", "diffusion"), "anchor_view", "'ar', 'diffusion' or null",
+                 self.anchor_view)  # fmt: skip
         _require(self.loss in ("kl", "ce"), "loss", "'kl' or 'ce'", self.loss)
         _require(self.position_decay is None or self.position_decay > 0, "position_decay", "> 0 or null",
                  self.position_decay)  # fmt: skip

@@ -75,6 +75,8 @@ def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrai
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     if args.mask_embedding:
         model.add_mask_embedding()
+    if args.anchor_view is not None:
+        model.config.anchor_view = args.anchor_view
     return model, tokenizer
 
 

@@ -21,7 +21,7 @@ LayerContext = Sequence[torch.Tensor]  # k, v [B, HKV, S, D], and whatever else 
 
 
 class BlockPass(NamedTuple):
-    """What one training pass sees: key_limit [B, A * K] int32, each row's anchor; block_size K."""
+    """What one training pass sees: key_limit [B, T] int32, the AR keys of each row; block_size, rows of a block."""
 
     key_limit: torch.Tensor
     block_size: int
@@ -63,7 +63,7 @@ class BlockStudent(nn.Module):
         self.layers = nn.ModuleList(BlockLayer(layer) for layer in model.model.layers)
         self.rotary_emb = model.model.rotary_emb
         self.mask_embedding_diff = model.model.mask_embedding_diff
-        self.mask_token_id = model.mask_token_id
+        self.mask_token_id, self.anchor_rows = model.mask_token_id, model.anchor_rows
         self.new_cache = model.new_cache
 
     @property
@@ -79,34 +79,39 @@ class BlockStudent(nn.Module):
         context: Sequence[LayerContext],
         block_size: int,
     ) -> torch.Tensor:
-        """Final hidden states of the blocks [anchor, MASK x (K-1)].
+        """Final hidden states of the rows of the blocks [anchor, MASK x (K-1)] that propose a token.
+
+        The block stands at a .. a+K-1 and row i proposes the token at a + i + 1. Where the trained view reads the
+        anchor, it sees the AR keys 0 .. a-1 and the whole of itself, and its last row has nothing to propose. Where
+        the frozen view does, the masks see the AR keys 0 .. a and each other, and all of them propose.
 
         Args:
             anchor_ids: [B, A] token at each anchor.
-            anchors: [B, A] its position a, ascending; the block stands at a .. a+K-1 and sees the AR keys 0 .. a-1
-                and the whole of itself.
+            anchors: [B, A] its position a, ascending.
             prompt_len: [B], for rotary rules that look at the length.
-            context: for each layer k, v [B, HKV, S, D] that the frozen model wrote, S >= the largest anchor.
+            context: for each layer k, v [B, HKV, S, D] that the frozen model wrote, as many as the blocks see.
             block_size: K.
 
         Returns:
-            [B, A, K, H], normed: row i proposes the token at a + i + 1.
+            [B, A, K-1, H], normed.
         """
-        (B, A), K = anchors.shape, block_size
-        ids = torch.full((B, A, K), self.mask_token_id, dtype=torch.int64, device=anchors.device)
-        ids[..., 0] = anchor_ids
-        ids = ids.view(B, A * K)
-        steps = torch.arange(K, device=anchors.device)
-        positions = (anchors[..., None] + steps).view(B, A * K).int()
+        (B, A), first = anchors.shape, self.anchor_rows
+        rows = block_size - first
+        ids = torch.full((B, A, rows), self.mask_token_id, dtype=torch.int64, device=anchors.device)
+        if first == 0:
+            ids[..., 0] = anchor_ids
+        ids = ids.view(B, A * rows)
+        steps = torch.arange(first, block_size, device=anchors.device)
+        positions = (anchors[..., None] + steps).view(B, A * rows).int()
         rope = self.rotary_emb(positions, prompt_len.int())
-        how = BlockPass(anchors.int().repeat_interleave(K, dim=1), K)
+        how = BlockPass((anchors + first).int().repeat_interleave(rows, dim=1), rows)
         hidden = self.embed_tokens(ids)
         if self.mask_embedding_diff is not None:
             is_mask = (ids == self.mask_token_id)[..., None]
             hidden = torch.where(is_mask, self.mask_embedding_diff.to(hidden.dtype), hidden)
         for layer, layer_context in zip(self.layers, context):
             hidden = layer(hidden, rope, layer_context, how)
-        return _norm(hidden, self.norm).view(B, A, K, -1)
+        return _norm(hidden, self.norm).view(B, A, rows, -1)[:, :, : block_size - 1]
 
     @torch.no_grad()
     def read(self, input_ids: torch.Tensor, prompt_len: torch.Tensor, cache: SharedKVCache) -> torch.Tensor:

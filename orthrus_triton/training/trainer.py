@@ -67,12 +67,13 @@ class ViewTrainer(Trainer):
                 cache = FrozenCache.open_or_build(args.cache_dir, model, everything, args.teacher_top_k)
         examples = AnchorExamples(
             rows, args.max_steps * per_step, args.num_anchors, args.domain_weights, args.seed,
-            surprise(cache, rows) if args.anchor_focus else None, args.anchor_focus,
+            surprise(cache, rows) if args.anchor_focus else None, args.anchor_focus, model.anchor_rows,
         )  # fmt: skip
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("_diff" in name)
             if "_diff" in name:
                 parameter.data = parameter.data.float()
+        held_out = EvenAnchors(eval_rows, args.eval_anchors, block_size, len(rows), model.anchor_rows)
         self.orthrus = model
         self.domains = list(dict.fromkeys(row.domain for row in everything))
         self._domain_ids = torch.tensor([self.domains.index(row.domain) for row in everything])
@@ -81,9 +82,9 @@ class ViewTrainer(Trainer):
         super().__init__(
             ViewDistillation(model, block_size, args.loss, args.position_decay),
             args,
-            data_collator=BlockCollator(everything, cache, block_size, args.loss),
+            data_collator=BlockCollator(everything, cache, block_size, args.loss, model.anchor_rows),
             train_dataset=examples,
-            eval_dataset=EvenAnchors(eval_rows, args.eval_anchors, block_size, len(rows)) if eval_rows else None,
+            eval_dataset=held_out if eval_rows else None,
             compute_metrics=self._metrics,
             **options,
         )
@@ -118,7 +119,7 @@ class ViewTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(self._not_finite("loss", loss.item()))
         if model.training:
-            leading = 1.0 + outputs["matches"].cumprod(dim=-1).sum(dim=-1)
+            leading = 1.0 + self.orthrus.anchor_rows + outputs["matches"].cumprod(dim=-1).sum(dim=-1)
             self._matched += torch.tensor([leading.sum().item(), leading.numel()])
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -142,7 +143,7 @@ class ViewTrainer(Trainer):
         return loss, matches, self._domain_ids.to(loss.device)[inputs["row_ids"]]
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        return acceptance(prediction.predictions, prediction.label_ids, self.domains)
+        return acceptance(prediction.predictions, prediction.label_ids, self.domains, self.orthrus.anchor_rows)
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """The Trainer's logs, with this process's tokens per cycle on training blocks since the last one."""

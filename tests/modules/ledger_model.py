@@ -25,6 +25,7 @@ class LedgerModel:
         seed: of the tables.
         certainty: how much of the logits the draft can know.
         poison: a token after which the AR view gives NaN, or None.
+        anchor_rows: 1 where the AR view reads the anchor of a draft.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class LedgerModel:
         seed: int = 0,
         certainty: float = 2.0,
         poison: int | None = None,
+        anchor_rows: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.vocab_size, self.block_size, self.mask_token_id = vocab_size, block_size, vocab_size - 1
+        self.anchor_rows = anchor_rows
         self.eos_token_ids: list[int] = []
         self.by_sum = torch.randn(SUMS, vocab_size, generator=generator)
         self.by_position = torch.randn(PERIOD, vocab_size, generator=generator) * certainty
@@ -52,6 +55,9 @@ class LedgerModel:
 
     def forward_view(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
         """Hidden states are the logits."""
+        if view_pass.parts is not None:
+            rows = input_ids.split([1, input_ids.shape[1] - 1], dim=1)
+            return torch.cat([self.forward_view(ids, cache, part) for ids, part in zip(rows, view_pass.parts)], dim=1)
         hidden = self.by_position[(view_pass.positions.long() + 1) % PERIOD]
         if view_pass.view == "diffusion":
             return hidden

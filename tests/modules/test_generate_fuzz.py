@@ -45,9 +45,10 @@ def no_token_twice_in_three(input_ids: torch.Tensor, scores: torch.Tensor) -> to
     return scores
 
 
-def test_two_thousand_calls_are_their_ar_oracle() -> None:
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_two_thousand_calls_are_their_ar_oracle(anchor_rows: int) -> None:
     rng = random.Random(7)
-    model = LedgerModel(VOCAB)
+    model = LedgerModel(VOCAB, anchor_rows=anchor_rows)
     decoders = [
         ConsensusDecoder(model, impl="torch", max_cache_len=64, **options)
         for options in ({}, {"block_size": 2}, {"block_size": "auto"}, {"mode": "ar"})
@@ -136,9 +137,10 @@ def test_coupled_consensus_is_sampled_ar_on_a_transformer(impl: str) -> None:
     assert greedy[0].tolist() != ar.sequences[0][: len(greedy[0])].tolist()
 
 
-def test_rejection_follows_the_ar_distribution() -> None:
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_rejection_follows_the_ar_distribution(anchor_rows: int) -> None:
     """The decoder's own cycle, 1,200 sequences of three tokens: chi-square over all 27 texts."""
-    model = LedgerModel(vocab_size=3, block_size=3, certainty=1.0)
+    model = LedgerModel(vocab_size=3, block_size=3, certainty=1.0, anchor_rows=anchor_rows)
     decoder = ConsensusDecoder(model, impl="torch")
     n, prompt = 1200, torch.tensor([1, 2])
     output = decoder.generate([prompt] * n, max_new_tokens=3, temperature=1.0, seed=2, sampling="rejection")
@@ -153,10 +155,10 @@ def test_rejection_follows_the_ar_distribution() -> None:
             )
             expected[a, b] = n * first[a] * second[b] * third
     assert float(((counts - expected) ** 2 / expected).sum()) < 54.1  # 99.9 % of 26 degrees of freedom
-    coupled = decoder.generate([prompt] * 200, max_new_tokens=12, temperature=1.0, seed=2)
-    rejection = decoder.generate([prompt] * 200, max_new_tokens=12, temperature=1.0, seed=2, sampling="rejection")
-    alone = [SamplingParams(temperature=1.0, seed=2, sequence=7)]
-    again = decoder.generate([prompt], max_new_tokens=12, params=alone, sampling="rejection").sequences[0]
+    coupled = decoder.generate([prompt] * 200, max_new_tokens=30, temperature=1.0, seed=3)
+    rejection = decoder.generate([prompt] * 200, max_new_tokens=30, temperature=1.0, seed=3, sampling="rejection")
+    alone = [SamplingParams(temperature=1.0, seed=3, sequence=7)]
+    again = decoder.generate([prompt], max_new_tokens=30, params=alone, sampling="rejection").sequences[0]
     assert torch.equal(again, rejection.sequences[7])
     assert rejection.stats.tokens_per_cycle > coupled.stats.tokens_per_cycle > 1.1
 

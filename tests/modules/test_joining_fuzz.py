@@ -59,12 +59,15 @@ def stop_in_time(run: DecodeRun, b: int, seat: Seat) -> int:
 
 
 @pytest.mark.parametrize(
-    ("mode", "lag", "hosts"),
-    [("consensus", 0, False), ("ar", 0, False), ("consensus", 0, True), ("consensus", 2, True), ("ar", 0, True)],
-)
-def test_sequences_join_and_leave(mode: str, lag: int, hosts: bool) -> None:
+    ("mode", "lag", "hosts", "anchor_rows"),
+    [
+        ("consensus", 0, False, 0), ("ar", 0, False, 0), ("consensus", 0, True, 0), ("consensus", 2, True, 0),
+        ("ar", 0, True, 0), ("consensus", 0, False, 1), ("consensus", 2, True, 1),
+    ],
+)  # fmt: skip
+def test_sequences_join_and_leave(mode: str, lag: int, hosts: bool, anchor_rows: int) -> None:
     """Sixty over three slots, some released at random: what they got until then is right, too."""
-    rng, model = random.Random(1), LedgerModel(VOCAB)
+    rng, model = random.Random(1), LedgerModel(VOCAB, anchor_rows=anchor_rows)
     decoder = ConsensusDecoder(model, impl="torch", mode=mode)
     choosing = Choosing(sampled=True, processed=True, hosted=hosts)
     run = decoder.open(SLOTS, CAPACITY, eos_token_id=EOS, choosing=choosing)
@@ -89,7 +92,7 @@ def test_sequences_join_and_leave(mode: str, lag: int, hosts: bool) -> None:
             if beyond >= 0:
                 seen["stopped"] += 1
                 seen["stopped inside a block"] += beyond > 0
-            elif not run.slots[b].finished and rng.random() < 0.07:
+            elif not run.slots[b].finished and rng.random() < 0.15:
                 run.release(b)
                 seat.cut = True
                 seen["cut"] += 1

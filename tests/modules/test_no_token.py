@@ -48,9 +48,10 @@ def until_poison(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(POISON) + 1] if POISON in tokens[:-1] else tokens
 
 
-def test_nan_ends_that_sequence_alone() -> None:
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_nan_ends_that_sequence_alone(anchor_rows: int) -> None:
     """And the error names it; the decoder goes on."""
-    model = LedgerModel(VOCAB, poison=5)
+    model = LedgerModel(VOCAB, poison=5, anchor_rows=anchor_rows)
     healthy = LedgerModel(VOCAB)
     decoder = ConsensusDecoder(model, impl="torch")
     prompts = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5])]

@@ -22,6 +22,7 @@ from tests.models.tiny_bases import base_config, build_base, randomise_view
 from tests.training.view_runs import K, make_args, make_model, make_trainer, own_rows
 
 
+@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
 @pytest.mark.parametrize(
     ("case", "view_rank"),
     [
@@ -32,8 +33,9 @@ from tests.training.view_runs import K, make_args, make_model, make_trainer, own
         ("qwen3 biases, tied, window by layer types", None),
     ],
 )
-def test_the_trained_pass_is_the_decoders_draft(case, view_rank):
-    model = randomise_view(make_model(case, view_rank=view_rank))
+def test_the_trained_pass_is_the_decoders_draft(case, view_rank, anchor_view):
+    model = randomise_view(make_model(case, view_rank=view_rank, anchor_view=anchor_view))
+    proposing = slice(1, K) if anchor_view == "ar" else slice(0, K - 1)
     ids = torch.randint(2, 100, (2, 30), generator=torch.Generator().manual_seed(0))
     prompt_len, anchors = torch.tensor([5, 9]), torch.tensor([[0, 6, 17], [9, 20, 28]])
     student, cache = BlockStudent(model), model.new_cache(2, 30, K)
@@ -50,8 +52,8 @@ def test_the_trained_pass_is_the_decoders_draft(case, view_rank):
                 buffers.context_len.fill_(anchor)
                 block = torch.full((1, K), model.mask_token_id)
                 block[0, 0] = ids[b, anchor]
-                drafted = model.forward_view(block, buffers, buffers.view_pass("diffusion", K))
-            assert torch.allclose(ours[b, n], drafted[0], atol=2e-5), (n, (ours[b, n] - drafted[0]).abs().max())
+                drafted = model.forward_view(block, buffers, buffers.draft_pass(K, model.anchor_rows))[0, proposing]
+            assert torch.allclose(ours[b, n], drafted, atol=2e-5), (n, (ours[b, n] - drafted).abs().max())
 
 
 @torch.no_grad()
@@ -61,7 +63,8 @@ def draft_logits(model: OrthrusForCausalLM, row: TextRow, anchor: int) -> torch.
     model.forward_view(torch.tensor([row.ids[:anchor]]), buffers, buffers.view_pass("ar", anchor))
     buffers.context_len.fill_(anchor)
     block = torch.tensor([[row.ids[anchor]] + [model.mask_token_id] * (K - 1)])
-    return model.compute_logits(model.forward_view(block, buffers, buffers.view_pass("diffusion", K)))[0]
+    hidden = model.forward_view(block, buffers, buffers.draft_pass(K, model.anchor_rows))
+    return model.compute_logits(hidden[:, model.anchor_rows :])[0]
 
 
 @pytest.mark.parametrize("view_rank", [None, 2])
@@ -78,14 +81,15 @@ def test_only_the_view_learns(view_rank, tmp_path):
         assert ("_diff" in name) != torch.equal(tensor, before[name]), name
 
 
-def test_without_a_cache_the_frozen_model_teaches_the_same(tmp_path):
-    model = randomise_view(make_model("qwen3"))
+@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
+def test_without_a_cache_the_frozen_model_teaches_the_same(tmp_path, anchor_view):
+    model = randomise_view(make_model("qwen3", anchor_view=anchor_view))
     rows = own_rows(model, 4)
     everything = FrozenCache.open_or_build(tmp_path, model, rows, top_k=model.vocab_size, dtype=torch.float32)
-    examples = AnchorExamples(rows, 4, 5)
+    examples = AnchorExamples(rows, 4, 9, anchor_rows=model.anchor_rows)
     losses, gradients = [], []
     for cache in (everything, None):
-        batch = BlockCollator(rows, cache, K, "kl")([examples[n] for n in range(4)])
+        batch = BlockCollator(rows, cache, K, "kl", model.anchor_rows)([examples[n] for n in range(4)])
         assert (batch["targets"] < 0).any()  # some blocks reach beyond their text
         output = ViewDistillation(model, K, "kl", 2.0)(**batch)
         gradient = torch.autograd.grad(output["loss"], model.model.layers[0].self_attn.q_norm_diff.weight)[0]
@@ -94,11 +98,14 @@ def test_without_a_cache_the_frozen_model_teaches_the_same(tmp_path):
     assert torch.allclose(*losses, rtol=1e-5) and torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
 
 
-def test_the_loss_is_what_the_paper_says():
-    model = randomise_view(make_model())
-    row = own_rows(model, 1)[0]
-    anchors = torch.tensor([[row.prompt_len - 1, len(row.ids) - 3]])  # the second block has two targets in the text
-    batch = BlockCollator([row], None, K, "kl")([{"row_id": 0, "anchors": anchors[0].numpy()}])
+@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
+def test_the_loss_is_what_the_paper_says(anchor_view):
+    """And where the frozen view reads the anchor, the same one token later."""
+    model = randomise_view(make_model(anchor_view=anchor_view))
+    row, later = own_rows(model, 1)[0], model.anchor_rows
+    # the second block has two targets in the text
+    anchors = torch.tensor([[row.prompt_len - 1, len(row.ids) - 3 - later]])
+    batch = BlockCollator([row], None, K, "kl", later)([{"row_id": 0, "anchors": anchors[0].numpy()}])
     assert batch["targets"].tolist()[0][1] == [row.ids[-2], row.ids[-1], -1]
     decay, total = 1.5, 0.0
     weights = [math.exp(-i / decay) for i in range(K - 1)]
@@ -107,8 +114,8 @@ def test_the_loss_is_what_the_paper_says():
     for anchor in anchors[0].tolist():
         student = draft_logits(model, row, anchor).log_softmax(-1)
         for i in range(K - 1):
-            if anchor + i + 1 < len(row.ids):
-                log_p = teacher[anchor + i]
+            if anchor + i + 1 + later < len(row.ids):
+                log_p = teacher[anchor + i + later]
                 total += weights[i] * float((log_p.exp() * (log_p - student[i])).sum())
     output = ViewDistillation(model, K, "kl", decay)(**batch)
     assert float(output["loss"].detach()) == pytest.approx(total / (2 * sum(weights)), rel=1e-4)
@@ -117,9 +124,11 @@ def test_the_loss_is_what_the_paper_says():
     assert float(crossed["loss"].detach()) > first / (2 * (K - 1))
 
 
-def test_overfitting_one_text_drafts_nearly_whole_blocks(tmp_path):
+@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
+def test_overfitting_one_text_drafts_nearly_whole_blocks(tmp_path, anchor_view):
     base = build_base(base_config("llama", num_hidden_layers=3, head_dim=64))
-    model = OrthrusForCausalLM.from_base(base, block_size=K, mask_token_id=1, mask_embedding=True)
+    options = {"block_size": K, "mask_token_id": 1, "mask_embedding": True, "anchor_view": anchor_view}
+    model = OrthrusForCausalLM.from_base(base, **options)
     rows = own_rows(model, 1, tokens=49)
     decoder = ConsensusDecoder(model)
     prompt = torch.tensor(rows[0].ids[: rows[0].prompt_len])
@@ -130,6 +139,7 @@ def test_overfitting_one_text_drafts_nearly_whole_blocks(tmp_path):
     output = decoder.generate([prompt], **options)
     assert output.sequences[0].tolist() == rows[0].ids  # exact before, during and after training
     assert output.stats.tokens_per_cycle >= 0.9 * K
+    assert output.stats.cycles <= math.ceil(48 / (K + model.anchor_rows)) + 1
 
 
 def test_evaluation_reports_acceptance_by_domain_and_position(tmp_path):
