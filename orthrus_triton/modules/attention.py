@@ -83,7 +83,7 @@ class DualViewAttention(nn.Module):
             [B, T, hidden_size].
         """
         if view_pass.parts is not None:
-            return self._forward_parts(hidden, rope, cache_layer, view_pass.parts)
+            return self._forward_parts(hidden, rope, cache_layer, view_pass)
         drafting = view_pass.view == "diffusion"
         suffix = SUFFIX[view_pass.view]
         impl, B, T = view_pass.impl, *hidden.shape[:2]
@@ -109,14 +109,33 @@ class DualViewAttention(nn.Module):
         hidden: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         cache_layer: CacheLayer,
-        parts: tuple[ViewPass, ViewPass],
+        view_pass: ViewPass,
     ) -> torch.Tensor:
-        """The anchor through the frozen view first: its key stands in the cache when the masks look."""
-        attended = [
-            self.forward(hidden[:, rows], (rope[0][:, rows], rope[1][:, rows]), cache_layer, part)
-            for rows, part in zip((slice(0, 1), slice(1, None)), parts)
-        ]
-        return torch.cat(attended, dim=1)
+        """The anchor through the frozen projections and the masks through the trained ones, in one attention."""
+        impl, parts = view_pass.impl, list(zip((slice(0, 1), slice(1, None)), SUFFIX.values(), (False, True)))
+        if self.window is not None:  # a window is counted from each row's own position, which limits do not tell
+            attended = [
+                self.forward(hidden[:, rows], (rope[0][:, rows], rope[1][:, rows]), cache_layer, part)
+                for (rows, _, _), part in zip(parts, view_pass.parts)
+            ]
+            return torch.cat(attended, dim=1)
+        qkv = [self._project_qkv(hidden[:, rows], drafting, impl) for rows, _, drafting in parts]
+        if self.qk_norm:
+            q = [
+                ops.rope_cache(
+                    part, rope[0][:, rows], rope[1][:, rows], cache_layer.k, cache_layer.v, view_pass.slots[:, rows],
+                    getattr(self, f"q_norm{suffix}").weight, getattr(self, f"k_norm{suffix}").weight, self.norm_eps,
+                    impl=impl,
+                )
+                for part, (rows, suffix, _) in zip(qkv, parts)
+            ]  # fmt: skip
+            q = torch.cat(q, dim=1)
+        else:
+            q = ops.rope_cache(
+                torch.cat(qkv, dim=1), *rope, cache_layer.k, cache_layer.v, view_pass.slots, None, None, impl=impl
+            )
+        attended = ops.dual_view_attention(q, cache_layer.k, cache_layer.v, view_pass.key_limit, impl=impl).flatten(2)
+        return torch.cat([self._project_out(attended[:, rows], draft, impl) for rows, _, draft in parts], dim=1)
 
     def _project_qkv(self, hidden: torch.Tensor, drafting: bool, impl: str) -> torch.Tensor:
         if not drafting:

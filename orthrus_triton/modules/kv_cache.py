@@ -121,13 +121,20 @@ class SharedKVCache:
     def draft_pass(self, block_size: int, anchor_rows: int = 0, *, impl: str = "auto") -> ViewPass:
         """Plan the pass that drafts a block [B, K]: the diffusion view's, or with `anchor_rows=1` one in which the
         frozen view reads the anchor, writes its cache row and so says the token after it, exactly; the masks see that
-        row as they see those before it."""
+        row as they see those before it.
+
+        With an anchor row the masks' K/V may lie in the cache, too, in the rows behind the anchor's: nobody else looks
+        there until the verify pass has written them anew. Slots and limits of the whole pass are for that; those of
+        its parts are for layers with a window, whose masks keep to the scratch block.
+        """
         if not anchor_rows:
             return self.view_pass("diffusion", block_size, impl=impl)
         anchor = self.view_pass("ar", 1, impl=impl)
         masks = self.view_pass("diffusion", block_size - 1, self.context_len + 1, impl=impl)
-        whole = (torch.cat(tensors, dim=1) for tensors in zip(anchor[1:4], masks[1:4]))
-        return ViewPass("diffusion", *whole, self.prompt_len, impl, impl, parts=(anchor, masks))
+        positions = torch.cat((anchor.positions, masks.positions), dim=1)
+        whole_block = (self.context_len[:, None] + block_size).repeat(1, block_size - 1)
+        key_limit = torch.cat((anchor.key_limit, whole_block), dim=1)
+        return ViewPass("diffusion", positions, positions, key_limit, self.prompt_len, impl, impl, (anchor, masks))
 
     def sequence(self, b: int) -> SharedKVCache:
         """The buffers of one sequence as a cache of batch size 1, all views: what is written to it is written here."""

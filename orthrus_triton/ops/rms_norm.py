@@ -89,8 +89,8 @@ def launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torc
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Any device; rounds where the Triton kernel rounds."""
     h = x.contiguous().to(accumulate_dtype(x.dtype))
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return h.to(x.dtype) * weight
+    scale = h.square().sum(-1, keepdim=True).div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (h * scale).to(x.dtype) * weight
 
 
 def add_rms_norm_torch(

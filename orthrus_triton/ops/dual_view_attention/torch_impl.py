@@ -3,6 +3,8 @@ A library SDPA re-tiles as the context grows, which moves a row's bits; it is gi
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -39,7 +41,7 @@ def attention_torch(
     out = q.new_empty(q.shape)
     for t in range(0, T, tokens):
         rows = slice(t, t + tokens)
-        seen = visible_tiles(key_limit, rows, k_cache.shape[2], group, block_size, window, exact, q.dtype)
+        seen = visible_tiles(key_limit, rows, k_cache.shape[2], group, block_size, window, exact, q.dtype, D)
         # [B, HKV, tokens * group, D]: the heads of a group lie beside each other
         packed = q[:, rows].view(B, -1, HKV, group, D).transpose(1, 2).reshape(B, HKV, -1, D)
         # [B, HKV, tokens * group, D] and [B, HKV, tokens * group]
@@ -71,7 +73,7 @@ def _attend_cache(
         rows = F.pad(rows, (0, 0, 0, seen.filled))
     keys, values = _tiles(k_cache, k_block, seen), _tiles(v_cache, v_block, seen)
     out, lse = _sdpa(rows, keys, values, seen.mask, scale)
-    if not bool(torch.isfinite(out.sum(dtype=torch.float32))):
+    if not math.isfinite(out.sum(dtype=torch.float32).item()):
         # garbage that is not finite, or whose scores are not, outlives a mask
         keys, values = (_without_garbage(tiles, seen) for tiles in (keys, values))
         out, lse = _sdpa(rows, keys, values, seen.mask, scale)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-KV_TILE = 512  # keys per tile, at multiples of it; torch's CPU kernel walks the keys in tiles of this length
+from orthrus_triton.ops.dual_view_attention.key_tails import KV_TILE, tiles_end
+
 ROW_TILE = 8  # packed rows (token x head in group) come in multiples of it: BLAS takes other kernels for fewer
 COPIED_KEYS = 1024  # up to so many, a draft's block is put behind the keys it sees, in a copy: one attention, not two
 KEPT_TOKENS = 1024  # of a pass whose masks are kept, at most
@@ -39,34 +40,34 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def visible_tiles(
     key_limit: torch.Tensor, rows: slice, capacity: int, group: int, block_size: int | None, window: int | None,
-    exact: bool, dtype: torch.dtype,
+    exact: bool, dtype: torch.dtype, head_dim: int,
 ) -> VisibleTiles:  # fmt: skip
-    """What the tokens `rows` of a call see; `capacity` is that of the cache, `dtype` that of the mask.
+    """What the tokens `rows` of a call see; `capacity` is that of the cache, `dtype` that of the mask and the heads.
 
     With exact=False the tiles end where the longest row's keys end.
     """
     if key_limit.shape[1] > KEPT_TOKENS or key_limit.is_inference():  # the latter do not tell whether they changed
-        return _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype)
+        return _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype, head_dim)
     version, kept = _kept.get(key_limit, (None, {}))
     if version != key_limit._version:
         kept = {}
         _kept[key_limit] = (key_limit._version, kept)
-    key = (rows.start, rows.stop, capacity, group, block_size, window, exact, dtype)
+    key = (rows.start, rows.stop, capacity, group, block_size, window, exact, dtype, head_dim)
     if key not in kept:
-        kept[key] = _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype)
+        kept[key] = _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype, head_dim)
     return kept[key]
 
 
 def _look(
     key_limit: torch.Tensor, capacity: int, group: int, block_size: int | None, window: int | None, exact: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, head_dim: int,
 ) -> VisibleTiles:  # fmt: skip
     limit = key_limit.clamp(0, capacity)
     shortest, longest = (int(edge) for edge in limit.aminmax())
-    tile, filled = (KV_TILE, -limit.shape[1] * group % ROW_TILE) if exact else (1, 0)
+    filled = -limit.shape[1] * group % ROW_TILE if exact else 0
     start, lowest, blind = 0, None, None
     if block_size == limit.shape[1] and window is None and exact and bool((limit == limit[:, :1]).all()):
-        end = -(-(longest + block_size) // tile) * tile
+        end = tiles_end(longest + block_size, dtype, head_dim, limit.device)
         if end <= COPIED_KEYS:
             own = (limit[:, :1] + torch.arange(block_size, device=limit.device)).long()
             return VisibleTiles(
@@ -76,8 +77,9 @@ def _look(
         steps = torch.arange(limit.shape[1], device=limit.device, dtype=limit.dtype)
         position = limit - 1 if block_size is None else limit + steps % block_size
         lowest = (position + 1 - window).clamp(min=0)
-        start = int(lowest.min()) // tile * tile
-    end = max(-(-longest // tile) * tile, start)
+        start = int(lowest.min()) // KV_TILE * KV_TILE if exact else int(lowest.min())
+    end = tiles_end(longest, dtype, head_dim, limit.device) if exact else longest
+    end = max(end, start)
     if shortest == 0 or lowest is not None:
         seen = limit if lowest is None else limit - lowest
         blind = _per_row(seen, group, 0)[:, None] <= 0
