@@ -25,7 +25,7 @@ def export_view(
         Literal["int8", "fp16", "bf16"], typer.Option(help="How deltas are stored; int8 has one scale per row.")
     ] = "int8",
     block_size: Annotated[
-        int | None, typer.Option(help="Block the view was trained with; a checkpoint without a config needs it.")
+        int | None, typer.Option(help="Block the view was trained with, where a checkpoint does not name it.")
     ] = None,
     max_mb: Annotated[float, typer.Option(help="Refuse to write a larger file.")] = 30.0,
 ) -> None:
@@ -34,7 +34,7 @@ def export_view(
     \b
     orthrus-triton export-view ./trained view.safetensors
     orthrus-triton export-view ./trained view.safetensors --rank 64 --storage fp16
-    orthrus-triton export-view ./run/checkpoint-3000 view.safetensors --block-size 8
+    orthrus-triton export-view ./run/checkpoint-3000 view.safetensors
     orthrus-triton demo --view view.safetensors
     """
     with one_line_errors():
@@ -45,18 +45,21 @@ def export_view(
         with status_console.status(f"Reading {source}"):
             from orthrus_triton.models import OrthrusForCausalLM
             from orthrus_triton.models.gguf import load_demo_model
-            from orthrus_triton.models.view import has_mask_embedding, load_checkpoint_view, save_view
+            from orthrus_triton.models.view import load_checkpoint_view, read_checkpoint_metadata, save_view
 
             if (source / "config.json").is_file():
                 model = OrthrusForCausalLM.from_pretrained(source, dtype=torch.float32)
                 _require_same_block(model.block_size, block_size)
             elif (source / "model.safetensors").is_file():
-                if block_size is None:
-                    raise ValueError(f"--block-size must be given, for {source} has no config.json")
                 weights = source / "model.safetensors"
-                model, _ = load_demo_model(
-                    block_size=block_size, view="copy", mask_embedding=has_mask_embedding(weights)
-                )
+                about = read_checkpoint_metadata(weights)
+                if "block_size" in about:
+                    _require_same_block(about["block_size"], block_size)
+                block_size = about.get("block_size", block_size)
+                if block_size is None:
+                    raise ValueError(f"--block-size must be given, for {source} does not name its own")
+                model, _ = load_demo_model(block_size=block_size, view="copy", mask_embedding=about["mask_embedding"])
+                model.config.anchor_view = about.get("anchor_view", "diffusion")
                 load_checkpoint_view(model, weights)
             else:
                 raise FileNotFoundError(f"MODEL must be a folder with model.safetensors, but {source} has none")

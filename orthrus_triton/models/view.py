@@ -165,6 +165,25 @@ def load_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -> None:
         state[name].copy_(tensor)
 
 
+def checkpoint_metadata(model: OrthrusForCausalLM, block_size: int) -> dict[str, str]:
+    """What a training checkpoint's safetensors file says about the view it holds."""
+    return {"format": "pt", "block_size": json.dumps(block_size), "anchor_view": json.dumps(model.config.anchor_view)}
+
+
+def read_checkpoint_metadata(path: str | PathLike[str]) -> dict[str, Any]:
+    """block_size and anchor_view of a training checkpoint's file, as far as it names them, and mask_embedding.
+
+    Raises:
+        ValueError: it is not a complete safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name != "format"}
+            return found | {"mask_embedding": any(name.endswith("mask_embedding_diff") for name in file.keys())}
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error
+
+
 @torch.no_grad()
 def load_checkpoint_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -> None:
     """Put the `_diff` weights of a training checkpoint, which holds nothing else, into `model`.
@@ -173,8 +192,14 @@ def load_checkpoint_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -
         path: its safetensors file; names may have a prefix before "model.".
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: its names or shapes are not those of this model's view.
+        FileNotFoundError: there is no such file. ValueError: its names or shapes are not those of this model's view,
+            or it was trained for another anchor_view.
     """
+    anchor_view = read_checkpoint_metadata(path).get("anchor_view", model.config.anchor_view)
+    if anchor_view != model.config.anchor_view:
+        raise ValueError(
+            f"{str(path)!r} was trained with anchor_view={anchor_view!r}, not {model.config.anchor_view!r}"
+        )
     try:
         stored = {name[name.find("model.") :]: tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
@@ -186,15 +211,6 @@ def load_checkpoint_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -
             raise ValueError(f"{str(path)!r} must hold {name!r} with shape {expected}, but has {found}")
     for name, tensor in needed.items():
         tensor.copy_(stored[name])
-
-
-def has_mask_embedding(path: str | PathLike[str]) -> bool:
-    """Whether a training checkpoint's safetensors file holds a trained mask embedding."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return any(name.endswith("mask_embedding_diff") for name in file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error
 
 
 def fingerprint(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:

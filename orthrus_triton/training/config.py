@@ -43,6 +43,9 @@ class ViewTrainingArguments(TrainingArguments):
     anchor_view: str | None = _option(
         None, "ar: the frozen view reads a block's anchor; diffusion: the trained one; by default as the model has it."
     )
+    init_view: str | None = _option(
+        None, "Start from this view file, or this training checkpoint, instead of a copy of the AR view."
+    )
     mask_embedding: bool = _option(True, "Train an embedding of the mask token that the frozen model does not see.")
     loss: Loss = _option("kl", "kl: the frozen model's probabilities; ce: its own tokens.")
     position_decay: float | None = _option(4.0, "Row i of a block weighs exp(-i / decay); null: all alike.")

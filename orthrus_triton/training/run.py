@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.view import load_checkpoint_view, load_view, read_checkpoint_metadata, read_view_config
 from orthrus_triton.training.config import ViewTrainingArguments
 from orthrus_triton.training.data import TextRow, pack_rows, read_rows
 from orthrus_triton.training.trainer import ViewTrainer
@@ -75,9 +77,26 @@ def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrai
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     if args.mask_embedding:
         model.add_mask_embedding()
+    if args.init_view is not None:
+        start_from(model, Path(args.init_view))
     if args.anchor_view is not None:
         model.config.anchor_view = args.anchor_view
     return model, tokenizer
+
+
+def start_from(model: OrthrusForCausalLM, view: Path) -> None:
+    """Put the view of a view file, or of a training checkpoint's folder, into `model`, with its anchor_view.
+
+    Raises:
+        ValueError, OSError: there is none, or it is of another model.
+    """
+    if view.is_dir():
+        weights = view / SAFE_WEIGHTS_NAME
+        model.config.anchor_view = read_checkpoint_metadata(weights).get("anchor_view", model.config.anchor_view)
+        load_checkpoint_view(model, weights)
+        return
+    model.config.anchor_view = read_view_config(view)["anchor_view"]
+    load_view(model, view)
 
 
 def load_rows(path: str, args: ViewTrainingArguments) -> list[TextRow]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.models.view import load_checkpoint_view
+from orthrus_triton.models.view import checkpoint_metadata, load_checkpoint_view
 from orthrus_triton.training.acceptance import acceptance
 from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
@@ -162,7 +162,8 @@ class ViewTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         staged = folder / f"{SAFE_WEIGHTS_NAME}.tmp"
         try:
-            save_file({name: tensor.detach().cpu().clone() for name, tensor in view.items()}, staged)
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in view.items()}
+            save_file(tensors, staged, metadata=checkpoint_metadata(self.orthrus, self.model.block_size))
             os.replace(staged, folder / SAFE_WEIGHTS_NAME)
         finally:
             staged.unlink(missing_ok=True)

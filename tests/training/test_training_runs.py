@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.view import save_view
 from orthrus_triton.training import trainer as trainer_module
-from orthrus_triton.training.run import save_model
+from orthrus_triton.training.run import save_model, start_from
 from orthrus_triton.training.trainer import STAGING, last_checkpoint
 from tests.training.killed_run import OPTIONS, STEPS
 from tests.training.view_runs import make_model, make_trainer, saved_view, view_of
@@ -53,6 +54,25 @@ def test_a_run_killed_in_a_checkpoint_resumes_to_the_bits_of_an_unbroken_one(tmp
     # what the test compares did change
     model.reset_view()
     assert all(not torch.equal(tensor, unbroken[name]) for name, tensor in view_of(model).items())
+
+
+def test_a_run_starts_from_another_view(tmp_path):
+    model = make_model()
+    make_trainer(model, tmp_path, 2, save_steps=2).train()
+    trained = view_of(model)
+    model.reset_view()
+    start_from(model, tmp_path / "run" / "checkpoint-2")
+    assert_same(view_of(model), trained)
+    save_view(model, tmp_path / "view.safetensors")
+    reset = make_model(anchor_view="ar")
+    start_from(reset, tmp_path / "view.safetensors")
+    assert reset.config.anchor_view == "diffusion"
+    for name, tensor in view_of(reset).items():
+        assert torch.allclose(tensor, trained[name], atol=1e-3), name  # int8
+    # its anchors would be read by the wrong view
+    model.config.anchor_view = "ar"
+    with pytest.raises(ValueError, match="anchor_view='diffusion', not 'ar'"):
+        make_trainer(model, tmp_path, 4).train(resume_from_checkpoint=True)
 
 
 def test_two_processes_and_accumulation_do_what_one_process_does(tmp_path):
