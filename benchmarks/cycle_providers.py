@@ -191,7 +191,7 @@ def _compare_with_official(load: Workload, ids: torch.Tensor) -> list[str]:
     cache.prompt_len.fill_(length)
     ours_ar = model.compute_logits(model.forward_view(ids, cache, cache.view_pass("ar", length)))
     cache.context_len.fill_(length)
-    ours = model.compute_logits(model.forward_view(masks, cache, cache.view_pass("diffusion", block)))
+    ours = model.compute_logits(model.forward_view(masks, cache, cache.draft_pass(block)))
     found = _unlike("the official AR logits", ours_ar[:, -8:], theirs_ar[:, -8:])
     return found + _unlike("the official draft's logits", ours, theirs)
 

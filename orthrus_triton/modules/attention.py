@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orthrus_triton import ops
-from orthrus_triton.modules.kv_cache import CacheLayer, ViewPass
+from orthrus_triton.modules.kv_cache import CacheLayer, View, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear, LowRankDelta
 from orthrus_triton.modules.rms_norm import RMSNorm
 
@@ -76,16 +76,15 @@ class DualViewAttention(nn.Module):
         Args:
             hidden: [B, T, hidden_size], normed.
             rope: (cos, sin), each [B, T, head_dim // 2] fp32.
-            cache_layer: this layer's buffers; the AR view writes the cache, the diffusion view the scratch block.
+            cache_layer: this layer's buffers.
             view_pass: which view, where the rows stand and what they see.
 
         Returns:
             [B, T, hidden_size].
         """
-        if view_pass.parts is not None:
-            return self._forward_parts(hidden, rope, cache_layer, view_pass)
+        if view_pass.parts:
+            return self._draft(hidden, rope, cache_layer, view_pass)
         drafting = view_pass.view == "diffusion"
-        suffix = SUFFIX[view_pass.view]
         impl, B, T = view_pass.impl, *hidden.shape[:2]
         qkv = self._project_qkv(hidden, drafting, view_pass.linear_impl)
         k_block = v_block = None
@@ -93,9 +92,7 @@ class DualViewAttention(nn.Module):
         if drafting:
             k_block, v_block = cache_layer.k_block[:, :T], cache_layer.v_block[:, :T]
             k_out, v_out = k_block.transpose(1, 2), v_block.transpose(1, 2)
-        q_norm = getattr(self, f"q_norm{suffix}").weight if self.qk_norm else None
-        k_norm = getattr(self, f"k_norm{suffix}").weight if self.qk_norm else None
-        q = ops.rope_cache(qkv, *rope, k_out, v_out, view_pass.slots, q_norm, k_norm, self.norm_eps, impl=impl)
+        q = ops.rope_cache(qkv, *rope, k_out, v_out, view_pass.slots, *self._norms(view_pass.view), impl=impl)
         # prefill, and AR decoding with exact=False: where the library's product serves, so does its attention
         inexact = impl == "torch" and view_pass.linear_impl == "library"
         attended = ops.dual_view_attention(
@@ -104,38 +101,39 @@ class DualViewAttention(nn.Module):
         ).view(B, T, -1)  # fmt: skip
         return self._project_out(attended, drafting, view_pass.linear_impl)
 
-    def _forward_parts(
+    def _draft(
         self,
         hidden: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         cache_layer: CacheLayer,
         view_pass: ViewPass,
     ) -> torch.Tensor:
-        """The anchor through the frozen projections and the masks through the trained ones, in one attention."""
-        impl, parts = view_pass.impl, list(zip((slice(0, 1), slice(1, None)), SUFFIX.values(), (False, True)))
-        if self.window is not None:  # a window is counted from each row's own position, which limits do not tell
-            attended = [
-                self.forward(hidden[:, rows], (rope[0][:, rows], rope[1][:, rows]), cache_layer, part)
-                for (rows, _, _), part in zip(parts, view_pass.parts)
-            ]
-            return torch.cat(attended, dim=1)
-        qkv = [self._project_qkv(hidden[:, rows], drafting, impl) for rows, _, drafting in parts]
-        if self.qk_norm:
-            q = [
-                ops.rope_cache(
-                    part, rope[0][:, rows], rope[1][:, rows], cache_layer.k, cache_layer.v, view_pass.slots[:, rows],
-                    getattr(self, f"q_norm{suffix}").weight, getattr(self, f"k_norm{suffix}").weight, self.norm_eps,
-                    impl=impl,
-                )
-                for part, (rows, suffix, _) in zip(qkv, parts)
-            ]  # fmt: skip
-            q = torch.cat(q, dim=1)
+        """A whole draft in one attention; where the frozen view reads the anchor, by each row's own projections."""
+        impl, parts = view_pass.impl, view_pass.parts
+        widths = [part.positions.shape[1] for part in parts]
+        inputs = hidden.split(widths, dim=1)
+        if self.window is not None:
+            pieces = zip(inputs, _split_rope(rope, widths), parts)
+            return _join([self.forward(rows, angles, cache_layer, part) for rows, angles, part in pieces])
+        qkv = [self._project_qkv(rows, part.view == "diffusion", impl) for rows, part in zip(inputs, parts)]
+        k, v = cache_layer.k, cache_layer.v
+        if self.qk_norm:  # each view has norms of its own
+            q = _join([
+                ops.rope_cache(product, *angles, k, v, part.positions, *self._norms(part.view), impl=impl)
+                for product, angles, part in zip(qkv, _split_rope(rope, widths), parts)
+            ])  # fmt: skip
         else:
-            q = ops.rope_cache(
-                torch.cat(qkv, dim=1), *rope, cache_layer.k, cache_layer.v, view_pass.slots, None, None, impl=impl
-            )
-        attended = ops.dual_view_attention(q, cache_layer.k, cache_layer.v, view_pass.key_limit, impl=impl).flatten(2)
-        return torch.cat([self._project_out(attended[:, rows], draft, impl) for rows, _, draft in parts], dim=1)
+            q = ops.rope_cache(_join(qkv), *rope, k, v, view_pass.slots, impl=impl)
+        attended = ops.dual_view_attention(q, k, v, view_pass.key_limit, impl=impl).flatten(2)
+        outputs = zip(attended.split(widths, dim=1), parts)
+        return _join([self._project_out(rows, part.view == "diffusion", impl) for rows, part in outputs])
+
+    def _norms(self, view: View) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+        """Weights of the view's q and k norm, and their epsilon."""
+        if not self.qk_norm:
+            return None, None, self.norm_eps
+        suffix = SUFFIX[view]
+        return getattr(self, f"q_norm{suffix}").weight, getattr(self, f"k_norm{suffix}").weight, self.norm_eps
 
     def _project_qkv(self, hidden: torch.Tensor, drafting: bool, impl: str) -> torch.Tensor:
         if not drafting:
@@ -167,3 +165,12 @@ class DualViewAttention(nn.Module):
             f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}, "
             f"window={self.window}, view_rank={self.view_rank}"
         )
+
+
+def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Pieces of rows [B, T, ...] as one."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _split_rope(rope: tuple[torch.Tensor, torch.Tensor], widths: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(*(angles.split(widths, dim=1) for angles in rope)))

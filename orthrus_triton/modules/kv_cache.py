@@ -1,4 +1,4 @@
-"""The one KV cache both views read: static buffers, lengths on the device, one scratch block for the draft.
+"""The one KV cache both views read: static buffers, lengths on the device, drafts in the rows behind them.
 Rolling back rejected tokens is a smaller `context_len`; nothing is copied, concatenated or erased."""
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ CAPACITY_QUANTUM = 512  # capacities are multiples of it: no KV tile of any impl
 
 
 class CacheLayer(NamedTuple):
-    """One layer's buffers: k, v [B, HKV, S, D]; k_block, v_block [B, K, HKV, D], the scratch shared by all layers."""
+    """One layer's buffers: k, v [B, HKV, S, D]; k_block, v_block [B, K, HKV, D], scratch that all layers share, for
+    blocks that must not lie in the cache."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -24,10 +25,10 @@ class CacheLayer(NamedTuple):
 class ViewPass(NamedTuple):
     """What one pass over T tokens reads and writes, computed once and handed to every layer.
 
-    positions [B, T] int32 for the rotary angles; slots [B, T] int32, the row each token's K/V goes to (of the cache
-    for the AR view, of the scratch block for the diffusion view); key_limit [B, T] int32 for the attention;
+    positions [B, T] int32 for the rotary angles; slots [B, T] int32, the row each token's K/V goes to (of the cache,
+    or of the scratch block in a pass of the diffusion view that is no draft); key_limit [B, T] int32 for the attention;
     prompt_len [B] int32 for length-dependent rotary rules; impl and linear_impl choose the implementations.
-    parts: where the frozen view reads a draft block's anchor, the passes of the anchor and of the rows behind it.
+    parts: of a draft, the passes of its rows by the view that reads them; see `SharedKVCache.draft_pass`.
     """
 
     view: View
@@ -37,12 +38,12 @@ class ViewPass(NamedTuple):
     prompt_len: torch.Tensor
     impl: str = "auto"
     linear_impl: str = "auto"
-    parts: tuple[ViewPass, ViewPass] | None = None
+    parts: tuple[ViewPass, ...] = ()
 
     @property
     def anchor_rows(self) -> int:
-        """Leading rows that the frozen view reads in a pass of the diffusion view: 0 or 1."""
-        return int(self.parts is not None)
+        """Leading rows of a draft that the frozen view reads: 0 or 1."""
+        return int(len(self.parts) == 2)
 
 
 class SharedKVCache:
@@ -52,8 +53,8 @@ class SharedKVCache:
         num_layers, num_kv_heads, head_dim: shape of the model's attention.
         batch_size: sequences.
         max_len: tokens each sequence may hold; rounded up to a multiple of 512 as `capacity`.
-        block_size: most rows of one draft block; sizes the scratch, which all layers share. The paper's O(1) overhead
-            keeps one block per layer; here it is one block in all.
+        block_size: most rows of one draft block; sizes the scratch that windowed layers share. The paper's O(1)
+            overhead keeps one block per layer; here drafts lie in the cache's free rows, or in one block for all.
         dtype, device: of the buffers.
 
     Attributes:
@@ -119,22 +120,25 @@ class SharedKVCache:
         return ViewPass(view, positions, slots, key_limit, self.prompt_len, impl, linear_impl)
 
     def draft_pass(self, block_size: int, anchor_rows: int = 0, *, impl: str = "auto") -> ViewPass:
-        """Plan the pass that drafts a block [B, K]: the diffusion view's, or with `anchor_rows=1` one in which the
-        frozen view reads the anchor, writes its cache row and so says the token after it, exactly; the masks see that
-        row as they see those before it.
+        """Plan the pass that drafts a block [B, K] at context_len: each row sees the cached tokens and the whole block.
 
-        With an anchor row the masks' K/V may lie in the cache, too, in the rows behind the anchor's: nobody else looks
-        there until the verify pass has written them anew. Slots and limits of the whole pass are for that; those of
-        its parts are for layers with a window, whose masks keep to the scratch block.
+        The block's K/V go to the cache rows behind context_len, where nobody looks until verify has written them anew:
+        attention then is the verify pass's own, with other limits. A block that reaches past the cache's end loses
+        what lies there. `parts` are for layers with a window, which is counted from each row's own position, as
+        limits do not tell; there the block stays in scratch.
+
+        With `anchor_rows=1` the frozen view reads the anchor: its row sees and writes what it would in AR decoding, so
+        that it says the token after it, exactly, and the masks see it as they see the tokens before it.
         """
-        if not anchor_rows:
-            return self.view_pass("diffusion", block_size, impl=impl)
-        anchor = self.view_pass("ar", 1, impl=impl)
-        masks = self.view_pass("diffusion", block_size - 1, self.context_len + 1, impl=impl)
-        positions = torch.cat((anchor.positions, masks.positions), dim=1)
-        whole_block = (self.context_len[:, None] + block_size).repeat(1, block_size - 1)
-        key_limit = torch.cat((anchor.key_limit, whole_block), dim=1)
-        return ViewPass("diffusion", positions, positions, key_limit, self.prompt_len, impl, impl, (anchor, masks))
+        first = self.context_len + 1 if anchor_rows else None
+        masks = self.view_pass("diffusion", block_size - anchor_rows, first, impl=impl)
+        positions, key_limit, parts = masks.positions, masks.key_limit + (block_size - anchor_rows), (masks,)
+        if anchor_rows:
+            anchor = self.view_pass("ar", 1, impl=impl)
+            positions = torch.cat((anchor.positions, positions), dim=1)
+            key_limit = torch.cat((anchor.key_limit, key_limit), dim=1)
+            parts = (anchor, masks)
+        return ViewPass("diffusion", positions, positions, key_limit, self.prompt_len, impl, impl, parts)
 
     def sequence(self, b: int) -> SharedKVCache:
         """The buffers of one sequence as a cache of batch size 1, all views: what is written to it is written here."""

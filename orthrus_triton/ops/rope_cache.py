@@ -66,7 +66,7 @@ def rope_cache(
     impl = resolve_impl(impl, qkv)
     if runs_directly(impl):
         compute = accumulate_dtype(qkv.dtype)
-        return rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, qkv.dtype)
+        return rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, qkv.dtype, keep=True)
     return torch.ops.orthrus_triton.rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl)
 
 
@@ -166,9 +166,9 @@ class _Placement(NamedTuple):
 _placements: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _placement(slots: torch.Tensor, num_slots: int) -> _Placement:
+def _placement(slots: torch.Tensor, num_slots: int, keep: bool) -> _Placement:
     """All layers of a pass write to the same slots, so the answer is kept as long as the tensor lives."""
-    if slots.is_inference():  # does not tell whether it changed
+    if not keep or slots.is_inference():  # the latter do not tell whether they changed
         return _place(slots, num_slots)
     of, placement = _placements.get(slots, (None, None))
     if of != (slots._version, num_slots):
@@ -191,9 +191,11 @@ def _place(slots: torch.Tensor, num_slots: int) -> _Placement:
     return _Placement(None, b, slots[b, t].long(), t)
 
 
-def _write(k_out: torch.Tensor, k: torch.Tensor, v_out: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+def _write(
+    k_out: torch.Tensor, k: torch.Tensor, v_out: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, keep: bool
+) -> None:
     """out[b, :, slots[b, t]] = rows[b, t] wherever the slot exists."""
-    first, b, s, t = _placement(slots, k_out.shape[2])
+    first, b, s, t = _placement(slots, k_out.shape[2], keep)
     for out, rows in ((k_out, k), (v_out, v)):
         if first is not None:
             out[:, :, first : first + rows.shape[1]] = rows.transpose(1, 2)
@@ -201,8 +203,12 @@ def _write(k_out: torch.Tensor, k: torch.Tensor, v_out: torch.Tensor, v: torch.T
             out.transpose(1, 2).index_put_((b, s), rows if t is None else rows[b, t])
 
 
-def rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding) -> torch.Tensor:
-    """Any device. `compute` is the dtype of the arithmetic, `rounding` that between norm, weight and rotation."""
+def rope_cache_torch(
+    qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding, keep=False
+) -> torch.Tensor:
+    """Any device. `compute` is the dtype of the arithmetic, `rounding` that between norm, weight and rotation. With
+    keep=True where the slots lie is kept for other calls with this very tensor; not for compiled code, which writes new
+    numbers into old tensors and tells nobody."""
     B, T, width = qkv.shape
     HKV, D = k_out.shape[1], k_out.shape[3]
     heads = qkv.view(B, T, width // D, D)
@@ -212,7 +218,7 @@ def rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, co
         q, k = q_and_k.split([HQ, HKV], dim=2)
         q_and_k = torch.cat((_norm(q, q_norm, eps, rounding), _norm(k, k_norm, eps, rounding)), dim=2)
     rotated = _rotate(q_and_k, cos.to(compute), sin.to(compute)).to(qkv.dtype)
-    _write(k_out, rotated[:, :, HQ:], v_out, v, slots)
+    _write(k_out, rotated[:, :, HQ:], v_out, v, slots, keep)
     return rotated[:, :, :HQ]
 
 

@@ -17,11 +17,12 @@ from tests.modules.drafts import ScriptedDrafts
 FAMILIES = ["llama", "llama dynamic", "mistral window", "qwen2", "qwen3 longrope"]
 
 
+@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_consensus_emits_what_the_ar_view_emits(case: str, dtype: torch.dtype):
+def test_consensus_emits_what_the_ar_view_emits(case: str, dtype: torch.dtype, anchor_view: str):
     base = build_base(base_config(case, eos_token_id=None), dtype)
-    model = randomise_view(OrthrusForCausalLM.from_base(base, block_size=4), scale=0.02)
+    model = randomise_view(OrthrusForCausalLM.from_base(base, block_size=4, anchor_view=anchor_view), scale=0.02)
     prompts = [random_ids(length, seed=length)[0] for length in (5, 11)]
     run = {
         mode: ConsensusDecoder(model, mode=mode, impl="torch").generate(prompts, max_new_tokens=24)
@@ -29,15 +30,34 @@ def test_consensus_emits_what_the_ar_view_emits(case: str, dtype: torch.dtype):
     }
     for drafted, plain in zip(run["consensus"].sequences, run["ar"].sequences):
         assert drafted.tolist() == plain.tolist()
-    # the draft was neither always right nor always wrong, or the test would be about something else
+    # the draft was neither always right nor always wrong, or the test would be about something else; but behind a
+    # frozen anchor, nothing that a random view drafts is right
     histogram = run["consensus"].stats.accepted_histogram
-    assert histogram[0] > 0 and sum(histogram[1:]) > 0
+    assert histogram[0] > 0 and (sum(histogram[1:]) > 0 or anchor_view == "ar")
+
+
+def test_an_anchor_that_is_the_mask_token_reads_as_itself():
+    """Where the frozen view reads the anchor, the mask token's trained embedding is not for it."""
+    base = build_base(base_config("llama", eos_token_id=None))
+    prompt = random_ids(5, seed=5)[0]
+    said = ConsensusDecoder(OrthrusForCausalLM.from_base(base), mode="ar", impl="torch").generate(
+        [prompt], max_new_tokens=30
+    )
+    answer = said.sequences[0][5:]
+    options = {"block_size": 4, "mask_embedding": True, "anchor_view": "ar"}
+    for mask_token_id in set(answer.tolist()):
+        model = OrthrusForCausalLM.from_base(base, mask_token_id=mask_token_id, **options)
+        model.model.mask_embedding_diff.data.normal_()
+        for right in ([0], [1, 3, 0, 2]):
+            decoder = ScriptedDrafts(model, [answer], right, impl="torch")
+            output = decoder.generate([prompt], max_new_tokens=30)
+            assert torch.equal(output.sequences[0], said.sequences[0]), mask_token_id
 
 
 @cache
-def dual_view(case: str, dtype: torch.dtype) -> OrthrusForCausalLM:
+def dual_view(case: str, dtype: torch.dtype, anchor_view: str) -> OrthrusForCausalLM:
     base = build_base(base_config(case, eos_token_id=None), dtype)
-    return randomise_view(OrthrusForCausalLM.from_base(base, block_size=6))
+    return randomise_view(OrthrusForCausalLM.from_base(base, block_size=6, anchor_view=anchor_view))
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -45,9 +65,10 @@ def dual_view(case: str, dtype: torch.dtype) -> OrthrusForCausalLM:
     seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]), tokens=st.integers(1, 18),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=2), block_size=st.integers(2, 6),
     right=st.lists(st.integers(-1, 5), min_size=1, max_size=3), stop=st.integers(0, 17),
+    anchor_view=st.sampled_from(["diffusion", "ar"]),
 )  # fmt: skip
-def test_any_draft_gives_the_ar_tokens(case, seed, dtype, tokens, lengths, block_size, right, stop):
-    model = dual_view(case, dtype)
+def test_any_draft_gives_the_ar_tokens(case, seed, dtype, tokens, lengths, block_size, right, stop, anchor_view):
+    model = dual_view(case, dtype, anchor_view)
     prompts = [random_ids(length, seed=seed + length)[0] for length in lengths]
     ar = ConsensusDecoder(model, mode="ar", impl="torch", block_size=block_size)
     answers = [ar.generate([prompt], max_new_tokens=18).sequences[0][len(prompt) :] for prompt in prompts]

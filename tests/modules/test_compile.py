@@ -34,7 +34,7 @@ def assert_same_run(compiled: ConsensusDecoder, eager: ConsensusDecoder, tokens:
             assert torch.equal(ours.v[b, :, :length], theirs.v[b, :, :length])
 
 
-@pytest.mark.parametrize("name", ["low_rank", "bf16"])
+@pytest.mark.parametrize("name", ["low_rank", "bf16", "frozen_anchor"])
 def test_the_cycle_is_one_graph_whatever_the_lengths(name: str) -> None:
     eager = ConsensusDecoder(MODELS[name], impl="torch")
     compiled = ConsensusDecoder(MODELS[name], impl="torch", compile="aot_eager")
@@ -88,8 +88,9 @@ def test_inductor_keeps_the_bits() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("anchor_rows", [0, 1])
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_gpu_inductor_keeps_the_bits(cuda_graph: bool) -> None:
-    model = make_model(torch.bfloat16, qk_norm=True)
+def test_gpu_inductor_keeps_the_bits(cuda_graph: bool, anchor_rows: int) -> None:
+    model = make_model(torch.bfloat16, qk_norm=True, anchor_rows=anchor_rows)
     eager = ConsensusDecoder(model, cuda_graph=False)
     assert_same_run(ConsensusDecoder(model, compile=True, cuda_graph=cuda_graph), eager, 100, [50, 3])

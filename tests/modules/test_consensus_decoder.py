@@ -242,11 +242,14 @@ def test_streamer_sees_every_token_once() -> None:
     assert recorder.tokens == output.sequences[0].tolist() and recorder.ended
 
 
-@pytest.mark.parametrize("name", ["qk_norm", "window"])
+@pytest.mark.parametrize("name", ["qk_norm", "window", "frozen_anchor", "frozen_anchor, window"])
 def test_triton_consensus_is_triton_ar(name: str) -> None:
     """The whole cycle on the kernels: AR mode runs single rows, consensus runs blocks, and the tokens agree."""
     torch.manual_seed(4)
-    options = {"qk_norm": {"qk_norm": True}, "window": {"window": 3}}[name]
+    options = {
+        "qk_norm": {"qk_norm": True}, "window": {"window": 3}, "frozen_anchor": {"anchor_rows": 1},
+        "frozen_anchor, window": {"anchor_rows": 1, "window": 3, "qk_norm": True},
+    }[name]  # fmt: skip
     model = TinyDualViewModel(num_layers=1, num_heads=2, num_kv_heads=1, block_size=4, **options).to(DEVICE)
     prompts = prompts_of(13, [3, 6])
     ar = ConsensusDecoder(model, mode="ar", impl="triton")

@@ -69,9 +69,9 @@ def test_each_key_is_captured_once_and_idle() -> None:
     assert log[-1] == "eager" and not eager.captures_steps and eager.captures == 0
 
 
-@pytest.mark.parametrize("mode", ["consensus", "ar"])
-def test_replayed_runs_give_the_eager_tokens(mode: str) -> None:
-    model, prompts = make_model(qk_norm=True), prompts_of(31, [7, 2])
+@pytest.mark.parametrize(("mode", "anchor_rows"), [("consensus", 0), ("consensus", 1), ("ar", 0)])
+def test_replayed_runs_give_the_eager_tokens(mode: str, anchor_rows: int) -> None:
+    model, prompts = make_model(qk_norm=True, anchor_rows=anchor_rows), prompts_of(31, [7, 2])
     answers = [ar_answer(model, prompt, 30) for prompt in prompts]
     decoder = StandInGraphs(model, impl="torch", mode=mode)
     eos = int(answers[0][17])
@@ -149,9 +149,9 @@ def gpu_model(dtype: torch.dtype = torch.bfloat16, **options) -> TinyDualViewMod
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("mode", ["consensus", "ar"])
-def test_gpu_graph_is_the_eager_cycle(mode: str, dtype: torch.dtype) -> None:
-    model, prompts = gpu_model(dtype), prompts_of(5, [40, 3, 300])
+@pytest.mark.parametrize(("mode", "anchor_rows"), [("consensus", 0), ("consensus", 1), ("ar", 0)])
+def test_gpu_graph_is_the_eager_cycle(mode: str, anchor_rows: int, dtype: torch.dtype) -> None:
+    model, prompts = gpu_model(dtype, anchor_rows=anchor_rows), prompts_of(5, [40, 3, 300])
     eager = ConsensusDecoder(model, mode=mode, cuda_graph=False)
     graphed = ConsensusDecoder(model, mode=mode)
     for tokens in (1, 5, 200):
@@ -167,9 +167,9 @@ def test_gpu_graph_is_the_eager_cycle(mode: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["consensus", "ar"])
-def test_gpu_graph_is_replayed_and_nothing_waits(mode: str) -> None:
-    model, (prompt,) = gpu_model(), prompts_of(6, [20])
+@pytest.mark.parametrize(("mode", "anchor_rows"), [("consensus", 0), ("consensus", 1), ("ar", 0)])
+def test_gpu_graph_is_replayed_and_nothing_waits(mode: str, anchor_rows: int) -> None:
+    model, (prompt,) = gpu_model(anchor_rows=anchor_rows), prompts_of(6, [20])
     decoder = ConsensusDecoder(model, mode=mode, block_size=16)
     run = decoder.open(1, 400)
     run.admit(0, prompt, 380)

@@ -18,7 +18,7 @@ from tests.modules.test_consensus_decoder import make_model, prompts_of
 
 VIEWS = (
     "alias", "as_strided", "expand", "expand_as", "flatten", "narrow", "permute", "reshape", "select", "slice", "split",
-    "squeeze", "transpose", "unfold", "unsqueeze", "view",
+    "split_with_sizes",    "squeeze", "transpose", "unfold", "unsqueeze", "view",
 )  # fmt: skip
 MEMORY = (
     "_to_copy", "clone", "contiguous", "copy_", "empty", "empty_like", "empty_strided", "fill_", "new_empty", "resize_",

@@ -107,18 +107,19 @@ def test_a_host_that_looks_late_stops_at_the_same_token(lag: int) -> None:
         assert streamer.heard == [3, 1, *answer[:count], -1]
 
 
-def tiny() -> TinyDualViewModel:
+def tiny(anchor_rows: int = 0) -> TinyDualViewModel:
     torch.manual_seed(3)
-    model = TinyDualViewModel(hidden_size=32, num_layers=1, intermediate_size=32, num_heads=2, block_size=6)
+    shape = {"hidden_size": 32, "num_layers": 1, "intermediate_size": 32, "num_heads": 2, "block_size": 6}
+    model = TinyDualViewModel(anchor_rows=anchor_rows, **shape)
     model.layers[0].self_attn.o_proj.weight.data *= 8
     model.layers[0].self_attn.copy_ar_to_diffusion()
     return model
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_coupled_consensus_is_sampled_ar_on_a_transformer(impl: str) -> None:
+@pytest.mark.parametrize(("impl", "anchor_rows"), [("torch", 0), ("torch", 1), ("triton", 0), ("triton", 1)])
+def test_coupled_consensus_is_sampled_ar_on_a_transformer(impl: str, anchor_rows: int) -> None:
     """Real attention, a ragged batch, any block size; and a sequence in a batch is that sequence alone."""
-    model, prompts = tiny(), [torch.arange(5), torch.arange(3, 12)]
+    model, prompts = tiny(anchor_rows), [torch.arange(5), torch.arange(3, 12)]
     options = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 5, "repetition_penalty": 1.2}
     if impl == "triton":
         prompts, lengths = prompts[:1], (4,)

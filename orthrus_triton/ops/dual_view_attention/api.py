@@ -72,8 +72,9 @@ def dual_view_attention(
     if config is not None:
         return launch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config)
     if runs_directly("torch" if impl == "library" else impl):
-        exact = impl == "torch"
-        return attention_torch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, exact)
+        return attention_torch(
+            q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, impl == "torch", keep=True
+        )
     return torch.ops.orthrus_triton.dual_view_attention(
         q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, impl
     )

@@ -26,12 +26,14 @@ def attention_torch(
     window: int | None,
     scale: float,
     exact: bool = True,
+    keep: bool = False,
 ) -> torch.Tensor:
     """Same arguments as `dual_view_attention`. A row has the same bits whatever the context length, whatever lies
     beyond its limit, and, without a block, whether it comes alone or with others.
 
     With exact=False ("library") only the rows and keys there are go in, and more rows at a time: cheaper for one row
-    and for many, with no such promise.
+    and for many, with no such promise. With keep=True what is seen is kept for other calls with this very `key_limit`;
+    not for compiled code, which writes new numbers into old tensors and tells nobody.
     """
     (B, T, HQ, D), HKV = q.shape, k_cache.shape[1]
     group = HQ // HKV
@@ -41,14 +43,12 @@ def attention_torch(
     out = q.new_empty(q.shape)
     for t in range(0, T, tokens):
         rows = slice(t, t + tokens)
-        seen = visible_tiles(key_limit, rows, k_cache.shape[2], group, block_size, window, exact, q.dtype, D)
+        seen = visible_tiles(key_limit, rows, k_cache.shape[2], group, block_size, window, exact, q.dtype, D, keep)
         # [B, HKV, tokens * group, D]: the heads of a group lie beside each other
         packed = q[:, rows].view(B, -1, HKV, group, D).transpose(1, 2).reshape(B, HKV, -1, D)
         # [B, HKV, tokens * group, D] and [B, HKV, tokens * group]
         if block_size is None:
             attended, _ = _attend_cache(packed, k_cache, v_cache, seen, scale)
-        elif seen.own is not None:
-            attended, _ = _attend_cache(packed, k_cache, v_cache, seen, scale, k_block, v_block)
         else:
             attended = _merge(
                 *_attend_cache(packed, k_cache, v_cache, seen, scale),
@@ -59,19 +59,15 @@ def attention_torch(
 
 
 def _attend_cache(
-    rows: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seen: VisibleTiles, scale: float,
-    k_block: torch.Tensor | None = None, v_block: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Packed rows over the cached keys, and over a block whose place is `seen.own`.
-
-    Returns out, and log-sum-exp in fp32, -inf where a row sees none (and out is 0).
-    """
+    rows: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seen: VisibleTiles, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed rows over the cached keys: out, and log-sum-exp in fp32, -inf where a row sees none (and out is 0)."""
     num_rows = rows.shape[2]
     if seen.end == seen.start:
         return torch.zeros_like(rows), rows.new_full(rows.shape[:3], -torch.inf, dtype=torch.float32)
     if seen.filled:
         rows = F.pad(rows, (0, 0, 0, seen.filled))
-    keys, values = _tiles(k_cache, k_block, seen), _tiles(v_cache, v_block, seen)
+    keys, values = _tiles(k_cache, seen), _tiles(v_cache, seen)
     out, lse = _sdpa(rows, keys, values, seen.mask, scale)
     if not math.isfinite(out.sum(dtype=torch.float32).item()):
         # garbage that is not finite, or whose scores are not, outlives a mask
@@ -83,24 +79,16 @@ def _attend_cache(
     return out, lse
 
 
-def _tiles(cache: torch.Tensor, block: torch.Tensor | None, seen: VisibleTiles) -> torch.Tensor:
-    """The cache's own rows, filled up with zeros where its capacity is not a multiple of the tile; or a copy of them
-    with the block in it."""
+def _tiles(cache: torch.Tensor, seen: VisibleTiles) -> torch.Tensor:
+    """The cache's own rows, filled up with zeros where its capacity is not a multiple of the tile."""
     tiles = cache[:, :, seen.start : seen.end]
     missing = seen.end - seen.start - tiles.shape[2]
-    if missing:
-        tiles = F.pad(tiles, (0, 0, 0, missing))
-    if block is not None:
-        tiles = tiles if missing else tiles.clone()
-        sequence = torch.arange(len(tiles), device=tiles.device)[:, None]
-        tiles.transpose(1, 2).index_put_((sequence, seen.own), block)
-    return tiles
+    return F.pad(tiles, (0, 0, 0, missing)) if missing else tiles
 
 
 def _without_garbage(tiles: torch.Tensor, seen: VisibleTiles) -> torch.Tensor:
     """A copy with 0 in what no row of a sequence sees."""
-    limit = seen.limit if seen.own is None else seen.own + 1
-    visible = torch.arange(seen.start, seen.end, device=tiles.device) < limit.amax(dim=1)[:, None]
+    visible = torch.arange(seen.start, seen.end, device=tiles.device) < seen.limit.amax(dim=1)[:, None]
     return torch.where(visible[:, None, :, None], tiles, 0)
 
 

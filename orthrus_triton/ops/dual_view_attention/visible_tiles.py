@@ -12,7 +12,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from orthrus_triton.ops.dual_view_attention.key_tails import KV_TILE, tiles_end
 
 ROW_TILE = 8  # packed rows (token x head in group) come in multiples of it: BLAS takes other kernels for fewer
-COPIED_KEYS = 1024  # up to so many, a draft's block is put behind the keys it sees, in a copy: one attention, not two
 KEPT_TOKENS = 1024  # of a pass whose masks are kept, at most
 
 
@@ -22,8 +21,7 @@ class VisibleTiles:
 
     limit [B, tokens] int32, clamped to the cache. filled: rows to add, which see nothing. mask [B, 1, R + filled,
     end - start] additive, or None where every row sees every key. blind [B, 1, R, 1] bool: rows that see nothing, None
-    where there is none. own [B, tokens] int64: where among these keys the block's own rows are to be put, None where
-    they are attended apart; the mask shows them.
+    where there is none.
     """
 
     start: int
@@ -32,7 +30,6 @@ class VisibleTiles:
     filled: int
     mask: torch.Tensor | None
     blind: torch.Tensor | None
-    own: torch.Tensor | None = None
 
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -40,13 +37,15 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def visible_tiles(
     key_limit: torch.Tensor, rows: slice, capacity: int, group: int, block_size: int | None, window: int | None,
-    exact: bool, dtype: torch.dtype, head_dim: int,
+    exact: bool, dtype: torch.dtype, head_dim: int, keep: bool,
 ) -> VisibleTiles:  # fmt: skip
     """What the tokens `rows` of a call see; `capacity` is that of the cache, `dtype` that of the mask and the heads.
 
-    With exact=False the tiles end where the longest row's keys end.
+    With exact=False the tiles end where the longest row's keys end. With keep=True the answer is kept.
     """
-    if key_limit.shape[1] > KEPT_TOKENS or key_limit.is_inference():  # the latter do not tell whether they changed
+    if (
+        not keep or key_limit.shape[1] > KEPT_TOKENS or key_limit.is_inference()
+    ):  # the latter do not tell whether they changed
         return _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype, head_dim)
     version, kept = _kept.get(key_limit, (None, {}))
     if version != key_limit._version:
@@ -66,13 +65,6 @@ def _look(
     shortest, longest = (int(edge) for edge in limit.aminmax())
     filled = -limit.shape[1] * group % ROW_TILE if exact else 0
     start, lowest, blind = 0, None, None
-    if block_size == limit.shape[1] and window is None and exact and bool((limit == limit[:, :1]).all()):
-        end = tiles_end(longest + block_size, dtype, head_dim, limit.device)
-        if end <= COPIED_KEYS:
-            own = (limit[:, :1] + torch.arange(block_size, device=limit.device)).long()
-            return VisibleTiles(
-                0, end, limit, filled, _mask(0, end, limit + block_size, None, group, filled, dtype), None, own
-            )
     if window is not None:
         steps = torch.arange(limit.shape[1], device=limit.device, dtype=limit.dtype)
         position = limit - 1 if block_size is None else limit + steps % block_size
