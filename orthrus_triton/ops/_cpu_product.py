@@ -21,10 +21,14 @@ def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     read the weight once for all their rows; see `has_tile_bits`.
     """
     M = x.shape[0]
-    if M % ROW_TILE:
-        x = F.pad(x, (0, 0, 0, -M % ROW_TILE))
-    parts = [_rows_product(rows, weight, bias) for rows in x.split(MAX_ROWS)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[:M]
+    missing = -M % ROW_TILE
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    if M <= MAX_ROWS:
+        out = _rows_product(x, weight, bias)
+    else:
+        out = torch.cat([_rows_product(rows, weight, bias) for rows in x.split(MAX_ROWS)])
+    return out[:M] if missing else out
 
 
 def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

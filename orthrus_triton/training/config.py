@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from orthrus_triton.training.objective import Loss
@@ -87,6 +88,12 @@ class ViewTrainingArguments(TrainingArguments):
                  "float32, bfloat16 or float16", self.frozen_dtype)  # fmt: skip
         _require(not self.load_best_model_at_end, "load_best_model_at_end", "false", self.load_best_model_at_end)
         self.remove_unused_columns = False  # a batch is what the collator makes, not columns of a table
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains. A CPU has no number: torch.load, and so resuming, knows no "cpu:0"."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
 
 
 def read_config(path: str | Path, **changes: Any) -> ViewTrainingArguments:

@@ -51,8 +51,7 @@ def work(rank: int, folder: Path, mode: str, port: int) -> None:
     if rank == 0:
         metrics = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
         (folder / "metrics.json").write_text(json.dumps(metrics))
-    if mode == "fsdp2":  # Trainer cannot resume DDP on CPUs: torch.load knows no device cpu:0
-        _resume(folder, options)
+    _resume(folder, options)
     torch.distributed.destroy_process_group()
 
 
