@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.ops._dispatch import resolve_impl
 from orthrus_triton.ops.void_rows import VOID
+
+TILE = 128  # logits, on a CPU
 
 
 def greedy_choice(logits: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -57,9 +60,14 @@ def launch_greedy_choice(logits: torch.Tensor) -> torch.Tensor:
 
 
 def greedy_choice_torch(logits: torch.Tensor) -> torch.Tensor:
-    """torch.max returns the first maximum; NaN is taken out first, because max would choose it."""
-    best, ids = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).max(dim=-1)
-    return torch.where(best > -torch.inf, ids, VOID)
+    """torch.max returns the first maximum; NaN is taken out first, because max would choose it. By tiles: on a CPU amax
+    is sixteen times as fast as a max that tells where."""
+    logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    # [..., tiles, TILE]
+    tiles = F.pad(logits, (0, -logits.shape[-1] % TILE), value=-torch.inf).unflatten(-1, (-1, TILE))
+    best, tile = tiles.amax(dim=-1).max(dim=-1)
+    of_best = tiles.take_along_dim(tile[..., None, None], dim=-2).squeeze(-2)
+    return torch.where(best > -torch.inf, tile * TILE + of_best.max(dim=-1).indices, VOID)
 
 
 def greedy_choice_reference(logits: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 def swiglu_formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """In torch: computed in `dtype`, rounded once."""
     gate, up = gate_up.contiguous().to(dtype).chunk(2, dim=-1)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+    return torch.sigmoid(gate).mul_(gate).mul_(up).to(gate_up.dtype)
 
 
 @torch.library.custom_op("orthrus_triton::swiglu", mutates_args=(), schema="(Tensor gate_up, str impl) -> Tensor")
