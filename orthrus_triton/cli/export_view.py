@@ -60,6 +60,8 @@ def export_view(
                     raise ValueError(f"--block-size must be given, for {source} does not name its own")
                 model, _ = load_demo_model(block_size=block_size, view="copy", mask_embedding=about["mask_embedding"])
                 model.config.anchor_view = about.get("anchor_view", "diffusion")
+                if about.get("chain_width") is not None:
+                    model.add_chain(about["chain_width"])
                 load_checkpoint_view(model, weights)
             else:
                 raise FileNotFoundError(f"MODEL must be a folder with model.safetensors, but {source} has none")

@@ -14,7 +14,15 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
-VIEW_FIELDS = ("base_model_type", "block_size", "mask_token_id", "view_rank", "mask_embedding", "anchor_view")
+VIEW_FIELDS = (
+    "base_model_type",
+    "block_size",
+    "mask_token_id",
+    "view_rank",
+    "mask_embedding",
+    "anchor_view",
+    "chain_width",
+)
 # of the file rather than of the model: written anew on saving, and auto_map names code that we neither ship nor run
 FILE_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version")
 
@@ -44,6 +52,7 @@ class OrthrusConfig(PreTrainedConfig):
         anchor_view: the view that reads a draft block's anchor. "diffusion" is the paper's: the whole block is the
             trained view's. "ar": the frozen model reads the anchor, so that the token after it is exact and costs no
             verification, and the masks behind it see its AR key; a cycle then commits two tokens at least.
+        chain_width: None, or the width of a `DraftChain`, which lets each mask know what the row before it drafted.
 
     Raises:
         ValueError: a field that is out of range or that no kernel here implements; it names the field.
@@ -59,6 +68,7 @@ class OrthrusConfig(PreTrainedConfig):
     view_rank: int | None = None
     mask_embedding: bool = False
     anchor_view: str = "diffusion"
+    chain_width: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.base_model_type not in FAMILIES:
@@ -82,11 +92,12 @@ class OrthrusConfig(PreTrainedConfig):
         view_rank: int | None = None,
         mask_embedding: bool = False,
         anchor_view: str = "diffusion",
+        chain_width: int | None = None,
     ) -> OrthrusConfig:
         """The configuration of `base` with a second view."""
         fields = {name: value for name, value in base.to_dict().items() if name not in FILE_FIELDS}
         fields |= {"block_size": block_size, "mask_token_id": mask_token_id, "view_rank": view_rank}
-        fields |= {"mask_embedding": mask_embedding, "anchor_view": anchor_view}
+        fields |= {"mask_embedding": mask_embedding, "anchor_view": anchor_view, "chain_width": chain_width}
         return cls(**{**fields, "base_model_type": base.model_type})
 
     @classmethod
@@ -149,6 +160,8 @@ class OrthrusConfig(PreTrainedConfig):
             raise ValueError(f"mask_embedding must be true or false, but got {self.mask_embedding!r}")
         if self.anchor_view not in ("diffusion", "ar"):
             raise ValueError(f"anchor_view must be 'diffusion' or 'ar', but got {self.anchor_view!r}")
+        if self.chain_width is not None and (not isinstance(self.chain_width, int) or self.chain_width < 1):
+            raise ValueError(f"chain_width must be an integer >= 1 or None, but got {self.chain_width!r}")
         if self.hidden_act != "silu":
             raise ValueError(
                 f"hidden_act must be 'silu', the activation that is implemented, but got {self.hidden_act!r}"

@@ -20,6 +20,7 @@ from orthrus_triton.models.generation import OrthrusGenerationMixin
 from orthrus_triton.models.loading_options import loading_options
 from orthrus_triton.models.rope import rotary_from_config
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
+from orthrus_triton.modules.draft_chain import DraftChain
 from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
 from orthrus_triton.modules.projection import Linear, LowRankDelta
 from orthrus_triton.modules.rms_norm import RMSNorm
@@ -34,6 +35,8 @@ class OrthrusModel(nn.Module):
         self.mask_token_id = config.mask_token_id
         has_mask = config.mask_embedding
         self.mask_embedding_diff = nn.Parameter(torch.empty(config.hidden_size)) if has_mask else None
+        width = config.chain_width
+        self.draft_chain_diff = DraftChain(config.hidden_size, width) if width is not None else None
         self.layers = nn.ModuleList(
             OrthrusDecoderLayer(
                 config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim,
@@ -131,6 +134,16 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         """hidden [B, T, H] -> greedy tokens [B, T], the logits' own without writing them to memory."""
         return ops.lm_head_choice(hidden, self._head_weight, impl=impl)
 
+    def chain_drafts(self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Drafts [B, T] of T masks that know of each other; see `DraftChain.choose`."""
+        chain, embedding = self.model.draft_chain_diff, self.model.embed_tokens.weight
+        return chain.choose(hidden, logits, own, embedding, self._head_weight)
+
+    @property
+    def has_chain(self) -> bool:
+        """Whether `chain_drafts` is to be used."""
+        return self.model.draft_chain_diff is not None
+
     @property
     def _head_weight(self) -> torch.Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -163,6 +176,7 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         device: torch.device | str | None = None,
         mask_embedding: bool = False,
         anchor_view: str = "diffusion",
+        chain_width: int | None = None,
     ) -> OrthrusForCausalLM:
         """A dual-view model of a frozen base, whose diffusion view starts as a copy of the AR weights.
 
@@ -176,6 +190,7 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
             view_rank: None for full projections, r for rank-r deltas.
             dtype, device: of the new model; by default those of the base (a folder's own dtype, the CPU).
             mask_embedding: give the diffusion view a vector of its own for mask_token_id, to be trained with it.
+            chain_width: None, or the width of a chain that makes drafts depend on each other; see `DraftChain`.
             anchor_view: "diffusion", or "ar" to let the frozen view read a block's anchor; see `OrthrusConfig`.
 
         Raises:
@@ -187,7 +202,7 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
             mask_token_id = choose_mask_token_id(base)
         config = OrthrusConfig.from_base_config(
             base.config, block_size=block_size, mask_token_id=mask_token_id, view_rank=view_rank,
-            mask_embedding=mask_embedding, anchor_view=anchor_view,
+            mask_embedding=mask_embedding, anchor_view=anchor_view, chain_width=chain_width,
         )  # fmt: skip
         model = cls._load(config, base.weights, dtype or base.dtype, device or base.device, has_view=False)
         model.generation_config = base.generation_config
@@ -254,6 +269,8 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         """Start the diffusion view anew, as a copy of the AR view (for a low-rank view: a zero delta)."""
         if self.model.mask_embedding_diff is not None:
             self.model.mask_embedding_diff.copy_(self.model.embed_tokens.weight[self.mask_token_id])
+        if self.model.draft_chain_diff is not None:
+            self.model.draft_chain_diff.reset()
         for module in self.modules():
             if isinstance(module, LowRankDelta):
                 module.down.reset_parameters()
@@ -267,6 +284,16 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
             row = self.model.embed_tokens.weight[self.mask_token_id]
             self.model.mask_embedding_diff = nn.Parameter(row.detach().clone())
             self.config.mask_embedding = True
+
+    @torch.no_grad()
+    def add_chain(self, width: int) -> None:
+        """Give the diffusion view a `DraftChain`, which for now changes nothing, unless it has one of that width."""
+        if self.config.chain_width == width:
+            return
+        weight = self.model.embed_tokens.weight
+        chain = DraftChain(self.config.hidden_size, width).to(weight.device, weight.dtype)
+        chain.reset()
+        self.model.draft_chain_diff, self.config.chain_width = chain, width
 
     @classmethod
     def _load(

@@ -101,7 +101,7 @@ def read_view_config(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is not a view file.
     """
-    return {"anchor_view": "diffusion", **json.loads(_read(path, metadata_only=True)[0]["config"])}
+    return {"anchor_view": "diffusion", "chain_width": None, **json.loads(_read(path, metadata_only=True)[0]["config"])}
 
 
 @torch.no_grad()
@@ -167,11 +167,13 @@ def load_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -> None:
 
 def checkpoint_metadata(model: OrthrusForCausalLM, block_size: int) -> dict[str, str]:
     """What a training checkpoint's safetensors file says about the view it holds."""
-    return {"format": "pt", "block_size": json.dumps(block_size), "anchor_view": json.dumps(model.config.anchor_view)}
+    about = {"block_size": block_size, "anchor_view": model.config.anchor_view, "chain_width": model.config.chain_width}
+    return {"format": "pt"} | {name: json.dumps(value) for name, value in about.items()}
 
 
 def read_checkpoint_metadata(path: str | PathLike[str]) -> dict[str, Any]:
-    """block_size and anchor_view of a training checkpoint's file, as far as it names them, and mask_embedding.
+    """block_size, anchor_view and chain_width of a training checkpoint, as far as its file names them, and whether it
+    holds a mask_embedding.
 
     Raises:
         ValueError: it is not a complete safetensors file.

@@ -229,13 +229,25 @@ class ConsensusDecoder:
         view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
         block = state.anchors(block_size)
         hidden = self.model.forward_view(block, cache, view_pass)
+        drafted = self._choose_drafts(hidden[:, : block_size - 1 + self.anchor_rows], block[:, 0], state, view_pass)
+        # where the draft has no token it proposes some token: verify says what is to be said
         if not self.anchor_rows:
-            drafted = self.choose(hidden[:, : block_size - 1], state, view_pass)
-            # where the draft has no token it proposes some token: verify says what is to be said
             return torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
-        drafted = self.choose(hidden, state, view_pass)
         self.commit_anchor_choice(drafted, hidden, cache, state, impl)
         return drafted.clamp(min=0)
+
+    def _choose_drafts(
+        self, hidden: torch.Tensor, anchor: torch.Tensor, state: DecodeState, view_pass: ViewPass
+    ) -> torch.Tensor:
+        """Tokens [B, T] of a draft's rows: each for itself, or, greedily and if the view has a chain, in turn."""
+        if self.choosing != Choosing() or not getattr(self.model, "has_chain", False):
+            return self.choose(hidden, state, view_pass)
+        logits = self.model.compute_logits(hidden, view_pass.linear_impl)
+        if not self.anchor_rows:
+            return self.model.chain_drafts(hidden, logits, anchor)
+        first = ops.greedy_choice(logits[:, :1].contiguous(), impl=view_pass.impl)
+        rest = self.model.chain_drafts(hidden[:, 1:], logits[:, 1:], first[:, 0].clamp(min=0))
+        return torch.cat((first, rest), dim=1)
 
     def verify(
         self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,

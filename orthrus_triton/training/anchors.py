@@ -12,12 +12,16 @@ from torch.utils.data import Dataset
 
 from orthrus_triton.training.data import TextRow
 
+UNCHAINED = 0.3  # share of the blocks that learn without a chain: it chooses among what the rows say by themselves
+
 
 class AnchorExample(TypedDict):
-    """One row of a batch: which text, and at which tokens its blocks begin, ascending [A]."""
+    """One row of a batch: which text, at which tokens its blocks begin, ascending [A], and which of them a chain
+    corrects, if the view has one [A]."""
 
     row_id: int
     anchors: np.ndarray
+    chained: np.ndarray
 
 
 class AnchorExamples(Dataset):
@@ -80,7 +84,8 @@ class AnchorExamples(Dataset):
             unlikely = self.surprise[row_id][places] + 1e-6
             chances = (1 - self.focus) / len(places) + self.focus * unlikely / unlikely.sum()
         anchors = generator.choice(places, self.num_anchors, replace=len(places) < self.num_anchors, p=chances)
-        return {"row_id": row_id, "anchors": np.sort(anchors)}
+        chained = generator.random(self.num_anchors) >= UNCHAINED
+        return {"row_id": row_id, "anchors": np.sort(anchors), "chained": chained}
 
     def _places(self, start: int, end: int) -> np.ndarray:
         return np.arange(start - 1, max(end - 1 - self.anchor_rows, start))
@@ -110,4 +115,4 @@ class EvenAnchors(Dataset):
         start, end = self.rows[index].answers[-1]
         last = max(start - 1, end - self.block_size - self.anchor_rows)
         anchors = np.linspace(start - 1, last, self.num_anchors).round().astype(np.int64)
-        return {"row_id": self.first_row_id + index, "anchors": anchors}
+        return {"row_id": self.first_row_id + index, "anchors": anchors, "chained": np.ones(len(anchors), bool)}

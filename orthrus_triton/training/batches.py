@@ -22,7 +22,8 @@ from orthrus_triton.training.student import BlockStudent
 class BlockCollator:
     """Examples -> one batch.
 
-    anchors, anchor_ids [B, A]; prompt_len [B]; targets [B, A, K-1], -1 beyond the end of an answer; row_ids [B].
+    anchors, anchor_ids [B, A]; prompt_len, row_ids [B]; targets [B, A, K-1], -1 beyond the end of an answer; own_ids
+    [B, A, K-1], the tokens before them, -1 in blocks that learn without a chain.
     With a cache: context [B, layers, 2, HKV, S, D], and for "kl" teacher_ids, teacher_probs [B, A, K-1, k].
     Without: input_ids [B, L], whole rows for the frozen model to read.
 
@@ -43,18 +44,24 @@ class BlockCollator:
     def __call__(self, examples: Sequence[AnchorExample]) -> dict[str, torch.Tensor]:
         row_ids = [example["row_id"] for example in examples]
         rows = [self.rows[row] for row in row_ids]
-        anchors = torch.stack([torch.as_tensor(example["anchors"]) for example in examples])
+        anchors, chained = (
+            torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in ("anchors", "chained")
+        )
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
         ends = torch.stack([_ends(row, of_row) for row, of_row in zip(rows, anchors)])
         # row i of a block predicts the token at a + i + 1
         predicted = anchors[..., None] + self.anchor_rows + torch.arange(1, self.block_size)
         inside = predicted < ends[..., None]
-        taken = ids.gather(1, predicted.clamp(max=ids.shape[1] - 1).flatten(1)).view_as(predicted)
+        taken, own = (
+            ids.gather(1, places.clamp(max=ids.shape[1] - 1).flatten(1)).view_as(places)
+            for places in (predicted, predicted - 1)
+        )
         batch = {
             "anchors": anchors,
             "anchor_ids": ids.gather(1, anchors),
             "prompt_len": torch.tensor([row.prompt_len for row in rows]),
             "targets": torch.where(inside, taken, -1),
+            "own_ids": torch.where(chained[..., None], own, -1),
             "row_ids": torch.tensor(row_ids),
         }
         if self.cache is None:
@@ -103,6 +110,7 @@ class ViewDistillation(nn.Module):
         anchor_ids: torch.Tensor,
         prompt_len: torch.Tensor,
         targets: torch.Tensor,
+        own_ids: torch.Tensor,
         row_ids: torch.Tensor,
         context: torch.Tensor | None = None,
         teacher_ids: torch.Tensor | None = None,
@@ -125,6 +133,7 @@ class ViewDistillation(nn.Module):
             teacher = ops.LabelTeacher(targets.flatten().clamp(min=0))
             index = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
         hidden = self.student.draft(anchor_ids, anchors, prompt_len, layers, self.block_size)
+        hidden = self.student.chain(hidden, own_ids)
         loss, matches = block_loss(hidden, self.student.head_weight, teacher, index, targets, self.weights)
         return {"loss": loss, "matches": matches}
 

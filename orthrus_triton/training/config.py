@@ -44,6 +44,9 @@ class ViewTrainingArguments(TrainingArguments):
     anchor_view: str | None = _option(
         None, "ar: the frozen view reads a block's anchor; diffusion: the trained one; by default as the model has it."
     )
+    chain_width: int | None = _option(
+        None, "Train a chain of this width, which lets each mask know what the row before it drafted; null: none."
+    )
     init_view: str | None = _option(
         None, "Start from this view file, or this training checkpoint, instead of a copy of the AR view."
     )
@@ -78,6 +81,7 @@ class ViewTrainingArguments(TrainingArguments):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         _require(self.anchor_view in (None, "ar", "diffusion"), "anchor_view", "'ar', 'diffusion' or null",
                  self.anchor_view)  # fmt: skip
+        _require(self.chain_width is None or self.chain_width >= 1, "chain_width", ">= 1 or null", self.chain_width)
         _require(self.loss in ("kl", "ce"), "loss", "'kl' or 'ce'", self.loss)
         _require(self.position_decay is None or self.position_decay > 0, "position_decay", "> 0 or null",
                  self.position_decay)  # fmt: skip

@@ -81,6 +81,8 @@ def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrai
         start_from(model, Path(args.init_view))
     if args.anchor_view is not None:
         model.config.anchor_view = args.anchor_view
+    if args.chain_width is not None:
+        model.add_chain(args.chain_width)
     return model, tokenizer
 
 
@@ -92,11 +94,13 @@ def start_from(model: OrthrusForCausalLM, view: Path) -> None:
     """
     if view.is_dir():
         weights = view / SAFE_WEIGHTS_NAME
-        model.config.anchor_view = read_checkpoint_metadata(weights).get("anchor_view", model.config.anchor_view)
-        load_checkpoint_view(model, weights)
-        return
-    model.config.anchor_view = read_view_config(view)["anchor_view"]
-    load_view(model, view)
+        about, load, source = read_checkpoint_metadata(weights), load_checkpoint_view, weights
+    else:
+        about, load, source = read_view_config(view), load_view, view
+    model.config.anchor_view = about.get("anchor_view", model.config.anchor_view)
+    if about.get("chain_width") is not None:
+        model.add_chain(about["chain_width"])
+    load(model, source)
 
 
 def load_rows(path: str, args: ViewTrainingArguments) -> list[TextRow]:

@@ -63,6 +63,7 @@ class BlockStudent(nn.Module):
         self.layers = nn.ModuleList(BlockLayer(layer) for layer in model.model.layers)
         self.rotary_emb = model.model.rotary_emb
         self.mask_embedding_diff = model.model.mask_embedding_diff
+        self.draft_chain_diff = model.model.draft_chain_diff
         self.mask_token_id, self.anchor_rows = model.mask_token_id, model.anchor_rows
         self.new_cache = model.new_cache
 
@@ -112,6 +113,14 @@ class BlockStudent(nn.Module):
         for layer, layer_context in zip(self.layers, context):
             hidden = layer(hidden, rope, layer_context, how)
         return _norm(hidden, self.norm).view(B, A, rows, -1)[:, :, : block_size - 1]
+
+    def chain(self, hidden: torch.Tensor, own_ids: torch.Tensor) -> torch.Tensor:
+        """hidden [..., H] of masks, corrected, if the view has a chain, by the tokens [...] at their own positions; -1
+        leaves a row as it is."""
+        if self.draft_chain_diff is None:
+            return hidden
+        correction = self.draft_chain_diff.correction(hidden, self.embed_tokens(own_ids.clamp(min=0)))
+        return hidden + correction * (own_ids >= 0)[..., None]
 
     @torch.no_grad()
     def read(self, input_ids: torch.Tensor, prompt_len: torch.Tensor, cache: SharedKVCache) -> torch.Tensor:

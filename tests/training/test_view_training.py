@@ -67,9 +67,9 @@ def draft_logits(model: OrthrusForCausalLM, row: TextRow, anchor: int) -> torch.
     return model.compute_logits(hidden[:, model.anchor_rows :])[0]
 
 
-@pytest.mark.parametrize("view_rank", [None, 2])
-def test_only_the_view_learns(view_rank, tmp_path):
-    model = make_model("qwen3", view_rank=view_rank)
+@pytest.mark.parametrize(("view_rank", "chain_width"), [(None, None), (2, None), (None, 8)])
+def test_only_the_view_learns(view_rank, chain_width, tmp_path):
+    model = make_model("qwen3", view_rank=view_rank, chain_width=chain_width)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = make_trainer(model, tmp_path, max_steps=4)
     loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
@@ -105,7 +105,9 @@ def test_the_loss_is_what_the_paper_says(anchor_view):
     row, later = own_rows(model, 1)[0], model.anchor_rows
     # the second block has two targets in the text
     anchors = torch.tensor([[row.prompt_len - 1, len(row.ids) - 3 - later]])
-    batch = BlockCollator([row], None, K, "kl", later)([{"row_id": 0, "anchors": anchors[0].numpy()}])
+    batch = BlockCollator([row], None, K, "kl", later)(
+        [{"row_id": 0, "anchors": anchors[0].numpy(), "chained": np.ones(2, bool)}]
+    )
     assert batch["targets"].tolist()[0][1] == [row.ids[-2], row.ids[-1], -1]
     decay, total = 1.5, 0.0
     weights = [math.exp(-i / decay) for i in range(K - 1)]
@@ -124,11 +126,11 @@ def test_the_loss_is_what_the_paper_says(anchor_view):
     assert float(crossed["loss"].detach()) > first / (2 * (K - 1))
 
 
-@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
-def test_overfitting_one_text_drafts_nearly_whole_blocks(tmp_path, anchor_view):
+@pytest.mark.parametrize(("anchor_view", "chain_width"), [("diffusion", None), ("ar", None), ("ar", 16)])
+def test_overfitting_one_text_drafts_nearly_whole_blocks(tmp_path, anchor_view, chain_width):
     base = build_base(base_config("llama", num_hidden_layers=3, head_dim=64))
-    options = {"block_size": K, "mask_token_id": 1, "mask_embedding": True, "anchor_view": anchor_view}
-    model = OrthrusForCausalLM.from_base(base, **options)
+    options = {"block_size": K, "mask_token_id": 1, "mask_embedding": True}
+    model = OrthrusForCausalLM.from_base(base, anchor_view=anchor_view, chain_width=chain_width, **options)
     rows = own_rows(model, 1, tokens=49)
     decoder = ConsensusDecoder(model)
     prompt = torch.tensor(rows[0].ids[: rows[0].prompt_len])

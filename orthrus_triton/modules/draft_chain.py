@@ -1,0 +1,86 @@
+"""DraftChain: the masks of a block draft side by side; this lets each learn late which token stands at its own place.
+Only drafts depend on it, so plain torch will do: verify says what is said."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CANDIDATES = 8  # tokens of each row that the chain chooses among
+
+
+class DraftChain(nn.Module):
+    """Corrects a mask's final hidden state by the token that the row before it proposes for the mask's own position:
+    `h + out(silu(hidden(h) + token(e)))`, e being that token's embedding, normed.
+
+    A pass of the diffusion view knows no token behind the anchor, so its drafts may each be likely and not go together.
+
+    Args:
+        hidden_size: of the model.
+        width: of the layer in between.
+
+    Source: the idea of heads that depend on the draft so far is Hydra's (arXiv 2402.05109); here one small layer serves
+    all positions, and all pairs of candidates at once.
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.hidden_proj = nn.Linear(hidden_size, width, bias=False)
+        self.token_proj = nn.Linear(hidden_size, width, bias=False)
+        self.out_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def reset(self) -> None:
+        """Start anew, changing nothing yet."""
+        self.hidden_proj.reset_parameters()
+        self.token_proj.reset_parameters()
+        nn.init.zeros_(self.out_proj.weight)
+
+    def correction(self, hidden: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """What to add to `hidden` [..., H], given the embeddings [..., H] of the tokens at its rows' own positions."""
+        dtype = embedded.dtype
+        embedded = F.rms_norm(embedded, embedded.shape[-1:])
+        # trained weights are fp32 masters where the frozen ones are bf16
+        layers = (self.hidden_proj, self.token_proj, self.out_proj)
+        of_hidden, of_token, out = (layer.weight.to(dtype) for layer in layers)
+        return F.linear(F.silu(F.linear(hidden, of_hidden) + F.linear(embedded, of_token)), out)
+
+    def choose(
+        self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, embedding: torch.Tensor, head: torch.Tensor
+    ) -> torch.Tensor:
+        """Draft row by row, each row knowing what the one before it drafted.
+
+        All pairs of the candidates of neighbouring rows are scored at once; what is left to do in order is looking up.
+
+        Args:
+            hidden: [B, T, H], final hidden states of T masks in a row.
+            logits: [B, T, V], what they say by themselves.
+            own: [B], the token at the first mask's own position.
+            embedding, head: [V, H].
+
+        Returns:
+            [B, T] int64.
+        """
+        # [B, T, C]
+        scores, candidates = _top(logits, CANDIDATES)
+        before = torch.cat((own[:, None, None].expand(-1, 1, CANDIDATES), candidates[:, :-1]), dim=1)
+        # [B, T, C before, H]
+        correction = self.correction(hidden[:, :, None], F.embedding(before, embedding))
+        # [B, T, C before, C]
+        scores = scores[:, :, None] + (correction @ F.embedding(candidates, head).transpose(-1, -2)).float()
+        best = scores.argmax(dim=-1)
+        which, drafted = torch.zeros_like(own)[:, None], []
+        for t in range(logits.shape[1]):
+            which = best[:, t].gather(1, which)
+            drafted.append(candidates[:, t].gather(1, which))
+        return torch.cat(drafted, dim=1)
+
+
+def _top(logits: torch.Tensor, count: int, tile: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest of [..., V] and their indices. They lie in the `count` tiles of the largest maxima, and on a
+    CPU maxima are far cheaper than an order."""
+    tiles = F.pad(logits, (0, -logits.shape[-1] % tile), value=-torch.inf).unflatten(-1, (-1, tile))
+    chosen = tiles.amax(dim=-1).topk(min(count, tiles.shape[-2])).indices
+    values, places = tiles.take_along_dim(chosen[..., None], dim=-2).flatten(-2).topk(count)
+    tile_of = chosen.take_along_dim(places // tile, dim=-1)
+    return values, (tile_of * tile + places % tile).clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,87 @@
+"""Drafts that know of each other: the batched pairs are the chain done by hand, and the text stays AR's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.view import load_view, read_view_config, save_view
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules.draft_chain import CANDIDATES, DraftChain, _top
+from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
+
+
+def make_chain(hidden_size: int = 24, width: int = 10) -> DraftChain:
+    torch.manual_seed(5)
+    chain = DraftChain(hidden_size, width)
+    chain.out_proj.weight.data.normal_()
+    return chain
+
+
+def test_all_pairs_at_once_are_one_row_after_the_other() -> None:
+    chain, (B, T, H, V) = make_chain(), (3, 5, 24, 300)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(B, T, H, generator=generator)
+    embedding, head = (torch.randn(V, H, generator=generator) for _ in range(2))
+    logits, own = hidden @ head.T, torch.tensor([4, 299, 0])
+    with torch.no_grad():
+        found = chain.choose(hidden, logits, own, embedding, head)
+        for b in range(B):
+            token = int(own[b])
+            for t in range(T):
+                corrected = head @ (hidden[b, t] + chain.correction(hidden[b, t], embedding[token]))
+                among = logits[b, t].topk(CANDIDATES).indices.tolist()
+                token = max(among, key=lambda i, corrected=corrected: float(corrected[i]))
+                assert int(found[b, t]) == token, (b, t)
+    assert not torch.equal(found, logits.argmax(-1))  # it does change drafts
+
+
+def test_an_untrained_chain_changes_nothing() -> None:
+    chain, hidden = make_chain(), torch.randn(2, 4, 24)
+    chain.reset()
+    head = torch.randn(50, 24)
+    found = chain.choose(hidden, hidden @ head.T, torch.tensor([1, 2]), head, head)
+    assert torch.equal(found, (hidden @ head.T).argmax(-1))
+
+
+@pytest.mark.parametrize("vocab", [9, 128, 1000])
+def test_the_best_tokens_are_found_by_tiles(vocab: int) -> None:
+    logits = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(vocab))
+    values, ids = _top(logits, CANDIDATES)
+    expected = logits.topk(CANDIDATES)
+    assert torch.equal(values, expected.values) and torch.equal(ids, expected.indices)
+    assert torch.equal(
+        _top(torch.full((1, vocab), torch.nan), CANDIDATES)[1] < vocab, torch.ones(1, 8, dtype=torch.bool)
+    )
+
+
+@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
+@pytest.mark.parametrize("options", [{}, {"compile": "aot_eager"}], ids=["eager", "compiled"])
+def test_the_text_is_the_ar_views_own(anchor_view: str, options: dict) -> None:
+    base = build_base(base_config("qwen3", eos_token_id=None), torch.bfloat16)
+    model = randomise_view(OrthrusForCausalLM.from_base(base, block_size=5, anchor_view=anchor_view, chain_width=16))
+    prompts = [random_ids(length, seed=length)[0] for length in (5, 11)]
+    for how in ({}, {"temperature": 1.0, "seed": 3}):
+        said = ConsensusDecoder(model, mode="ar", impl="torch").generate(prompts, max_new_tokens=20, **how)
+        output = ConsensusDecoder(model, impl="torch", **options).generate(prompts, max_new_tokens=20, **how)
+        assert [ids.tolist() for ids in output.sequences] == [ids.tolist() for ids in said.sequences]
+
+
+def test_a_view_file_holds_the_chain(tmp_path) -> None:
+    base = build_base(base_config("llama"))
+    model = randomise_view(OrthrusForCausalLM.from_base(base, block_size=4, chain_width=16))
+    save_view(model, tmp_path / "view.safetensors")
+    assert read_view_config(tmp_path / "view.safetensors")["chain_width"] == 16
+    again = OrthrusForCausalLM.from_base(base, block_size=4, chain_width=16)
+    load_view(again, tmp_path / "view.safetensors")
+    ours, theirs = (m.model.draft_chain_diff.state_dict() for m in (model, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(ValueError, match="chain_width"):
+        load_view(OrthrusForCausalLM.from_base(base, block_size=4), tmp_path / "view.safetensors")
+
+
+@pytest.mark.parametrize("width", [0, 2.5])
+def test_a_width_that_is_none_is_named(width) -> None:
+    with pytest.raises(ValueError, match="chain_width must be an integer >= 1 or None"):
+        OrthrusForCausalLM.from_base(build_base(base_config("llama")), chain_width=width)
