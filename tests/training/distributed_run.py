@@ -17,6 +17,7 @@ import torch.multiprocessing as multiprocessing
 from tests.training.view_runs import make_model, make_trainer, saved_view
 
 STEPS = 4
+MODEL = {"anchor_view": "ar", "chain_width": 8}
 COMMON = {"eval_rows": 3, "per_device_train_batch_size": 1, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
 
 
@@ -43,7 +44,7 @@ def work(rank: int, folder: Path, mode: str, port: int) -> None:
     if mode == "fsdp2":
         allow_fsdp_on_cpu()
         options = {"fsdp": True, "fsdp_config": {"version": 2}}
-    trainer = make_trainer(make_model(), folder, STEPS, **COMMON, **options)
+    trainer = make_trainer(make_model(**MODEL), folder, STEPS, **COMMON, **options)
     trainer.train()
     if mode == "fsdp2":
         sharded = [p for p in trainer.model.parameters() if isinstance(p, torch.distributed.tensor.DTensor)]
@@ -59,7 +60,7 @@ def _resume(folder: Path, options: dict) -> None:
     """On as many processes, a resumed run ends with the same bits."""
     unbroken = saved_view(folder, STEPS)
     torch.distributed.barrier()
-    trainer = make_trainer(make_model(), folder, STEPS, **COMMON, **options)
+    trainer = make_trainer(make_model(**MODEL), folder, STEPS, **COMMON, **options)
     trainer.train(str(folder / "run" / "checkpoint-2"))
     resumed = saved_view(folder, STEPS)
     different = [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])]

@@ -18,6 +18,7 @@ from orthrus_triton.models.view import save_view
 from orthrus_triton.training import trainer as trainer_module
 from orthrus_triton.training.run import save_model, start_from
 from orthrus_triton.training.trainer import STAGING, last_checkpoint
+from tests.training.distributed_run import MODEL
 from tests.training.killed_run import OPTIONS, STEPS
 from tests.training.view_runs import make_model, make_trainer, saved_view, view_of
 
@@ -81,11 +82,11 @@ def test_two_processes_and_accumulation_do_what_one_process_does(tmp_path):
     assert done.returncode == 0, done.stderr
     options = {"eval_rows": 3, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
     for folder, more in (("one", {}), ("halves", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})):
-        trainer = make_trainer(make_model(), tmp_path / folder, 4, **options, **more)
+        trainer = make_trainer(make_model(**MODEL), tmp_path / folder, 4, **options, **more)
         trainer.train()
     expected = saved_view(tmp_path / "one", 4)
     metrics = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
-    start = view_of(make_model())
+    start = view_of(make_model(**MODEL))
     for folder in ("halves", "shared/ddp", "shared/fsdp2"):
         found = saved_view(tmp_path / folder, 4)
         assert found.keys() == expected.keys()

@@ -9,7 +9,7 @@ import torch
 
 KV_TILE = 512  # keys per tile, at multiples of it; torch's CPU kernel walks the keys in tiles of this length
 TAIL_STEP = 64
-HEADS, ROWS = 16, (40, 48, 56, 64)  # packed rows that end in a tile of 8, 16, 24 and 32: the kernel's heights
+HEADS, ROWS = 6, (40, 48, 56, 64)  # packed rows that end in a tile of 8, 16, 24 and 32: the kernel's heights
 
 
 def tiles_end(longest: int, dtype: torch.dtype, head_dim: int, device: torch.device) -> int:
@@ -35,18 +35,23 @@ def safe_tails(dtype: torch.dtype, head_dim: int, num_threads: int) -> tuple[int
 
 @torch.no_grad()
 def _has_whole_bits(tail: int, dtype: torch.dtype, head_dim: int) -> bool:
+    """As the only tile, and as one that adds to the result of the tile before it."""
     generator = torch.Generator().manual_seed(tail)
-    for num_rows in ROWS:
-        shapes = ((1, HEADS, num_rows, head_dim), (1, HEADS, KV_TILE, head_dim), (1, HEADS, KV_TILE, head_dim))
-        q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-        limit = torch.randint(tail - TAIL_STEP + 1, tail + 1, (num_rows, 1), generator=generator)
-        mask = torch.zeros(num_rows, KV_TILE, dtype=dtype).masked_fill_(torch.arange(KV_TILE) >= limit, -torch.inf)
-        whole, cut = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k[:, :, :n], v[:, :, :n], 0.0, False, attn_mask=mask[None, None, :, :n], scale=head_dim**-0.5
+    for before in (0, KV_TILE):
+        for num_rows in ROWS:
+            whole, end = before + KV_TILE, before + tail
+            q, k, v = (
+                torch.randn(1, HEADS, length, head_dim, generator=generator).to(dtype)
+                for length in (num_rows, whole, whole)
             )
-            for n in (KV_TILE, tail)
-        )
-        if not (torch.equal(whole[0], cut[0]) and torch.equal(whole[1], cut[1])):
-            return False
+            limit = torch.randint(end - TAIL_STEP + 1, end + 1, (num_rows, 1), generator=generator)
+            mask = torch.zeros(num_rows, whole, dtype=dtype).masked_fill_(torch.arange(whole) >= limit, -torch.inf)
+            results = [
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q, k[:, :, :n], v[:, :, :n], 0.0, False, attn_mask=mask[None, None, :, :n], scale=head_dim**-0.5
+                )
+                for n in (whole, end)
+            ]
+            if not all(torch.equal(a, b) for a, b in zip(*results)):
+                return False
     return True
