@@ -14,57 +14,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from orthrus_triton import ops
 from orthrus_triton.models import checkpoint
+from orthrus_triton.models.backbone import OrthrusModel
 from orthrus_triton.models.config import OrthrusConfig
 from orthrus_triton.models.convert import choose_mask_token_id, eos_token_ids, open_base, read_generation_config
 from orthrus_triton.models.generation import OrthrusGenerationMixin
 from orthrus_triton.models.loading_options import loading_options
-from orthrus_triton.models.rope import rotary_from_config
-from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
-from orthrus_triton.modules.draft_chain import DraftChain
+from orthrus_triton.modules.draft_chain import DraftChain, DraftNoise
 from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
 from orthrus_triton.modules.projection import Linear, LowRankDelta
-from orthrus_triton.modules.rms_norm import RMSNorm
-
-
-class OrthrusModel(nn.Module):
-    """Embedding, layers, final norm and rotary frequencies."""
-
-    def __init__(self, config: OrthrusConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.mask_token_id = config.mask_token_id
-        has_mask = config.mask_embedding
-        self.mask_embedding_diff = nn.Parameter(torch.empty(config.hidden_size)) if has_mask else None
-        width = config.chain_width
-        self.draft_chain_diff = DraftChain(config.hidden_size, width) if width is not None else None
-        self.layers = nn.ModuleList(
-            OrthrusDecoderLayer(
-                config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim,
-                config.intermediate_size, **options,
-            )
-            for options in config.layer_options()
-        )  # fmt: skip
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = rotary_from_config(config.base_config())
-
-    def forward(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
-        """input_ids [B, T] through one view -> hidden states [B, T, H], normed."""
-        hidden = self.embed(input_ids, view_pass)
-        rope = self.rotary_emb(view_pass.positions, view_pass.prompt_len)
-        for layer, cache_layer in zip(self.layers, cache.layers):
-            hidden = layer(hidden, rope, cache_layer, view_pass)
-        return self.norm(hidden, impl=view_pass.impl)
-
-    def embed(self, input_ids: torch.Tensor, view_pass: ViewPass) -> torch.Tensor:
-        """input_ids [B, T] -> [B, T, H]. The mask token has an embedding of its own in a diffusion view that was given
-        one; everything else, and whatever the frozen view reads, has the frozen row."""
-        hidden = self.embed_tokens(input_ids)
-        if view_pass.view == "ar" or self.mask_embedding_diff is None:
-            return hidden
-        is_mask = (input_ids == self.mask_token_id).unsqueeze(-1)
-        if view_pass.anchor_rows:
-            is_mask[:, : view_pass.anchor_rows] = False
-        return torch.where(is_mask, self.mask_embedding_diff.to(hidden.dtype), hidden)
 
 
 class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
@@ -134,10 +91,12 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         """hidden [B, T, H] -> greedy tokens [B, T], the logits' own without writing them to memory."""
         return ops.lm_head_choice(hidden, self._head_weight, impl=impl)
 
-    def chain_drafts(self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def chain_drafts(
+        self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, noise: DraftNoise | None = None
+    ) -> torch.Tensor:
         """Drafts [B, T] of T masks that know of each other; see `DraftChain.choose`."""
         chain, embedding = self.model.draft_chain_diff, self.model.embed_tokens.weight
-        return chain.choose(hidden, logits, own, embedding, self._head_weight)
+        return chain.choose(hidden, logits, own, embedding, self._head_weight, noise)
 
     @property
     def has_chain(self) -> bool:

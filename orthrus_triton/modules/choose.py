@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from orthrus_triton import ops
+from orthrus_triton.modules.draft_chain import DraftNoise
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.sampling_params import Choosing
 from orthrus_triton.ops.gumbel import CHOICE, DRAFT
@@ -60,6 +61,28 @@ def choose_logits(
     if choosing.hosted:
         logits = process_on_host(logits, positions, state, candidate, stream, impl)
     return logits
+
+
+def choose_drafts(
+    decoder: ConsensusDecoder, hidden: torch.Tensor, anchor: torch.Tensor, state: DecodeState, view_pass: ViewPass
+) -> torch.Tensor:
+    """Tokens [B, T] of a draft's rows, of which the first is the frozen view's own where that reads the anchor [B]:
+    each for itself, or in turn if the view has a chain."""
+    model, choosing, first = decoder.model, decoder.choosing, decoder.anchor_rows
+    if choosing.hosted or not getattr(model, "has_chain", False):
+        return decoder.choose(hidden, state, view_pass)
+    noise = None
+    if choosing == Choosing():
+        logits = model.compute_logits(hidden, view_pass.linear_impl)
+        choice = ops.greedy_choice(logits, impl=view_pass.impl)
+    else:
+        choice, logits = choose_tokens(model, hidden, state, view_pass, choosing, None)
+        if choosing.sampled:
+            positions = view_pass.positions[:, first : hidden.shape[1]] + 1
+            noise = DraftNoise(choice[:, first:], positions, state.sampling.sampling)
+    own = choice[:, 0].clamp(min=0) if first else anchor
+    drafted = model.chain_drafts(hidden[:, first:], logits[:, first:], own, noise)
+    return torch.cat((choice[:, :first], drafted), dim=1)
 
 
 def draft_and_judge(

@@ -11,7 +11,7 @@ import torch
 
 from orthrus_triton import ops
 from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, BlockRule, FixedBlock, auto_sizes
-from orthrus_triton.modules.choose import choose_tokens, draft_and_judge
+from orthrus_triton.modules.choose import choose_drafts, choose_tokens, draft_and_judge
 from orthrus_triton.modules.compiled import compile_apart
 from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses
 from orthrus_triton.modules.decode_options import BlockSize, Mode, require_one_device, stop_ids, widest_block
@@ -229,25 +229,12 @@ class ConsensusDecoder:
         view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
         block = state.anchors(block_size)
         hidden = self.model.forward_view(block, cache, view_pass)
-        drafted = self._choose_drafts(hidden[:, : block_size - 1 + self.anchor_rows], block[:, 0], state, view_pass)
+        drafted = choose_drafts(self, hidden[:, : block_size - 1 + self.anchor_rows], block[:, 0], state, view_pass)
         # where the draft has no token it proposes some token: verify says what is to be said
         if not self.anchor_rows:
             return torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
         self.commit_anchor_choice(drafted, hidden, cache, state, impl)
         return drafted.clamp(min=0)
-
-    def _choose_drafts(
-        self, hidden: torch.Tensor, anchor: torch.Tensor, state: DecodeState, view_pass: ViewPass
-    ) -> torch.Tensor:
-        """Tokens [B, T] of a draft's rows: each for itself, or, greedily and if the view has a chain, in turn."""
-        if self.choosing != Choosing() or not getattr(self.model, "has_chain", False):
-            return self.choose(hidden, state, view_pass)
-        logits = self.model.compute_logits(hidden, view_pass.linear_impl)
-        if not self.anchor_rows:
-            return self.model.chain_drafts(hidden, logits, anchor)
-        first = ops.greedy_choice(logits[:, :1].contiguous(), impl=view_pass.impl)
-        rest = self.model.chain_drafts(hidden[:, 1:], logits[:, 1:], first[:, 0].clamp(min=0))
-        return torch.cat((first, rest), dim=1)
 
     def verify(
         self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,

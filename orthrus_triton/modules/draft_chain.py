@@ -3,11 +3,35 @@ Only drafts depend on it, so plain torch will do: verify says what is said."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from orthrus_triton.ops import SamplingTensors
+from orthrus_triton.ops.gumbel import CHOICE, gumbel_of_torch, row_key_torch
+
 CANDIDATES = 8  # tokens of each row that the chain chooses among
+
+
+class DraftNoise(NamedTuple):
+    """How T rows of a draft sample: choice [B, T], what each would draw by itself; positions [B, T] of these tokens;
+    sampling, of the B slots."""
+
+    choice: torch.Tensor
+    positions: torch.Tensor
+    sampling: SamplingTensors
+
+    def perturb(self, scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """scores [B, T, C before, C] of candidates [B, T, C] as the AR view will draw among them: / T, and noise."""
+        temperature, seed, sequence = (
+            of_slot[:, None] for of_slot in (self.sampling.temperature, self.sampling.seed, self.sampling.sequence)
+        )
+        noise = gumbel_of_torch(candidates, *row_key_torch(seed, sequence, self.positions, CHOICE))
+        temperature = temperature[..., None, None]
+        warm = temperature > 0
+        return torch.where(warm, scores / torch.where(warm, temperature, 1.0) + noise[:, :, None], scores)
 
 
 class DraftChain(nn.Module):
@@ -46,8 +70,9 @@ class DraftChain(nn.Module):
         return F.linear(F.silu(F.linear(hidden, of_hidden) + F.linear(embedded, of_token)), out)
 
     def choose(
-        self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, embedding: torch.Tensor, head: torch.Tensor
-    ) -> torch.Tensor:
+        self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, embedding: torch.Tensor,
+        head: torch.Tensor, noise: DraftNoise | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Draft row by row, each row knowing what the one before it drafted.
 
         All pairs of the candidates of neighbouring rows are scored at once; what is left to do in order is looking up.
@@ -57,18 +82,22 @@ class DraftChain(nn.Module):
             logits: [B, T, V], what they say by themselves.
             own: [B], the token at the first mask's own position.
             embedding, head: [V, H].
+            noise: None for a greedy draft.
 
         Returns:
             [B, T] int64.
         """
         # [B, T, C]
         scores, candidates = _top(logits, CANDIDATES)
+        if noise is not None:
+            candidates = torch.cat((noise.choice[..., None].clamp(min=0), candidates[..., :-1]), dim=-1)
+            scores = logits.gather(-1, candidates)
         before = torch.cat((own[:, None, None].expand(-1, 1, CANDIDATES), candidates[:, :-1]), dim=1)
         # [B, T, C before, H]
         correction = self.correction(hidden[:, :, None], F.embedding(before, embedding))
         # [B, T, C before, C]
         scores = scores[:, :, None] + (correction @ F.embedding(candidates, head).transpose(-1, -2)).float()
-        best = scores.argmax(dim=-1)
+        best = (scores if noise is None else noise.perturb(scores, candidates)).argmax(dim=-1)
         which, drafted = torch.zeros_like(own)[:, None], []
         for t in range(logits.shape[1]):
             which = best[:, t].gather(1, which)

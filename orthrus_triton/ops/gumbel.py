@@ -85,7 +85,12 @@ def row_key_torch(
 def gumbel_torch(vocab_size: int, key0: torch.Tensor, key1: torch.Tensor) -> torch.Tensor:
     """Noise of every token for row keys of any shape [...] -> [..., V] fp32; the bits of `gumbel`."""
     ids = torch.arange(vocab_size, device=key0.device)
-    high, low = philox_torch(ids.expand(*key0.shape, vocab_size), key1[..., None], key0[..., None])
+    return gumbel_of_torch(ids.expand(*key0.shape, vocab_size), key0, key1)
+
+
+def gumbel_of_torch(ids: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torch.Tensor:
+    """Noise of the tokens `ids` [..., C] for row keys [...], fp32."""
+    high, low = philox_torch(ids, key1[..., None], key0[..., None])
     small = high < SMALL
     high, low = torch.where(small, high, high ^ WORD), torch.where(small, low, low ^ WORD)
     w = high.to(torch.float32) * 2.0**-32 + (low.to(torch.float32) + 0.5) * 2.0**-64

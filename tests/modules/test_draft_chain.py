@@ -8,7 +8,9 @@ import torch
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.view import load_view, read_view_config, save_view
 from orthrus_triton.modules import ConsensusDecoder
-from orthrus_triton.modules.draft_chain import CANDIDATES, DraftChain, _top
+from orthrus_triton.modules.draft_chain import CANDIDATES, DraftChain, DraftNoise, _top
+from orthrus_triton.ops import SamplingTensors, sample_choice
+from orthrus_triton.ops.gumbel import CHOICE, gumbel_torch, row_key_torch
 from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
 
 
@@ -35,6 +37,32 @@ def test_all_pairs_at_once_are_one_row_after_the_other() -> None:
                 token = max(among, key=lambda i, corrected=corrected: float(corrected[i]))
                 assert int(found[b, t]) == token, (b, t)
     assert not torch.equal(found, logits.argmax(-1))  # it does change drafts
+
+
+def test_a_sampled_chain_draws_with_the_positions_noise() -> None:
+    chain, (B, T, H, V) = make_chain(), (2, 4, 24, 60)
+    generator = torch.Generator().manual_seed(2)
+    hidden, head = torch.randn(B, T, H, generator=generator), torch.randn(V, H, generator=generator)
+    logits, own = hidden @ head.T, torch.tensor([4, 7])
+    how = SamplingTensors(
+        torch.tensor([0.0, 1.3]), torch.zeros(2, dtype=torch.int32), torch.ones(2), torch.zeros(2),
+        torch.tensor([3, 3]), torch.tensor([0, 1], dtype=torch.int32),
+    )  # fmt: skip
+    positions = torch.arange(10, 10 + T, dtype=torch.int32).expand(B, T)
+    choice = sample_choice(logits, positions, how, impl="torch")
+    noise = gumbel_torch(V, *row_key_torch(how.seed[:, None], how.sequence[:, None], positions, CHOICE))
+    with torch.no_grad():
+        found = chain.choose(hidden, logits, own, head, head, DraftNoise(choice, positions, how))
+        for b, temperature in enumerate((0.0, 1.3)):
+            token = int(own[b])
+            for t in range(T):
+                scores = head @ (hidden[b, t] + chain.correction(hidden[b, t], head[token]))
+                if temperature:
+                    scores = scores / temperature + noise[b, t]
+                among = {int(choice[b, t]), *logits[b, t].topk(CANDIDATES - 1).indices.tolist()}
+                token = max(among, key=lambda i, scores=scores: float(scores[i]))
+                assert int(found[b, t]) == token, (b, t)
+    assert not torch.equal(found, choice)
 
 
 def test_an_untrained_chain_changes_nothing() -> None:
