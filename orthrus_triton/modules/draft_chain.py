@@ -54,11 +54,14 @@ class DraftChain(nn.Module):
         self.token_proj = nn.Linear(hidden_size, width, bias=False)
         self.out_proj = nn.Linear(width, hidden_size, bias=False)
 
+    @torch.no_grad()
     def reset(self) -> None:
-        """Start anew, changing nothing yet."""
-        self.hidden_proj.reset_parameters()
-        self.token_proj.reset_parameters()
-        nn.init.zeros_(self.out_proj.weight)
+        """Start anew, changing nothing yet, with the same numbers in every process and every run."""
+        generator = torch.Generator().manual_seed(0)
+        for layer in (self.hidden_proj, self.token_proj):
+            bound = layer.in_features**-0.5
+            layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
+        self.out_proj.weight.zero_()
 
     def correction(self, hidden: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """What to add to `hidden` [..., H], given the embeddings [..., H] of the tokens at its rows' own positions."""
