@@ -71,18 +71,20 @@ def choose_drafts(
     model, choosing, first = decoder.model, decoder.choosing, decoder.anchor_rows
     if choosing.hosted or not getattr(model, "has_chain", False):
         return decoder.choose(hidden, state, view_pass)
-    noise = None
-    if choosing == Choosing():
-        logits = model.compute_logits(hidden, view_pass.linear_impl)
-        choice = ops.greedy_choice(logits, impl=view_pass.impl)
-    else:
+    noise, exact = None, None
+    if choosing.sampled or choosing.processed:
         choice, logits = choose_tokens(model, hidden, state, view_pass, choosing, None)
+        exact = choice[:, :first]
         if choosing.sampled:
             positions = view_pass.positions[:, first : hidden.shape[1]] + 1
             noise = DraftNoise(choice[:, first:], positions, state.sampling.sampling)
-    own = choice[:, 0].clamp(min=0) if first else anchor
+    else:  # the masks' own choices are not looked at
+        logits = model.compute_logits(hidden, view_pass.linear_impl)
+        if first:
+            exact = ops.greedy_choice(logits[:, :first].contiguous(), impl=view_pass.impl)
+    own = exact[:, 0].clamp(min=0) if first else anchor
     drafted = model.chain_drafts(hidden[:, first:], logits[:, first:], own, noise)
-    return torch.cat((choice[:, :first], drafted), dim=1)
+    return torch.cat((exact, drafted), dim=1) if first else drafted
 
 
 def draft_and_judge(
@@ -94,11 +96,8 @@ def draft_and_judge(
     block = state.anchors(block_size)
     hidden = model.forward_view(block, cache, view_pass)[:, : block_size - 1 + anchor_rows]
     drafted, draft_logits = choose_tokens(model, hidden, state, view_pass, choosing, None, stream=DRAFT)
-    if anchor_rows:
-        decoder.commit_anchor_choice(drafted, hidden, cache, state, impl)
-        candidate, draft_logits = drafted.clamp(min=0), draft_logits[:, 1:].contiguous()
-    else:
-        candidate = torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
+    candidate = decoder.block_to_verify(block, drafted, hidden, cache, state, impl)
+    draft_logits = draft_logits[:, anchor_rows:].contiguous()
     view_pass = cache.view_pass("ar", block_size, impl=impl)
     hidden = model.forward_view(candidate, cache, view_pass)
     logits = choose_logits(model, hidden, state, view_pass, choosing, candidate)

@@ -230,11 +230,7 @@ class ConsensusDecoder:
         block = state.anchors(block_size)
         hidden = self.model.forward_view(block, cache, view_pass)
         drafted = choose_drafts(self, hidden[:, : block_size - 1 + self.anchor_rows], block[:, 0], state, view_pass)
-        # where the draft has no token it proposes some token: verify says what is to be said
-        if not self.anchor_rows:
-            return torch.cat((block[:, :1], drafted), dim=1).clamp(min=0)
-        self.commit_anchor_choice(drafted, hidden, cache, state, impl)
-        return drafted.clamp(min=0)
+        return self.block_to_verify(block, drafted, hidden, cache, state, impl)
 
     def verify(
         self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,
@@ -256,14 +252,21 @@ class ConsensusDecoder:
         """
         return choose_tokens(self.model, hidden, state, view_pass, self.choosing, candidate)[0]
 
-    def commit_anchor_choice(
-        self, drafted: torch.Tensor, hidden: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str
-    ) -> None:
-        """Commit what row 0 of a draft [B, K] says, the frozen view's own choice after the anchor."""
-        choice = ops.void_rows(drafted[:, :1].contiguous(), hidden[:, :1].contiguous(), impl=impl)
-        state.commit_anchor_choice(choice, cache.context_len, impl)
-        if self.choosing.processed:
-            state.sampling.absorb(state.output_ids, state.output_len, 1)
+    def block_to_verify(
+        self, block: torch.Tensor, drafted: torch.Tensor, hidden: torch.Tensor, cache: SharedKVCache,
+        state: DecodeState, impl: str,
+    ) -> torch.Tensor:  # fmt: skip
+        """[B, K] from a drafted `block` and what its rows say; where the frozen view read the anchor, row 0's token is
+        its own choice: it is committed here, and the block begins with it."""
+        if self.anchor_rows:
+            choice = ops.void_rows(drafted[:, :1].contiguous(), hidden[:, :1].contiguous(), impl=impl)
+            state.commit_anchor_choice(choice, cache.context_len, impl)
+            if self.choosing.processed:
+                state.sampling.absorb(state.output_ids, state.output_len, 1)
+        else:
+            drafted = torch.cat((block[:, :1], drafted), dim=1)
+        # where the draft has no token it proposes some token: verify says what is to be said
+        return drafted.clamp(min=0)
 
     def prefill(
         self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str,

@@ -81,7 +81,8 @@ class ViewTrainingArguments(TrainingArguments):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         _require(self.anchor_view in (None, "ar", "diffusion"), "anchor_view", "'ar', 'diffusion' or null",
                  self.anchor_view)  # fmt: skip
-        _require(self.chain_width is None or self.chain_width >= 1, "chain_width", ">= 1 or null", self.chain_width)
+        _require(self.chain_width is None or (isinstance(self.chain_width, int) and self.chain_width >= 1),
+                 "chain_width", "an integer >= 1 or null", self.chain_width)  # fmt: skip
         _require(self.loss in ("kl", "ce"), "loss", "'kl' or 'ce'", self.loss)
         _require(self.position_decay is None or self.position_decay > 0, "position_decay", "> 0 or null",
                  self.position_decay)  # fmt: skip
@@ -129,8 +130,9 @@ def read_config(path: str | Path, **changes: Any) -> ViewTrainingArguments:
 
 def _check_number(name: str, value: Any) -> None:
     """YAML reads 1e-3 as text, unlike 1.0e-3."""
-    default = next(one.default for one in fields(ViewTrainingArguments) if one.name == name)
-    is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    option = next(one for one in fields(ViewTrainingArguments) if one.name == name)
+    is_number = isinstance(option.default, (int, float)) and not isinstance(option.default, bool)
+    is_number |= option.type in ("int | None", "float | None")
     if is_number and isinstance(value, str):
         raise ValueError(f"{name} must be a number, but got the text {value!r} (in YAML write 1.0e-3, not 1e-3)")
 

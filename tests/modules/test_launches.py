@@ -40,9 +40,9 @@ def triton_launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return launches
 
 
-def cycle_launches(launches: Counter, num_layers: int, block_size: int) -> tuple[Counter, Counter]:
+def cycle_launches(launches: Counter, num_layers: int, block_size: int, **model: int) -> tuple[Counter, Counter]:
     """(Triton kernels, torch kernels) of one cycle over a batch of two."""
-    decoder = ConsensusDecoder(TinyDualViewModel(num_layers=num_layers, qk_norm=True), impl="triton")
+    decoder = ConsensusDecoder(TinyDualViewModel(num_layers=num_layers, qk_norm=True, **model), impl="triton")
     run = decoder.open(2, 64)
     launches.clear()
     with torch.no_grad(), torch.profiler.profile() as profile:
@@ -63,6 +63,19 @@ def test_a_layer_launches_what_the_table_lists(triton_launches: Counter, block_s
         "dual_view_attention_kernel": 1,
     }  # fmt: skip
     assert 1 <= combines <= 4
+
+
+def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter) -> None:
+    """More than a layer of the paper's cycle launches, where the frozen view reads the anchor."""
+    layers = []
+    for anchor_rows in (0, 1):
+        one, three = (cycle_launches(triton_launches, layers, 8, anchor_rows=anchor_rows) for layers in (1, 3))
+        layers.append([Counter({name: (b[name] - a[name]) // 2 for name in b}) for a, b in zip(one, three)])
+    (plain, plain_torch), (own, own_torch) = layers
+    more = own - plain
+    more.pop("combine_splits_kernel", None)
+    assert more == {"linear_kernel": 2, "rope_cache_kernel": 1}
+    assert own_torch - plain_torch == {"aten::cat": 2, "aten::copy_": 8}  # it is a batch
 
 
 @pytest.mark.parametrize(("block_size", "passes", "most"), [(8, 2, 34), (1, 1, 12)])

@@ -144,6 +144,8 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
         ("a: [", "must hold YAML"),
         ("max_stps: 3", "has no such option: max_stps"),
         ("max_steps: 3\nlearning_rate: 1e-3", "learning_rate must be a number, but got the text '1e-3'"),
+        ("max_steps: 3\nchain_width: wide", "chain_width must be a number, but got the text 'wide'"),
+        ("max_steps: 3\nuse_cpu: true\nchain_width: 3.5", "chain_width must be an integer >= 1 or null, but got 3.5"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
