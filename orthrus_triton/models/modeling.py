@@ -149,8 +149,8 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
             view_rank: None for full projections, r for rank-r deltas.
             dtype, device: of the new model; by default those of the base (a folder's own dtype, the CPU).
             mask_embedding: give the diffusion view a vector of its own for mask_token_id, to be trained with it.
-            chain_width: None, or the width of a chain that makes drafts depend on each other; see `DraftChain`.
             anchor_view: "diffusion", or "ar" to let the frozen view read a block's anchor; see `OrthrusConfig`.
+            chain_width: None, or the width of a chain that makes drafts depend on each other; see `DraftChain`.
 
         Raises:
             ValueError: an unsupported architecture or option, weights that do not fit the config, pickle files.
@@ -225,14 +225,16 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
 
     @torch.no_grad()
     def reset_view(self) -> None:
-        """Start the diffusion view anew, as a copy of the AR view (for a low-rank view: a zero delta)."""
+        """Start the diffusion view anew, as a copy of the AR view (for a low-rank view: a zero delta). What has to be
+        drawn is the same in every process and every run."""
         if self.model.mask_embedding_diff is not None:
             self.model.mask_embedding_diff.copy_(self.model.embed_tokens.weight[self.mask_token_id])
         if self.model.draft_chain_diff is not None:
             self.model.draft_chain_diff.reset()
+        generator = torch.Generator().manual_seed(0)
         for module in self.modules():
             if isinstance(module, LowRankDelta):
-                module.down.reset_parameters()
+                module.reset(generator)
         for layer in self.model.layers:
             layer.self_attn.copy_ar_to_diffusion()
 

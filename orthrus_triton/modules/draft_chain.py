@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from orthrus_triton.modules.projection import draw_weight
 from orthrus_triton.ops import SamplingTensors
 from orthrus_triton.ops.gumbel import CHOICE, gumbel_of_torch, row_key_torch
 
@@ -60,8 +61,7 @@ class DraftChain(nn.Module):
         """Start anew, changing nothing yet, with the same numbers in every process and every run."""
         generator = torch.Generator().manual_seed(0)
         for layer in (self.hidden_proj, self.token_proj):
-            bound = layer.in_features**-0.5
-            layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
+            draw_weight(layer.weight, generator)
         self.out_proj.weight.zero_()
 
     def correction(self, hidden: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:

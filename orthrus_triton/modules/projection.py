@@ -97,6 +97,13 @@ def _merge_names(own_name: str, parent: nn.Module, state_dict: dict, prefix: str
             state_dict[f"{prefix}{own_name}.{parameter}"] = torch.cat([state_dict.pop(name) for name in names])
 
 
+@torch.no_grad()
+def draw_weight(weight: torch.Tensor, generator: torch.Generator) -> None:
+    """nn.Linear's start for a `weight` [out, in], drawn on the host: the same numbers on any device."""
+    bound = weight.shape[1] ** -0.5
+    weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+
+
 class LowRankDelta(nn.Module):
     """A view's projection as the frozen one plus `up(down(x))` of rank r; `up` starts at zero, so the view starts as
     a copy of the frozen weight.
@@ -113,6 +120,12 @@ class LowRankDelta(nn.Module):
         self.down = Linear(in_features, rank)
         self.up = Linear(rank, out_features)
         nn.init.zeros_(self.up.weight)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Start anew as the frozen projection, with the next numbers of `generator`."""
+        draw_weight(self.down.weight, generator)
+        self.up.weight.zero_()
 
     def forward(self, x: torch.Tensor, frozen: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
         """x [..., in], frozen [..., out] (the frozen projection's output) -> [..., out]."""

@@ -122,3 +122,14 @@ def test_an_untrained_view_is_the_ar_view_seen_through_the_block(view_rank: int 
     assert all(tensor.any() == ("up." not in name) for name, tensor in model.state_dict().items() if "_diff" in name)
     ids = random_ids(1, batch=4)
     torch.testing.assert_close(model(ids, "diffusion", impl="torch"), model(ids, "ar", impl="torch"))
+
+
+def test_a_low_rank_view_starts_from_the_same_numbers_every_time():
+    base = build_base(base_config("llama"))
+    torch.manual_seed(1)
+    first = OrthrusForCausalLM.from_base(base, view_rank=2).state_dict()
+    torch.manual_seed(2)
+    again = OrthrusForCausalLM.from_base(base, view_rank=2).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    downs = [tensor for name, tensor in first.items() if "down.weight" in name and "_diff" in name]
+    assert len(downs) > 1 and not torch.equal(downs[0][0], downs[1][0])
