@@ -14,7 +14,7 @@ from orthrus_triton.modules.sampling_params import Choosing
 from orthrus_triton.ops.gumbel import CHOICE, DRAFT
 
 if TYPE_CHECKING:
-    from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
+    from orthrus_triton.modules.decode_cycle import DecodeCycle
     from orthrus_triton.modules.decode_state import DecodeState
     from orthrus_triton.modules.dual_view_model import DualViewModel
 
@@ -64,7 +64,7 @@ def choose_logits(
 
 
 def choose_drafts(
-    decoder: ConsensusDecoder, hidden: torch.Tensor, anchor: torch.Tensor, state: DecodeState, view_pass: ViewPass
+    decoder: DecodeCycle, hidden: torch.Tensor, anchor: torch.Tensor, state: DecodeState, view_pass: ViewPass
 ) -> torch.Tensor:
     """Tokens [B, T] of a draft's rows, of which the first is the frozen view's own where that reads the anchor [B]:
     each for itself, or in turn if the view has a chain."""
@@ -88,7 +88,7 @@ def choose_drafts(
 
 
 def draft_and_judge(
-    decoder: ConsensusDecoder, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str
+    decoder: DecodeCycle, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draft and verify for rejection sampling -> the block [B, K], and in every row its draft or what replaces it."""
     model, choosing, anchor_rows = decoder.model, decoder.choosing, decoder.anchor_rows

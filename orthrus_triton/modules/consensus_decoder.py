@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 
-from orthrus_triton import ops
 from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, BlockRule, FixedBlock, auto_sizes
-from orthrus_triton.modules.choose import choose_drafts, choose_tokens, draft_and_judge
 from orthrus_triton.modules.compiled import compile_apart
 from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses
+from orthrus_triton.modules.decode_cycle import DecodeCycle
 from orthrus_triton.modules.decode_options import BlockSize, Mode, require_one_device, stop_ids, widest_block
 from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun, Slot, tokens_to_cache
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.decode_stats import DecodeOutput
 from orthrus_triton.modules.dual_view_model import DualViewModel
-from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
-from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill
+from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.prompts import split_prompts
 from orthrus_triton.modules.run_to_end import Stop, run_to_end
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams, SamplingRule, params_of
@@ -30,7 +28,7 @@ from orthrus_triton.ops._dispatch import IMPLS, resolve_impl
 EOS_SLOTS = 8  # places for stop ids are made in eights, so that calls with few of them share buffers
 
 
-class ConsensusDecoder:
+class ConsensusDecoder(DecodeCycle):
     """Generates from a dual-view model.
 
     Args:
@@ -76,13 +74,11 @@ class ConsensusDecoder:
             raise ValueError(f"impl must be one of {IMPLS}, but got {impl!r}")
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be >= 1 or None, but got {prefill_chunk}")
-        self.model, self.mode, self.exact = model, mode, exact
-        self.anchor_rows: int = getattr(model, "anchor_rows", 0)
+        super().__init__(model, exact, prefill_chunk, batch_invariant_prefill)
+        self.mode = mode
         self._block_option = block_size
         self.block_size = widest_block(block_size, self.model)
-        self.impl, self.max_cache_len, self.prefill_chunk = impl, max_cache_len, prefill_chunk
-        self.batch_invariant_prefill, self.cuda_graph = batch_invariant_prefill, cuda_graph
-        self.choosing = Choosing()
+        self.impl, self.max_cache_len, self.cuda_graph = impl, max_cache_len, cuda_graph
         self.cache: SharedKVCache | None = None
         self.run: DecodeRun | None = None
         self.clock: Callable[[], float] = time.perf_counter
@@ -204,85 +200,6 @@ class ConsensusDecoder:
                 self._compiled[key] = compile_apart(self.cycle, **self._compile_options)
             cycle = self._compiled[key]
         cycle(cache, state, block_size, impl)
-
-    def cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
-        """Draft, verify, consensus over all slots; with block size 1, one pass of the AR view. Device work only."""
-        if self.choosing.processed:
-            state.sampling.absorb(state.output_ids, state.output_len, state.block.shape[1])
-        if block_size == AR:
-            linear_impl = "library" if not self.exact and impl != "triton" else None
-            candidate = choice = self.verify(state.anchors(1), cache, state, impl, linear_impl)
-        elif self.choosing.rejection:
-            candidate, choice = draft_and_judge(self, cache, state, block_size, impl)
-        else:
-            candidate = self.draft(cache, state, block_size, impl)
-            choice = self.verify(candidate, cache, state, impl)
-        state.commit(candidate, choice, cache.context_len, impl)
-
-    def draft(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> torch.Tensor:
-        """One pass over [anchor, MASK x (K-1)] -> the block to verify, [B, K]: its anchor and K - 1 drafts.
-
-        Row i proposes the token at position context_len + i + 1. Where the diffusion view reads the anchor, the last
-        row has nothing to propose. Where the frozen view does, row 0's token is committed at once and is the anchor of
-        the block to verify, which ends one token later.
-        """
-        view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
-        block = state.anchors(block_size)
-        hidden = self.model.forward_view(block, cache, view_pass)
-        drafted = choose_drafts(self, hidden[:, : block_size - 1 + self.anchor_rows], block[:, 0], state, view_pass)
-        return self.block_to_verify(block, drafted, hidden, cache, state, impl)
-
-    def verify(
-        self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,
-        linear_impl: str | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """One causal pass over the block -> the AR view's own choice in every row, [B, K]. Writes its K/V in place."""
-        view_pass = cache.view_pass("ar", candidate.shape[1], impl=impl, linear_impl=linear_impl)
-        hidden = self.model.forward_view(candidate, cache, view_pass)
-        return ops.void_rows(self.choose(hidden, state, view_pass, candidate), hidden, impl=impl)
-
-    def choose(
-        self, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass, candidate: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The one place where hidden states become tokens, for drafts, for the AR view and after the prefill.
-
-        hidden [B, T, H], T rows from the first of `view_pass` on; row t's token stands at position
-        `view_pass.positions[b, t] + 1`. `candidate` [B, T] is what the rows read; a draft has none. Returns [B, T]
-        int64. A row's token must depend on that row, its history and that position alone, or the two modes part.
-        """
-        return choose_tokens(self.model, hidden, state, view_pass, self.choosing, candidate)[0]
-
-    def block_to_verify(
-        self, block: torch.Tensor, drafted: torch.Tensor, hidden: torch.Tensor, cache: SharedKVCache,
-        state: DecodeState, impl: str,
-    ) -> torch.Tensor:  # fmt: skip
-        """[B, K] from a drafted `block` and what its rows say; where the frozen view read the anchor, row 0's token is
-        its own choice: it is committed here, and the block begins with it."""
-        if self.anchor_rows:
-            choice = ops.void_rows(drafted[:, :1].contiguous(), hidden[:, :1].contiguous(), impl=impl)
-            state.commit_anchor_choice(choice, cache.context_len, impl)
-            if self.choosing.processed:
-                state.sampling.absorb(state.output_ids, state.output_len, 1)
-        else:
-            drafted = torch.cat((block[:, :1], drafted), dim=1)
-        # where the draft has no token it proposes some token: verify says what is to be said
-        return drafted.clamp(min=0)
-
-    def prefill(
-        self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str,
-        params: SamplingParams, cached: int,
-    ) -> None:  # fmt: skip
-        """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot."""
-        state.start(max_new_tokens)
-        if state.sampling is not None:
-            state.sampling.start(params, prompt)
-        on_gpu = cache.context_len.device.type == "cuda"
-        chunk = self.prefill_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
-        linear_impl = impl if self.batch_invariant_prefill or impl == "reference" else "library"
-        hidden, view_pass = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached)
-        choice = ops.void_rows(self.choose(hidden, state, view_pass), hidden, impl=impl)
-        state.commit(choice, choice, cache.context_len, impl)
-        state.accepted_histogram.zero_()
 
     def _reserve(self, batch_size: int, max_len: int, block_size: int, eos_count: int) -> None:
         """Buffers for a run: the ones there are if they are large enough, else new ones and no captures of the old."""

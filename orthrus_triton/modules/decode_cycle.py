@@ -1,0 +1,115 @@
+"""DecodeCycle: what decoding does on the device, on buffers that are there: draft, verify, consensus, prefill.
+A cycle reads no value on the host, so that it can be captured; when to run what, `DecodeRun` says."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton import ops
+from orthrus_triton.modules.adaptive_block import AR
+from orthrus_triton.modules.choose import choose_drafts, choose_tokens, draft_and_judge
+from orthrus_triton.modules.decode_state import DecodeState
+from orthrus_triton.modules.dual_view_model import DualViewModel
+from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
+from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill
+from orthrus_triton.modules.sampling_params import Choosing, SamplingParams
+
+
+class DecodeCycle:
+    """The passes of a dual-view model, and how they become tokens.
+
+    Args:
+        model: see `DualViewModel`.
+        exact, prefill_chunk, batch_invariant_prefill: as in `ConsensusDecoder`.
+
+    Attributes:
+        anchor_rows: 1 where the frozen view reads a block's anchor, else 0.
+        choosing: what the sequences of the current run may ask for.
+    """
+
+    def __init__(
+        self, model: DualViewModel, exact: bool, prefill_chunk: int | None, batch_invariant_prefill: bool
+    ) -> None:
+        self.model, self.exact = model, exact
+        self.prefill_chunk, self.batch_invariant_prefill = prefill_chunk, batch_invariant_prefill
+        self.anchor_rows: int = getattr(model, "anchor_rows", 0)
+        self.choosing = Choosing()
+
+    def cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
+        """Draft, verify, consensus over all slots; with block size 1, one pass of the AR view. Device work only."""
+        if self.choosing.processed:
+            state.sampling.absorb(state.output_ids, state.output_len, state.block.shape[1])
+        if block_size == AR:
+            linear_impl = "library" if not self.exact and impl != "triton" else None
+            candidate = choice = self.verify(state.anchors(1), cache, state, impl, linear_impl)
+        elif self.choosing.rejection:
+            candidate, choice = draft_and_judge(self, cache, state, block_size, impl)
+        else:
+            candidate = self.draft(cache, state, block_size, impl)
+            choice = self.verify(candidate, cache, state, impl)
+        state.commit(candidate, choice, cache.context_len, impl)
+
+    def draft(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> torch.Tensor:
+        """One pass over [anchor, MASK x (K-1)] -> the block to verify, [B, K]: its anchor and K - 1 drafts.
+
+        Row i proposes the token at position context_len + i + 1. Where the diffusion view reads the anchor, the last
+        row has nothing to propose. Where the frozen view does, row 0's token is committed at once and is the anchor of
+        the block to verify, which ends one token later.
+        """
+        view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
+        block = state.anchors(block_size)
+        hidden = self.model.forward_view(block, cache, view_pass)
+        drafted = choose_drafts(self, hidden[:, : block_size - 1 + self.anchor_rows], block[:, 0], state, view_pass)
+        return self.block_to_verify(block, drafted, hidden, cache, state, impl)
+
+    def verify(
+        self, candidate: torch.Tensor, cache: SharedKVCache, state: DecodeState, impl: str,
+        linear_impl: str | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """One causal pass over the block -> the AR view's own choice in every row, [B, K]. Writes its K/V in place."""
+        view_pass = cache.view_pass("ar", candidate.shape[1], impl=impl, linear_impl=linear_impl)
+        hidden = self.model.forward_view(candidate, cache, view_pass)
+        return ops.void_rows(self.choose(hidden, state, view_pass, candidate), hidden, impl=impl)
+
+    def choose(
+        self, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass, candidate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The one place where hidden states become tokens, for drafts, for the AR view and after the prefill.
+
+        hidden [B, T, H], T rows from the first of `view_pass` on; row t's token stands at position
+        `view_pass.positions[b, t] + 1`. `candidate` [B, T] is what the rows read; a draft has none. Returns [B, T]
+        int64. A row's token must depend on that row, its history and that position alone, or the two modes part.
+        """
+        return choose_tokens(self.model, hidden, state, view_pass, self.choosing, candidate)[0]
+
+    def block_to_verify(
+        self, block: torch.Tensor, drafted: torch.Tensor, hidden: torch.Tensor, cache: SharedKVCache,
+        state: DecodeState, impl: str,
+    ) -> torch.Tensor:  # fmt: skip
+        """[B, K] from a drafted `block` and what its rows say; where the frozen view read the anchor, row 0's token is
+        its own choice: it is committed here, and the block begins with it."""
+        if self.anchor_rows:
+            choice = ops.void_rows(drafted[:, :1].contiguous(), hidden[:, :1].contiguous(), impl=impl)
+            state.commit_anchor_choice(choice, cache.context_len, impl)
+            if self.choosing.processed:
+                state.sampling.absorb(state.output_ids, state.output_len, 1)
+        else:
+            drafted = torch.cat((block[:, :1], drafted), dim=1)
+        # where the draft has no token it proposes some token: verify says what is to be said
+        return drafted.clamp(min=0)
+
+    def prefill(
+        self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str,
+        params: SamplingParams, cached: int,
+    ) -> None:  # fmt: skip
+        """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot."""
+        state.start(max_new_tokens)
+        if state.sampling is not None:
+            state.sampling.start(params, prompt)
+        on_gpu = cache.context_len.device.type == "cuda"
+        chunk = self.prefill_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+        linear_impl = impl if self.batch_invariant_prefill or impl == "reference" else "library"
+        hidden, view_pass = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached)
+        choice = ops.void_rows(self.choose(hidden, state, view_pass), hidden, impl=impl)
+        state.commit(choice, choice, cache.context_len, impl)
+        state.accepted_histogram.zero_()
