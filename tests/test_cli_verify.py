@@ -106,7 +106,7 @@ def test_a_sequence_that_ends_early_differs(model_folder, prompt_file, monkeypat
 def test_bad_input(model_folder, prompt_file, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n  \n")
-    assert_bad_input(verify(model_folder, empty), "--prompts", "at least one prompt")
+    assert_bad_input(verify(model_folder, empty), "prompts must hold at least one prompt")
     assert_bad_input(verify(model_folder, tmp_path / "missing.txt"), "missing.txt")
     assert_bad_input(verify(tmp_path / "nowhere", prompt_file), "nowhere")
     assert_bad_input(verify(model_folder, prompt_file, "--batch-size", 0), "--batch-size must be >= 1, but got 0")
@@ -114,6 +114,18 @@ def test_bad_input(model_folder, prompt_file, tmp_path):
     assert_bad_input(verify(model_folder, prompt_file, "--block-size", 99), "block_size", "99")
     assert_bad_input(verify(model_folder, prompt_file, "--device", "tpu"), "--device")
     assert run("verify").exit_code == 2
+
+
+def test_prompts_may_be_json_lines(model_folder, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "chat": False}) + "\n" for text in PROMPTS if text.strip()))
+    result = run(
+        "verify", "--model", model_folder, "--prompts", path, "--dtype", "fp32", "--max-new-tokens", 9, "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["prompts"], report["identical"]) == (3, 3)
+    assert report["tokens"] == sum(len(ar_tokens(model_folder, PROMPTS[line - 1])) for line in LINES)
 
 
 def test_the_demo_model_is_the_default(prompt_file, monkeypatch, model_folder):

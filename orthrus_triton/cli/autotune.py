@@ -71,6 +71,8 @@ def autotune(
         for option, value in (("--jobs", jobs), ("--candidates", candidates), ("--repeat", repeat)):
             if value is not None and value < 1:
                 raise ValueError(f"{option} must be >= 1, but got {value}")
+        if export is not None and (export.suffix != ".json" or export.is_dir()):
+            raise ValueError(f"--export must be a .json file, but got {str(export)!r}")
         seconds = parse_seconds(budget)
         if target is not None and not dry_run:
             raise ValueError("--target goes with --dry-run: only the GPU that is here can be timed")

@@ -101,6 +101,10 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None, system: str | 
     Raises:
         ValueError: nothing to encode, or a template is needed that the tokenizer does not have.
     """
+    import torch
+
+    from orthrus_triton.training.prompts import Prompt, encode
+
     if not prompt.strip():
         raise ValueError("PROMPT must not be empty")
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -110,15 +114,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None, system: str | 
         raise ValueError("--chat needs a tokenizer with a chat template, and this one has none: use --raw")
     if system is not None and not chat:
         raise ValueError("--system goes with a chat template, but this prompt is raw")
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = prompt
-    # a chat template writes its special tokens itself
-    return tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    return torch.tensor([encode(tokenizer, Prompt(prompt, chat=chat), system)])
 
 
 def text_streamer(tokenizer: Any) -> Any:

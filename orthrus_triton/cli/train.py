@@ -36,7 +36,7 @@ def train(
     with the same bits as an unbroken one. On several GPUs (DDP, or FSDP2 with `fsdp: true`):
 
     \b
-    orthrus-triton distill-data --builtin --out rows
+    orthrus-triton distill-data rows --builtin
     orthrus-triton train --config view.yaml
     orthrus-triton train --config view.yaml --set max_steps=100 --set output_dir=try
     torchrun --nproc-per-node 8 -m orthrus_triton.cli train --config view.yaml
@@ -64,5 +64,8 @@ def _parse(changes: list[str]) -> dict[str, Any]:
         name, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"--set must be NAME=VALUE, but got {change!r}")
-        parsed[name.strip()] = yaml.safe_load(value)
+        try:
+            parsed[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {name.strip()} must be a YAML value, but got {value!r}: {error}") from error
     return parsed

@@ -4,7 +4,7 @@ Where they are not: the first divergent position, both tokens, and how close the
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
-    encode_prompt,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -44,7 +43,9 @@ class Divergence:
 
 
 def verify(
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Text file with one prompt per line.")],
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE", help='One prompt a line, or .jsonl with {"prompt", "domain", "chat"}.')
+    ],
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
     block_size: Annotated[
@@ -58,7 +59,9 @@ def verify(
     batch_size: Annotated[int, typer.Option(help="Prompts that decode side by side.")] = 8,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--raw", help="Apply the tokenizer's chat template or not; by default, if it has one."),
+        typer.Option(
+            "--chat/--raw", help="Apply the chat template or not; by default as the file says, else if there is one."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -72,7 +75,13 @@ def verify(
     orthrus-triton verify --model ./orthrus --prompts prompts.txt --json > result.json
     """
     with one_line_errors():
-        lines = _read_prompts(prompts)
+        import torch
+
+        from orthrus_triton.training.prompts import encode, read_prompts
+
+        questions = read_prompts(prompts)
+        if chat is not None:
+            questions = [replace(question, chat=chat) for question in questions]
         for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
             if value < 1:
                 raise ValueError(f"{option} must be >= 1, but got {value}")
@@ -80,7 +89,7 @@ def verify(
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
         network, tokenizer, name = load_model(model, precision, where)
-        ids = {line: encode_prompt(tokenizer, text, chat)[0] for line, text in lines.items()}
+        ids = {question.line: torch.tensor(encode(tokenizer, question)) for question in questions}
         found, tokens = _compare(network, ids, max_new_tokens, block_size, impl, batch_size)
     result = {
         "model": name, "prompts": len(ids), "identical": len(ids) - len(found), "tokens": tokens,
@@ -93,15 +102,6 @@ def verify(
         _print(result, found, tokenizer)
     if found:
         raise typer.Exit(1)
-
-
-def _read_prompts(path: Path) -> dict[int, str]:
-    """Line number -> prompt; blank lines are skipped."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    prompts = {number: line for number, line in enumerate(lines, start=1) if line.strip()}
-    if not prompts:
-        raise ValueError(f"--prompts must hold at least one prompt, but {path} holds none")
-    return prompts
 
 
 def _compare(

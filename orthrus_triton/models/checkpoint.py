@@ -48,8 +48,8 @@ class WeightSource:
         return FLOAT_DTYPES.get(self.dtypes.get("model.embed_tokens.weight", ""), torch.float32)
 
 
-def resolve_folder(model_or_path: str | PathLike[str]) -> Path:
-    """A local folder as it is; a hub id as the folder it was downloaded to.
+def resolve_folder(model_or_path: str | PathLike[str], **hub: Any) -> Path:
+    """A local folder as it is; a hub id as the folder it was downloaded to, with huggingface_hub's options `hub`.
 
     Raises:
         FileNotFoundError: neither. NotADirectoryError: a file.
@@ -62,7 +62,7 @@ def resolve_folder(model_or_path: str | PathLike[str]) -> Path:
     if not HUB_ID.fullmatch(str(model_or_path)):
         raise FileNotFoundError(f"model_or_path must be a folder or a hub id, but there is no folder {str(folder)!r}")
     try:
-        return Path(snapshot_download(str(model_or_path), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(model_or_path), allow_patterns=HUB_FILES, **hub))
     except Exception as error:
         raise FileNotFoundError(
             f"model_or_path: there is no local folder {str(model_or_path)!r}, "

@@ -172,7 +172,7 @@ class OrthrusConfig(PreTrainedConfig):
             )
         if getattr(self, "is_heterogeneous", False):
             raise ValueError("per_layer_config must be absent: layers of different shapes are not supported")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads={self.num_attention_heads}, "
                 f"but got {self.num_key_value_heads}"

@@ -10,8 +10,8 @@ import torch
 ACCEPTED = {
     "_from_auto": None, "_from_pipeline": None, "adapter_kwargs": None, "trust_remote_code": (None, False),
     "low_cpu_mem_usage": None, "use_safetensors": (None, True), "attn_implementation": (None, "eager", "sdpa"),
-    "quantization_config": (None,), "revision": (None, "main"), "subfolder": (None, ""), "local_files_only": None,
-    "weights_only": (None, True), "tp_plan": (None,), "token": None, "cache_dir": (None,),
+    "quantization_config": (None,), "revision": (None, "main"), "subfolder": (None, ""),
+    "weights_only": (None, True), "tp_plan": (None,), "cache_dir": (None,),
 }  # fmt: skip
 
 
@@ -23,7 +23,6 @@ def loading_options(
     Raises:
         ValueError: an option, or a value of one, that would not be heeded.
     """
-    options.pop("config", None)
     dtype = options.pop("torch_dtype", None) or dtype
     if isinstance(dtype, str):
         named = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), None)

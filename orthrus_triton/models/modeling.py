@@ -171,17 +171,22 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        folder_or_hub_id: str | PathLike[str],
+        model_or_path: str | PathLike[str],
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        config: OrthrusConfig | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
         **options: Any,
     ) -> OrthrusForCausalLM:
         """Load what `save_pretrained` wrote, or a published Orthrus checkpoint.
 
         Args:
-            folder_or_hub_id: a folder with config.json and safetensors, or a hub id.
+            model_or_path: a folder with config.json and safetensors, or a hub id.
             dtype: None or "auto" takes the checkpoint's.
             device: None is the CPU.
+            config: in place of the folder's own config.json.
+            token, local_files_only: of huggingface_hub, for a hub id.
             **options: what AutoModelForCausalLM and pipeline() pass along; `device_map` may name one device.
 
         Raises:
@@ -189,9 +194,13 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
             FileNotFoundError: no such folder, or a file it must hold is missing.
         """
         dtype, device = loading_options(dtype, device, options)
-        folder = checkpoint.resolve_folder(folder_or_hub_id)
-        config = OrthrusConfig.from_dict(checkpoint.read_json(folder / "config.json"))
-        config.name_or_path = str(folder_or_hub_id)
+        folder = checkpoint.resolve_folder(model_or_path, token=token, local_files_only=local_files_only)
+        if config is None:
+            config = OrthrusConfig.from_dict(checkpoint.read_json(folder / "config.json"))
+        elif not isinstance(config, OrthrusConfig):
+            raise TypeError(f"config must be an OrthrusConfig or None, but got a {type(config).__name__}")
+        config = OrthrusConfig.from_dict(config.to_dict())  # checks it anew: fields may have been set since
+        config.name_or_path = str(model_or_path)
         source = checkpoint.folder_source(folder)
         model = cls._load(config, source, dtype or config.dtype or source.dtype(), device or "cpu", has_view=True)
         model.generation_config = read_generation_config(folder)

@@ -45,8 +45,8 @@ class DualViewAttention(nn.Module):
         view_rank: int | None = None,
     ) -> None:
         super().__init__()
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, but got {num_heads}")
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads} >= 1, but got {num_heads}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.qk_norm, self.norm_eps = head_dim, qk_norm, norm_eps
         self.window, self.view_rank = window, view_rank

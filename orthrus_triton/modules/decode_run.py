@@ -14,6 +14,7 @@ from orthrus_triton.modules.adaptive_block import AR, BlockRule
 from orthrus_triton.modules.cuda_graph import StepRunner
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.kv_cache import SharedKVCache
+from orthrus_triton.modules.prompts import split_prompts
 from orthrus_triton.modules.report_ring import Report, ReportRing
 from orthrus_triton.modules.sampling_params import GREEDY_PARAMS, Choosing, SamplingParams
 from orthrus_triton.ops import VOID
@@ -105,9 +106,16 @@ class DecodeRun:
         `cached` of its first tokens are taken from the slot's cache as they are: see `cached_prefix`.
 
         Raises:
-            ValueError: the slot is taken, prompt and new tokens do not fit the cache, or the run is not open for
-                `params`.
+            ValueError: no such slot or it is taken, a prompt or a length that cannot be, too much for the cache, or
+                `params` that the run is not open for.
         """
+        if not 0 <= b < len(self.slots):
+            raise ValueError(f"b must be a slot in 0..{len(self.slots) - 1}, but got {b}")
+        (prompt,) = split_prompts([prompt], None, self._decoder.model.vocab_size)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, but got {max_new_tokens}")
+        if not 0 <= cached < prompt.numel():
+            raise ValueError(f"cached must be in 0..{prompt.numel() - 1}, but got {cached}")
         if not self.slots[b].finished:
             raise ValueError(f"slot {b} must be free, but its sequence has not finished: release it first")
         needed = tokens_to_cache(prompt.numel(), max_new_tokens)

@@ -45,7 +45,9 @@ class ViewTrainingArguments(TrainingArguments):
         None, "ar: the frozen view reads a block's anchor; diffusion: the trained one; by default as the model has it."
     )
     chain_width: int | None = _option(
-        None, "Train a chain of this width, which lets each mask know what the row before it drafted; null: none."
+        None,
+        "Train a chain of this width, which lets each mask know what the row before it drafted; by default as "
+        "the model or init_view has it.",
     )
     init_view: str | None = _option(
         None, "Start from this view file, or this training checkpoint, instead of a copy of the AR view."
@@ -81,6 +83,7 @@ class ViewTrainingArguments(TrainingArguments):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         _require(self.anchor_view in (None, "ar", "diffusion"), "anchor_view", "'ar', 'diffusion' or null",
                  self.anchor_view)  # fmt: skip
+        _require(self.block_size is None or self.block_size >= 2, "block_size", ">= 2 or null", self.block_size)
         _require(self.chain_width is None or (isinstance(self.chain_width, int) and self.chain_width >= 1),
                  "chain_width", "an integer >= 1 or null", self.chain_width)  # fmt: skip
         _require(self.loss in ("kl", "ce"), "loss", "'kl' or 'ce'", self.loss)
@@ -132,6 +135,8 @@ def _check_number(name: str, value: Any) -> None:
     """YAML reads 1e-3 as text, unlike 1.0e-3."""
     option = next(one for one in fields(ViewTrainingArguments) if one.name == name)
     is_number = isinstance(option.default, (int, float)) and not isinstance(option.default, bool)
+    if is_number and value is None:
+        raise ValueError(f"{name} must be a number, but is empty")
     is_number |= option.type in ("int | None", "float | None")
     if is_number and isinstance(value, str):
         raise ValueError(f"{name} must be a number, but got the text {value!r} (in YAML write 1.0e-3, not 1e-3)")

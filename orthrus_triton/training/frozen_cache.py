@@ -156,7 +156,10 @@ def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
     if not path.is_file() or path.stat().st_size != size:
         try:
             with open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so here, not while the map is written
+                if hasattr(os, "posix_fallocate"):  # a full disk says so here, not while the map is written
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise OSError(f"the frozen cache needs {size / 1e9:.1f} GB for {path}, but: {error}") from error

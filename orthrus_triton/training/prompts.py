@@ -4,7 +4,7 @@ What evaluation reads and what distillation answers."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ DOMAINS = ("code", "chat", "prose", "docs")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. chat: put it through the chat template; None does so where the tokenizer has one."""
+    """One prompt. chat: put it through the chat template; None does so where the tokenizer has one. line: where it
+    stands in its file, from 1."""
 
     text: str
     domain: str = "all"
     chat: bool | None = None
+    line: int = field(default=0, compare=False)
 
 
 def read_prompts(path: str | PathLike[str]) -> list[Prompt]:
@@ -39,17 +41,17 @@ def read_prompts(path: str | PathLike[str]) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts must be UTF-8 text, but in {path} {error}") from error
     if path.suffix == ".jsonl":
-        prompts = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+        prompts = [_parse(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]
     else:
         domain = path.stem if path.stem in DOMAINS else "all"
-        prompts = [Prompt(line.strip(), domain) for line in lines if line.strip()]
+        prompts = [Prompt(line.strip(), domain, None, n) for n, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
         raise ValueError(f"prompts must hold at least one prompt, but {path} holds none")
     return prompts
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """A prompt as token ids.
+def encode(tokenizer: Any, prompt: Prompt, system: str | None = None) -> list[int]:
+    """A prompt as token ids, in a chat after a `system` message if there is one.
 
     Raises:
         ValueError: `prompt.chat` asks for a template the tokenizer does not have, or nothing is left to encode.
@@ -61,6 +63,8 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     text = prompt.text
     if chat:
         messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # a chat template writes its special tokens itself
     ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
@@ -69,7 +73,8 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(ids)
 
 
-def _parse(line: str, where: str) -> Prompt:
+def _parse(line: str, path: Path, number: int) -> Prompt:
+    where = f"{path}, line {number}"
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -80,4 +85,4 @@ def _parse(line: str, where: str) -> Prompt:
     domain, chat = record.get("domain", "all"), record.get("chat")
     if not isinstance(domain, str) or not (chat is None or isinstance(chat, bool)):
         raise ValueError(f"{where}: domain must be a string and chat true or false, but got {domain!r} and {chat!r}")
-    return Prompt(text, domain, chat)
+    return Prompt(text, domain, chat, number)

@@ -34,8 +34,10 @@ def train_view(args: ViewTrainingArguments, resume: bool = True) -> ViewTrainer:
     """
     if args.data is None:
         raise ValueError("data must name a .jsonl file of distilled rows, or a folder of them, but is not set")
-    if args.eval_strategy != "no" and args.eval_data is None:
-        raise ValueError(f"eval_data must be set with eval_strategy={args.eval_strategy!r}")
+    if (args.eval_strategy != "no") != (args.eval_data is not None):
+        raise ValueError(
+            f"eval_data and eval_strategy go together, but they are {args.eval_data!r} and {args.eval_strategy!r}"
+        )
     model, tokenizer = load_model(args)
     rows, eval_rows = load_rows(args.data, args), []
     if args.eval_data is not None:
@@ -82,6 +84,9 @@ def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrai
     if args.anchor_view is not None:
         model.config.anchor_view = args.anchor_view
     if args.chain_width is not None:
+        old = model.config.chain_width
+        if old not in (None, args.chain_width):
+            logger.warning("a new chain of width %d replaces the one of width %d", args.chain_width, old)
         model.add_chain(args.chain_width)
     return model, tokenizer
 

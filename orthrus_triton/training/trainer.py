@@ -37,7 +37,8 @@ class ViewTrainer(Trainer):
     A checkpoint holds the view, the optimizer and where the run stands; it appears under its name when it is complete.
 
     Args:
-        model: a dual-view model; its AR weights stay as they are. The view becomes fp32, whatever it was.
+        model: a dual-view model; its AR weights stay as they are. The view becomes fp32, whatever it was, and
+            `block_size` what it is trained for.
         args: the run.
         rows: text with the frozen model's answers.
         eval_rows: held-out text; needed where `args.eval_strategy` asks for evaluation.
@@ -57,9 +58,10 @@ class ViewTrainer(Trainer):
         eval_rows: Sequence[TextRow] = (),
         **options: Any,
     ) -> None:
-        block_size = args.block_size or model.block_size
+        block_size = model.block_size if args.block_size is None else args.block_size
         if not 2 <= block_size <= model.block_size:
             raise ValueError(f"block_size must be in 2..{model.block_size}, the model's, but got {block_size}")
+        model.config.block_size = block_size  # what it is trained for, decoding drafts
         everything, cache = [*rows, *eval_rows], None
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.cache_dir is not None:

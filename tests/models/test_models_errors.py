@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from orthrus_triton.models import OrthrusConfig, OrthrusForCausalLM, checkpoint
 from tests.models.tiny_bases import base_config, build_base
@@ -217,6 +217,25 @@ def test_folders_without_the_files_they_need(base_folder: Path, tmp_path: Path):
     (base_folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json must be in a checkpoint folder"):
         OrthrusForCausalLM.from_base(base_folder)
+
+
+def test_what_a_loader_passes_is_heeded_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = OrthrusForCausalLM.from_base(build_base(base_config("llama")), block_size=8)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.block_size = 4
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, config=config).block_size == 4
+    config.block_size = 1
+    with pytest.raises(ValueError, match="block_size must be"):
+        OrthrusForCausalLM.from_pretrained(tmp_path, config=config)
+    with pytest.raises(TypeError, match="config must be an OrthrusConfig or None, but got a dict"):
+        OrthrusForCausalLM.from_pretrained(tmp_path, config={})
+    with pytest.raises(ValueError, match="revision is not an option"):
+        OrthrusForCausalLM.from_pretrained(tmp_path, revision="other")
+    asked = {}
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **options: asked.update(options) or tmp_path)
+    OrthrusForCausalLM.from_pretrained("someone/tiny", token="secret", local_files_only=True)
+    assert asked["token"] == "secret" and asked["local_files_only"]
 
 
 def test_a_hub_id_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch):

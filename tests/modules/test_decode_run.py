@@ -116,6 +116,17 @@ def test_a_run_says_what_is_wrong() -> None:
     run = decoder.open(1, 64)
     with pytest.raises(ValueError, match="at most 512, but is 515"):
         run.admit(0, PROMPTS[0], 510)
+    for arguments, message in (
+        ((1, PROMPTS[0], 2), r"b must be a slot in 0..0, but got 1"),
+        ((0, PROMPTS[0][:0], 2), "at least one token"),
+        ((0, PROMPTS[0] - 1000, 2), "ids in 0.."),
+        ((0, PROMPTS[0], 0), "max_new_tokens must be >= 1, but got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.admit(*arguments)
+    with pytest.raises(ValueError, match=r"cached must be in 0..5, but got 6"):
+        run.admit(0, PROMPTS[0], 2, cached=6)
+    assert run.done  # nothing was begun
     decoder.open(1, 64)
     for call in (run.step, lambda: run.admit(0, PROMPTS[0], 2), lambda: run.release(0)):
         with pytest.raises(RuntimeError, match="newer run"):

@@ -145,6 +145,8 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
         ("max_stps: 3", "has no such option: max_stps"),
         ("max_steps: 3\nlearning_rate: 1e-3", "learning_rate must be a number, but got the text '1e-3'"),
         ("max_steps: 3\nchain_width: wide", "chain_width must be a number, but got the text 'wide'"),
+        ("max_steps:", "max_steps must be a number, but is empty"),
+        ("max_steps: 3\nuse_cpu: true\nblock_size: 0", "block_size must be >= 2 or null, but got 0"),
         ("max_steps: 3\nuse_cpu: true\nchain_width: 3.5", "chain_width must be an integer >= 1 or null, but got 3.5"),
     ):
         path.write_text(text)
@@ -179,6 +181,7 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
         max_steps: 4
         save_steps: 2
         num_anchors: 3
+        block_size: 3
         per_device_train_batch_size: 2
         use_cpu: true
         disable_tqdm: true
@@ -189,7 +192,7 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and "the trained model" in " ".join(done.output.split())
     trained = OrthrusForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert trained.config.mask_embedding
+    assert trained.config.mask_embedding and trained.block_size == 3
     for name, tensor in saved_view(tmp_path, 4).items():
         assert torch.equal(tensor, trained.state_dict()[name]), name
     start = model.state_dict()
@@ -198,7 +201,9 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
     done = CliRunner().invoke(app, [*command, "--set", "max_steps=-3"])
     assert done.exit_code == 2 and "error: max_steps must be >= 1, but got -3" in done.output
     done = CliRunner().invoke(app, [*command, "--set", "eval_strategy=steps", "--set", "eval_steps=1"])
-    assert done.exit_code == 2 and "eval_data must be set" in done.output
+    assert done.exit_code == 2 and "eval_data and eval_strategy go together" in done.output
+    done = CliRunner().invoke(app, [*command, "--set", "domain_weights={code: 0.8"])
+    assert done.exit_code == 2 and "--set domain_weights must be a YAML value" in done.output
 
 
 def test_the_python_example_trains(tmp_path):

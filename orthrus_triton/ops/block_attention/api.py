@@ -76,7 +76,7 @@ def _validate(q, k_context, v_context, key_limit, k_block, v_block, block_size, 
     HKV = k_context.shape[1]
     if k_context.shape[0] != B or k_context.shape[3] != D:
         raise ValueError(f"k_context must be [{B}, HKV, S, {D}] like q, but got {tuple(k_context.shape)}")
-    if HQ % HKV:
+    if HKV < 1 or HQ % HKV:
         raise ValueError(f"q must have a multiple of num_kv_heads={HKV} heads, but got {HQ}")
     require_same("v_context", tuple(v_context.shape), tuple(k_context.shape), "shape")
     require_same("key_limit", tuple(key_limit.shape), (B, T), "shape")

@@ -90,7 +90,7 @@ def _validate(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, wind
     HKV = k_cache.shape[1]
     if k_cache.shape[0] != B or k_cache.shape[3] != D:
         raise ValueError(f"k_cache must be [{B}, HKV, S, {D}] like q, but got {tuple(k_cache.shape)}")
-    if HQ % HKV:
+    if HKV < 1 or HQ % HKV:
         raise ValueError(f"q must have a multiple of num_kv_heads={HKV} heads, but got {HQ}")
     require_same("v_cache", tuple(v_cache.shape), tuple(k_cache.shape), "shape")
     require_same("key_limit", tuple(key_limit.shape), (B, T), "shape")
