@@ -93,6 +93,14 @@ def test_a_dry_run_rejects_what_does_not_fit_and_prefers_by_the_model(monkeypatc
     assert DryOutcome(LINEAR).pick is None
 
 
+def test_nothing_but_a_json_file_is_written_over(folder, tmp_path):
+    for target in (tmp_path, tmp_path / "notes.txt"):
+        options = ("--key", "linear:K=512,N=512", "--dry-run", "--target", "sm_90", "--export", target)
+        result = run("autotune", *options)
+        assert result.exit_code == 2 and "--export must be a .json file" in result.stderr
+    assert tmp_path.is_dir()
+
+
 def test_show(folder):
     result = run("autotune", "--show", "--key", "linear:K=512,N=512", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
