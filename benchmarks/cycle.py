@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -94,7 +96,7 @@ def _publish(report: Report, tokens_per_cycle: float) -> None:
         f"Random weights: acceptance is not measured. tokens_s assumes {tokens_per_cycle:g} tokens per drafted cycle. "
         "of_floor: p50 over the time to read weights and K/V once per pass at the measured copy bandwidth."
     )
-    lines = [table, "", assumed, *_comparisons(report.rows)]
+    lines = [table, "", assumed, *_comparisons(report.rows), "", f"    {_command()}"]
     print("\n".join(lines))
     if path := report.write_csv():
         path.with_suffix(".md").write_text("\n".join(lines) + "\n")
@@ -104,6 +106,15 @@ def _publish(report: Report, tokens_per_cycle: float) -> None:
             "context", "p50_ms", lambda row: f"{row['provider']}, batch {row['batch']}", x_label="tokens of context",
             y_label="ms per cycle (per token: -ar, hf)",
         )  # fmt: skip
+
+
+def _command() -> str:
+    """What was run, without the folders of this machine."""
+    words = sys.argv[1:]
+    for option in ("--official", "--out"):
+        if option in words:
+            words[words.index(option) + 1] = "PATH"
+    return shlex.join(["python", "-m", "benchmarks.cycle", *words])
 
 
 def _comparisons(rows: list[dict]) -> list[str]:

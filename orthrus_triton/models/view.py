@@ -42,8 +42,8 @@ def save_view(
         model: its view has full matrices or low-rank deltas.
         path: the file, by custom `.safetensors`.
         rank: keep the best rank-r approximation of each projection's delta (SVD); None keeps all of it.
-        storage: "int8" with one fp32 scale per row, "fp16" or "bf16". Biases, norms and the mask embedding, which
-            are few, are stored as they are in fp32.
+        storage: "int8" with one fp32 scale per row, "fp16" or "bf16". Biases, norms, the mask embedding and the
+            chain are stored as they are in fp32.
         max_bytes: refuse to write a larger file.
 
     Returns:

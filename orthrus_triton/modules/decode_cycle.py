@@ -74,7 +74,7 @@ class DecodeCycle:
     def choose(
         self, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass, candidate: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The one place where hidden states become tokens, for drafts, for the AR view and after the prefill.
+        """The one place where hidden states become tokens that are said, and, without a chain, drafts.
 
         hidden [B, T, H], T rows from the first of `view_pass` on; row t's token stands at position
         `view_pass.positions[b, t] + 1`. `candidate` [B, T] is what the rows read; a draft has none. Returns [B, T]

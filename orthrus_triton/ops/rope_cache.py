@@ -30,8 +30,8 @@ def rope_cache(
     Args:
         qkv: [B, T, (HQ + 2 * HKV) * D], the product of the fused projection: queries, then keys, then values.
         cos, sin: [B, T, D // 2] fp32, one angle per pair (i, i + D // 2): the half-rotation of Llama and Qwen.
-        k_out, v_out: [B, HKV, S, D], written in place at row `slots[b, t]`. For the KV cache the rows are positions;
-            for the diffusion view they are the rows of its scratch block. Any strides, last dimension contiguous.
+        k_out, v_out: [B, HKV, S, D], written in place at row `slots[b, t]`. In the KV cache rows are positions; in the
+            scratch block of a draft with a sliding window, rows of the block. Any strides, last dimension contiguous.
         slots: [B, T] int32. A slot outside 0..S-1 is not written: rows past the end of the cache are dropped.
         q_norm, k_norm: [D] RMSNorm weights applied per head before the rotation (Qwen3), both or neither.
         eps: of those norms.

@@ -48,11 +48,7 @@ class BlockLayer(nn.Module):
 
 
 class BlockStudent(nn.Module):
-    """The parts of a dual-view model that training runs, sharing its parameters; layers as `BlockLayer`.
-
-    Raises:
-        ValueError: dtypes or options that training does not support.
-    """
+    """The parts of a dual-view model that training runs, sharing its parameters; layers as `BlockLayer`."""
 
     # the unit that FSDP wraps
     _no_split_modules = ["BlockLayer"]

@@ -78,9 +78,15 @@ def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter)
     assert own_torch - plain_torch == {"aten::cat": 2, "aten::copy_": 8}  # it is a batch
 
 
-@pytest.mark.parametrize(("block_size", "passes", "most"), [(8, 2, 34), (1, 1, 12)])
-def test_around_the_layers(triton_launches: Counter, block_size: int, passes: int, most: int) -> None:
-    kernels, torch_kernels = cycle_launches(triton_launches, 1, block_size)
-    assert kernels["consensus_kernel"] == 1 and kernels["lm_head_kernel"] == kernels["best_tile_kernel"] == passes
+@pytest.mark.parametrize(("block_size", "anchor_rows", "passes", "most"), [(8, 0, 2, 34), (8, 1, 2, 55), (1, 0, 1, 12)])
+def test_around_the_layers(triton_launches: Counter, block_size: int, anchor_rows: int, passes: int, most: int) -> None:
+    kernels, torch_kernels = cycle_launches(triton_launches, 1, block_size, anchor_rows=anchor_rows)
+    three, _ = cycle_launches(triton_launches, 3, block_size, anchor_rows=anchor_rows)
+    around = {name: count - (three[name] - count) // 2 for name, count in kernels.items()}
+    commits = 1 + anchor_rows
+    assert {name: count for name, count in around.items() if count} == {
+        "rms_norm_kernel": passes, "lm_head_kernel": passes, "best_tile_kernel": passes, "void_rows_kernel": commits,
+        "consensus_kernel": commits,
+    }  # fmt: skip
     assert torch_kernels["aten::embedding"] == torch_kernels["aten::cos"] == torch_kernels["aten::sin"] == passes
     assert sum(torch_kernels.values()) <= most, torch_kernels

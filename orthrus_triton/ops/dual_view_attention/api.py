@@ -31,13 +31,13 @@ def dual_view_attention(
 
     Which rows see what is data, so one kernel serves every use:
 
-    ==============================  ==========  ============================  =====================
-    use                             T           key_limit                     block keys
-    ==============================  ==========  ============================  =====================
-    prefill, AR decode, verify      any, 1, K   position + 1                  none
-    draft                           K           context_len in every row      the block itself
-    training, A anchors per row     A * K       the block's anchor position   each block its own
-    ==============================  ==========  ============================  =====================
+    ==============================  ==========  ==================================  ===============
+    use                             T           key_limit                           block keys
+    ==============================  ==========  ==================================  ===============
+    prefill, AR decode, verify      any, 1, K   position + 1                        none
+    draft, K/V behind the context   K           context_len + K in every row        none
+    draft with a sliding window     K           context_len in every row            the block itself
+    ==============================  ==========  ==================================  ===============
 
     Args:
         q: [B, T, HQ, D], fp32, fp16 or bf16; D in {64, 80, 96, 128, 256} for Triton, any D for the others.

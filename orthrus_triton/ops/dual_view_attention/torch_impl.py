@@ -1,5 +1,5 @@
 """Attention in plain torch, for any device: KV tiles at fixed absolute positions, rows in eights, combined in order.
-A library SDPA re-tiles as the context grows, which moves a row's bits; it is given whole tiles and a mask instead."""
+A library SDPA re-tiles as the context grows, which moves a row's bits; it is given tiles and a mask (`key_tails`)."""
 
 from __future__ import annotations
 

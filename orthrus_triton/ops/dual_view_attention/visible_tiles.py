@@ -1,4 +1,4 @@
-"""Which whole KV tiles some query rows see, and the mask over them.
+"""Which KV tiles some query rows see, and the mask over them.
 The layers of a pass all ask for the same, so the answer is kept as long as the pass's key limits live."""
 
 from __future__ import annotations
