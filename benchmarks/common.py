@@ -119,7 +119,7 @@ class Report:
 
     def write_chart(
         self, x: str, y: str, series: Callable[[dict[str, Any]], str], *, x_label: str, y_label: str,
-        log_x: bool = True, rows: Sequence[dict[str, Any]] | None = None,
+        rows: Sequence[dict[str, Any]] | None = None,
     ) -> Path | None:  # fmt: skip
         """<folder>/<name>.png, one line per value of `series(row)`, of all rows or of these; None without a folder or
         without matplotlib."""
@@ -138,10 +138,9 @@ class Report:
         axes = figure.subplots()
         for label, points in lines.items():
             axes.plot(*zip(*sorted(points)), marker="o", label=label)
-        if log_x:
-            ticks = sorted({row[x] for row in rows})
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        ticks = sorted({row[x] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_ylim(bottom=0)
         axes.set(xlabel=x_label, ylabel=y_label, title=f"{self.name}: {self.environment['device']}")
         axes.grid(alpha=0.3)

@@ -307,7 +307,7 @@ def tiny_demo(monkeypatch, model_folder, tokenizer):
     def load(dtype, block_size, device, view):
         return OrthrusForCausalLM.from_pretrained(model_folder, dtype=dtype, device=device), tokenizer
 
-    monkeypatch.setattr("orthrus_triton.models.gguf.load_demo_model", load)
+    monkeypatch.setattr("orthrus_triton.models.demo.load_demo_model", load)
 
 
 def test_demo_compares_both_ways_of_decoding(tiny_demo):
@@ -322,7 +322,7 @@ def test_demo_compares_both_ways_of_decoding(tiny_demo):
 
 
 def test_demo_says_which_view_it_used(tiny_demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("orthrus_triton.models.gguf.SHIPPED_VIEW", tmp_path / "view.safetensors")
+    monkeypatch.setattr("orthrus_triton.models.demo.SHIPPED_VIEW", tmp_path / "view.safetensors")
     command = ("demo", "the", "--max-new-tokens", 3, "--dtype", "fp32")
     result = run(*command)
     assert "untrained copy" in result.stdout and "no trained view" in " ".join(result.stderr.split())

@@ -21,7 +21,7 @@ TOKENS = {torch.float32: 12, torch.bfloat16: 6}
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def real(request):
-    from orthrus_triton.models.gguf import load_demo_model
+    from orthrus_triton.models.demo import load_demo_model
 
     model, tokenizer = load_demo_model(dtype=request.param, block_size=8, device=DEVICE)
     prompts = [
@@ -60,7 +60,7 @@ def test_the_text_is_real(real) -> None:
 
 def test_the_shipped_view_drafts() -> None:
     """On code prompts it was not trained on; a drop here is a bug in drafting, not bad luck: no figure is random."""
-    from orthrus_triton.models.gguf import SHIPPED_VIEW, load_demo_model
+    from orthrus_triton.models.demo import SHIPPED_VIEW, load_demo_model
     from orthrus_triton.training.prompts import encode, read_prompts
 
     model, tokenizer = load_demo_model(dtype=torch.float32, device=DEVICE, view=SHIPPED_VIEW)

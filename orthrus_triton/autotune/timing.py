@@ -14,6 +14,7 @@ import torch
 
 WARM_UP = 3
 MIN_SAMPLES = 5
+MOST_COPIES = 16
 
 Step = Callable[[], Any]
 
@@ -45,28 +46,27 @@ def measure(
     *,
     samples: int = 50,
     seconds: float = 2.0,
-    flush: bool = True,
     graph: bool = True,
 ) -> dict[str, Timing]:
     """Time of one step of each candidate, samples taken in turns so that a drifting clock meets all alike.
 
     On a GPU a candidate's steps are captured as one CUDA graph and timed with events around its replay: what the
-    device does, without the host's launches. The time of a replay is divided by the number of steps; many steps over
-    copies of the data (`copies_beyond_cache`) hide the replay's own few microseconds.
+    device does, without the host's launches, after its L2 cache was overwritten, as the rest of a cycle would. The time
+    of a replay is divided by the number of steps; many steps over copies of the data (`copies_beyond_cache`) hide the
+    replay's own few microseconds.
 
     Args:
         candidates: name -> steps. A step is called without arguments and must allocate nothing that outlives it.
         device: where they run.
         samples: most samples of each candidate.
         seconds: most time to spend on each, warm-up excluded; at least five samples are taken anyway.
-        flush: overwrite the GPU's L2 cache before every sample, as the rest of a cycle would.
         graph: False times eager calls instead, launches included (what cannot be captured).
     """
     if device.type != "cuda":
         return _measure_on_cpu(candidates, samples, seconds)
     replays = {name: _captured(steps) if graph else _in_order(steps) for name, steps in candidates.items()}
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    junk = torch.empty(max(4 * l2_bytes, 2**26) if flush else 1, dtype=torch.int8, device=device)
+    junk = torch.empty(max(4 * l2_bytes, 2**26), dtype=torch.int8, device=device)
     rounds = {name: _rounds(replay, device, samples, seconds) for name, replay in replays.items()}
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
     for n in range(max(rounds.values())):
@@ -143,13 +143,13 @@ def _measure_on_cpu(candidates: Mapping[str, Sequence[Step]], samples: int, seco
     return {name: Timing.of(taken) for name, taken in times.items()}
 
 
-def copies_beyond_cache(nbytes: int, device: torch.device, most: int = 16) -> int:
+def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
     """How many copies of `nbytes` of data to take turns on, so that none is still in the GPU's L2 when its turn comes
     again; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(most, -(-3 * l2_bytes // max(nbytes, 1))))
+    return max(1, min(MOST_COPIES, -(-3 * l2_bytes // max(nbytes, 1))))
 
 
 def copy_bandwidth(device: torch.device, nbytes: int | None = None) -> float:

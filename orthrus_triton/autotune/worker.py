@@ -27,12 +27,11 @@ class Worker:
     Args:
         handler: "module:function" that turns a job into an answer.
         environment: of the process.
-        log: file name for what it writes to stdout and stderr; by default dropped.
     """
 
-    def __init__(self, handler: str, environment: Mapping[str, str], log: str = os.devnull) -> None:
+    def __init__(self, handler: str, environment: Mapping[str, str]) -> None:
         self._command = [sys.executable, "-m", __name__, handler]
-        self._environment, self._log = dict(environment), log
+        self._environment = dict(environment)
         self._process: subprocess.Popen | None = None
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
@@ -71,11 +70,10 @@ class Worker:
 
     def _start(self) -> None:
         self.close()
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                self._command, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, start_new_session=True,  # Ctrl-C is the parent's to handle
-            )  # fmt: skip
+        self._process = subprocess.Popen(
+            self._command, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, start_new_session=True,  # Ctrl-C is the parent's to handle
+        )  # fmt: skip
         self._answers = queue.SimpleQueue()
         threading.Thread(target=_forward, args=(self._process.stdout, self._answers), daemon=True).start()
 

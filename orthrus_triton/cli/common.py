@@ -21,6 +21,12 @@ DtypeOption = Annotated[
     DtypeName, typer.Option(help="auto: bf16 on a GPU and on CPUs with bf16 instructions, else fp32.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto: the first GPU if there is one.")]
+ImplOption = Annotated[
+    Literal["auto", "triton", "torch", "reference"], typer.Option(help="auto: Triton on a GPU, torch on a CPU.")
+]
+BlockSizeOption = Annotated[
+    int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
+]
 
 
 @contextmanager

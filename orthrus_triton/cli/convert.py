@@ -74,7 +74,8 @@ def _open_gguf(source: str) -> tuple[Any, Any, int]:
     from transformers import LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from orthrus_triton.models.gguf import DEMO_MASK_TOKEN_ID, load_gguf
+    from orthrus_triton.models.demo import DEMO_MASK_TOKEN_ID
+    from orthrus_triton.models.gguf import load_gguf
 
     disable_progress_bar()
     config, weights, tokenizer = load_gguf(source)

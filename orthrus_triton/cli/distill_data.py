@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
+    ImplOption,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -58,9 +59,7 @@ def distill_data(
     seed: Annotated[int, typer.Option(help="Of the built-in prompts' phrasings and order.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    impl: Annotated[
-        Literal["auto", "triton", "torch", "reference"], typer.Option(help="auto: Triton on a GPU, torch on a CPU.")
-    ] = "auto",
+    impl: ImplOption = "auto",
 ) -> None:
     """Let the frozen model answer prompts, as training data for its diffusion view.
 

@@ -6,7 +6,7 @@ import json
 import platform
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from orthrus_triton.cli.common import (
+    BlockSizeOption,
     DeviceOption,
     DtypeOption,
+    ImplOption,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -47,14 +49,10 @@ def evaluate(
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens per prompt.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
-    ] = None,
+    block_size: BlockSizeOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    impl: Annotated[
-        Literal["auto", "triton", "torch", "reference"], typer.Option(help="auto: Triton on a GPU, torch on a CPU.")
-    ] = "auto",
+    impl: ImplOption = "auto",
     check_exact: Annotated[
         bool, typer.Option("--check-exact/--no-check-exact", help="Decode in AR mode too and compare the token ids.")
     ] = True,

@@ -44,8 +44,9 @@ def export_view(
 
         with status_console.status(f"Reading {source}"):
             from orthrus_triton.models import OrthrusForCausalLM
-            from orthrus_triton.models.gguf import load_demo_model
-            from orthrus_triton.models.view import load_checkpoint_view, read_checkpoint_metadata, save_view
+            from orthrus_triton.models.demo import load_demo_model
+            from orthrus_triton.models.view import save_view
+            from orthrus_triton.models.view_checkpoint import adopt_form, load_checkpoint_view, read_checkpoint_metadata
 
             if (source / "config.json").is_file():
                 model = OrthrusForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -59,9 +60,7 @@ def export_view(
                 if block_size is None:
                     raise ValueError(f"--block-size must be given, for {source} does not name its own")
                 model, _ = load_demo_model(block_size=block_size, view="copy", mask_embedding=about["mask_embedding"])
-                model.config.anchor_view = about.get("anchor_view", "diffusion")
-                if about.get("chain_width") is not None:
-                    model.add_chain(about["chain_width"])
+                adopt_form(model, about)
                 load_checkpoint_view(model, weights)
             else:
                 raise FileNotFoundError(f"MODEL must be a folder with model.safetensors, but {source} has none")

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from orthrus_triton.cli.common import (
+    BlockSizeOption,
     DeviceOption,
     DtypeOption,
+    ImplOption,
     encode_prompt,
     one_line_errors,
     require_impl,
     resolve_device,
     resolve_dtype,
-    status_console,
     text_streamer,
 )
+from orthrus_triton.cli.load import load_model
 
 if TYPE_CHECKING:
     from orthrus_triton.modules import DecodeStats
@@ -36,14 +38,10 @@ def generate(
         Literal["consensus", "ar"], typer.Option(help="Draft and verify, or plain autoregressive decoding.")
     ] = "consensus",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
-    block_size: Annotated[
-        int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
-    ] = None,
+    block_size: BlockSizeOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    impl: Annotated[
-        Literal["auto", "triton", "torch", "reference"], typer.Option(help="auto: Triton on a GPU, torch on a CPU.")
-    ] = "auto",
+    impl: ImplOption = "auto",
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="Apply the tokenizer's chat template or not; by default, if it has one."),
@@ -68,14 +66,9 @@ def generate(
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
-        with status_console.status(f"Loading {model}"):
-            from transformers import AutoTokenizer
+        network, tokenizer, _ = load_model(model, precision, where)
+        from orthrus_triton.modules import ConsensusDecoder
 
-            from orthrus_triton.models import OrthrusForCausalLM
-            from orthrus_triton.modules import ConsensusDecoder
-
-            network = OrthrusForCausalLM.from_pretrained(model, dtype=precision, device=where)
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         input_ids = encode_prompt(tokenizer, prompt, chat, system)
         decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
         output = decoder.generate(input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer))

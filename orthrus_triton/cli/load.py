@@ -30,7 +30,7 @@ def load_demo(
     """The demo model with "shipped", "copy" or a view file; its tokenizer; and a name that says which it got."""
     with status_console.status(f"Loading {DEMO_NAME}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        from orthrus_triton.models.gguf import SHIPPED_VIEW, load_demo_model, resolve_demo_view
+        from orthrus_triton.models.demo import SHIPPED_VIEW, load_demo_model, resolve_demo_view
 
         view_file = resolve_demo_view(view)
         model, tokenizer = load_demo_model(dtype=dtype, block_size=block_size, device=device, view=view_file or "copy")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,8 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from orthrus_triton.cli.common import (
+    BlockSizeOption,
     DeviceOption,
     DtypeOption,
+    ImplOption,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -48,14 +50,10 @@ def verify(
     ],
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
-    block_size: Annotated[
-        int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
-    ] = None,
+    block_size: BlockSizeOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    impl: Annotated[
-        Literal["auto", "triton", "torch"], typer.Option(help="auto: Triton on a GPU, torch on a CPU.")
-    ] = "auto",
+    impl: ImplOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Prompts that decode side by side.")] = 8,
     chat: Annotated[
         bool | None,

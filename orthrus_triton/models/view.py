@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from orthrus_triton.models.config import VIEW_FIELDS
 from orthrus_triton.models.modeling import OrthrusForCausalLM
@@ -163,56 +163,6 @@ def load_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -> None:
         )
     for name, tensor in view.items():
         state[name].copy_(tensor)
-
-
-def checkpoint_metadata(model: OrthrusForCausalLM, block_size: int) -> dict[str, str]:
-    """What a training checkpoint's safetensors file says about the view it holds."""
-    about = {"block_size": block_size, "anchor_view": model.config.anchor_view, "chain_width": model.config.chain_width}
-    return {"format": "pt"} | {name: json.dumps(value) for name, value in about.items()}
-
-
-def read_checkpoint_metadata(path: str | PathLike[str]) -> dict[str, Any]:
-    """block_size, anchor_view and chain_width of a training checkpoint, as far as its file names them, and whether it
-    holds a mask_embedding.
-
-    Raises:
-        ValueError: it is not a complete safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name != "format"}
-            return found | {"mask_embedding": any(name.endswith("mask_embedding_diff") for name in file.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error
-
-
-@torch.no_grad()
-def load_checkpoint_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -> None:
-    """Put the `_diff` weights of a training checkpoint, which holds nothing else, into `model`.
-
-    Args:
-        path: its safetensors file; names may have a prefix before "model.".
-
-    Raises:
-        FileNotFoundError: there is no such file. ValueError: its names or shapes are not those of this model's view,
-            or it was trained for another anchor_view.
-    """
-    anchor_view = read_checkpoint_metadata(path).get("anchor_view", model.config.anchor_view)
-    if anchor_view != model.config.anchor_view:
-        raise ValueError(
-            f"{str(path)!r} was trained with anchor_view={anchor_view!r}, not {model.config.anchor_view!r}"
-        )
-    try:
-        stored = {name[name.find("model.") :]: tensor for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error
-    needed = {name: tensor for name, tensor in model.state_dict().items() if "_diff" in name}
-    for name in sorted({*needed, *stored}):
-        found, expected = (tuple(t[name].shape) if name in t else None for t in (stored, needed))
-        if found != expected:
-            raise ValueError(f"{str(path)!r} must hold {name!r} with shape {expected}, but has {found}")
-    for name, tensor in needed.items():
-        tensor.copy_(stored[name])
 
 
 def fingerprint(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:

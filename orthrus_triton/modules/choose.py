@@ -9,9 +9,9 @@ import torch
 
 from orthrus_triton import ops
 from orthrus_triton.modules.draft_chain import DraftNoise
-from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
+from orthrus_triton.modules.kv_cache import ViewPass
 from orthrus_triton.modules.sampling_params import Choosing
-from orthrus_triton.ops.gumbel import CHOICE, DRAFT
+from orthrus_triton.ops.gumbel import CHOICE
 
 if TYPE_CHECKING:
     from orthrus_triton.modules.decode_cycle import DecodeCycle
@@ -85,26 +85,6 @@ def choose_drafts(
     own = exact[:, 0].clamp(min=0) if first else anchor
     drafted = model.chain_drafts(hidden[:, first:], logits[:, first:], own, noise)
     return torch.cat((exact, drafted), dim=1) if first else drafted
-
-
-def draft_and_judge(
-    decoder: DecodeCycle, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draft and verify for rejection sampling -> the block [B, K], and in every row its draft or what replaces it."""
-    model, choosing, anchor_rows = decoder.model, decoder.choosing, decoder.anchor_rows
-    view_pass = cache.draft_pass(block_size, anchor_rows, impl=impl)
-    block = state.anchors(block_size)
-    hidden = model.forward_view(block, cache, view_pass)[:, : block_size - 1 + anchor_rows]
-    drafted, draft_logits = choose_tokens(model, hidden, state, view_pass, choosing, None, stream=DRAFT)
-    candidate = decoder.block_to_verify(block, drafted, hidden, cache, state, impl)
-    draft_logits = draft_logits[:, anchor_rows:].contiguous()
-    view_pass = cache.view_pass("ar", block_size, impl=impl)
-    hidden = model.forward_view(candidate, cache, view_pass)
-    logits = choose_logits(model, hidden, state, view_pass, choosing, candidate)
-    choice = ops.rejection_choice(
-        logits, draft_logits, candidate, view_pass.positions + 1, state.sampling.sampling, impl=impl
-    )
-    return candidate, ops.void_rows(choice, hidden, impl=impl)
 
 
 def process_on_host(

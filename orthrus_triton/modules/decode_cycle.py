@@ -7,12 +7,13 @@ import torch
 
 from orthrus_triton import ops
 from orthrus_triton.modules.adaptive_block import AR
-from orthrus_triton.modules.choose import choose_drafts, choose_tokens, draft_and_judge
+from orthrus_triton.modules.choose import choose_drafts, choose_logits, choose_tokens
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams
+from orthrus_triton.ops.gumbel import DRAFT
 
 
 class DecodeCycle:
@@ -43,7 +44,7 @@ class DecodeCycle:
             linear_impl = "library" if not self.exact and impl != "triton" else None
             candidate = choice = self.verify(state.anchors(1), cache, state, impl, linear_impl)
         elif self.choosing.rejection:
-            candidate, choice = draft_and_judge(self, cache, state, block_size, impl)
+            candidate, choice = self.draft_and_judge(cache, state, block_size, impl)
         else:
             candidate = self.draft(cache, state, block_size, impl)
             choice = self.verify(candidate, cache, state, impl)
@@ -56,10 +57,8 @@ class DecodeCycle:
         row has nothing to propose. Where the frozen view does, row 0's token is committed at once and is the anchor of
         the block to verify, which ends one token later.
         """
-        view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
-        block = state.anchors(block_size)
-        hidden = self.model.forward_view(block, cache, view_pass)
-        drafted = choose_drafts(self, hidden[:, : block_size - 1 + self.anchor_rows], block[:, 0], state, view_pass)
+        block, hidden, view_pass = self._draft_pass(cache, state, block_size, impl)
+        drafted = choose_drafts(self, hidden, block[:, 0], state, view_pass)
         return self.block_to_verify(block, drafted, hidden, cache, state, impl)
 
     def verify(
@@ -70,6 +69,33 @@ class DecodeCycle:
         view_pass = cache.view_pass("ar", candidate.shape[1], impl=impl, linear_impl=linear_impl)
         hidden = self.model.forward_view(candidate, cache, view_pass)
         return ops.void_rows(self.choose(hidden, state, view_pass, candidate), hidden, impl=impl)
+
+    def draft_and_judge(
+        self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft and verify, for rejection sampling -> the block [B, K]; in every row its draft, or what replaces it."""
+        block, hidden, view_pass = self._draft_pass(cache, state, block_size, impl)
+        drafted, draft_logits = choose_tokens(
+            self.model, hidden, state, view_pass, self.choosing, None, stream=DRAFT
+        )  # fmt: skip
+        candidate = self.block_to_verify(block, drafted, hidden, cache, state, impl)
+        draft_logits = draft_logits[:, self.anchor_rows :].contiguous()
+        view_pass = cache.view_pass("ar", block_size, impl=impl)
+        hidden = self.model.forward_view(candidate, cache, view_pass)
+        logits = choose_logits(self.model, hidden, state, view_pass, self.choosing, candidate)
+        choice = ops.rejection_choice(
+            logits, draft_logits, candidate, view_pass.positions + 1, state.sampling.sampling, impl=impl
+        )
+        return candidate, ops.void_rows(choice, hidden, impl=impl)
+
+    def _draft_pass(
+        self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str
+    ) -> tuple[torch.Tensor, torch.Tensor, ViewPass]:
+        """The block [B, K], the hidden states of its rows that have something to propose, and the pass."""
+        view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
+        block = state.anchors(block_size)
+        hidden = self.model.forward_view(block, cache, view_pass)
+        return block, hidden[:, : block_size - 1 + self.anchor_rows], view_pass
 
     def choose(
         self, hidden: torch.Tensor, state: DecodeState, view_pass: ViewPass, candidate: torch.Tensor | None = None

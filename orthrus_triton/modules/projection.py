@@ -59,15 +59,6 @@ class FusedLinear(Linear):
         super().__init__(in_features, sum(parts.values()), bias)
         self.parts = dict(parts)
 
-    def part(self, name: str, parameter: str = "weight") -> torch.Tensor:
-        """The rows of one named projection, as a view."""
-        start = 0
-        for part, size in self.parts.items():
-            if part == name:
-                return getattr(self, parameter)[start : start + size]
-            start += size
-        raise KeyError(f"no projection {name!r}: this layer holds {list(self.parts)}")
-
     def register_with(self, parent: nn.Module, own_name: str) -> FusedLinear:
         """Make `parent` hold this layer as `own_name` and translate its names in state dicts."""
         setattr(parent, own_name, self)

@@ -14,7 +14,6 @@ from orthrus_triton.ops.void_rows import VOID
 LARGEST = 3.0e38  # +inf logits are this: a difference of two of them must not be NaN
 MASS_ONE = 2.0**40  # mass of the likeliest token; 2**20 of them still fit int64
 KEY_BITS = 32
-ALL_KEPT = 0
 
 
 class SamplingTensors(NamedTuple):

@@ -91,9 +91,9 @@ def evaluate(
     }
 
 
-def repetition_share(ids: Sequence[int], gram: int = REPEAT_GRAM) -> float:
+def repetition_share(ids: Sequence[int]) -> float:
     """Share of the n-grams of a sequence that it holds already further left. Loops inflate acceptance; this tells."""
-    grams = [tuple(ids[i : i + gram]) for i in range(len(ids) - gram + 1)]
+    grams = [tuple(ids[i : i + REPEAT_GRAM]) for i in range(len(ids) - REPEAT_GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -21,7 +21,7 @@ class Overlap(NamedTuple):
     share: float
 
 
-def find_overlaps(held_out: Sequence[str], training: Sequence[str], threshold: float = THRESHOLD) -> list[Overlap]:
+def find_overlaps(held_out: Sequence[str], training: Sequence[str]) -> list[Overlap]:
     """Pairs of a held-out and a training prompt, by index, of which the latter repeats the former wholly or nearly.
 
     Case and punctuation do not count, nor do 4-grams of mere phrasing, which many training prompts share. A held-out
@@ -29,7 +29,6 @@ def find_overlaps(held_out: Sequence[str], training: Sequence[str], threshold: f
 
     Args:
         held_out, training: prompts as text.
-        threshold: report pairs that share at least this part of the held-out prompt's own 4-grams, in 0..1.
     """
     words = [_words(text) for text in training]
     grams = [_grams(prompt) for prompt in words]
@@ -46,7 +45,7 @@ def find_overlaps(held_out: Sequence[str], training: Sequence[str], threshold: f
         own = _grams(prompt) - common
         shared = Counter(n for gram in own for n in holders.get(gram, ()))
         shares = {n: count / len(own) for n, count in shared.items()} | dict.fromkeys(same.get(prompt, ()), 1.0)
-        overlaps += [Overlap(h, n, share) for n, share in shares.items() if share >= threshold]
+        overlaps += [Overlap(h, n, share) for n, share in shares.items() if share >= THRESHOLD]
     return overlaps
 
 

@@ -67,13 +67,12 @@ def builtin_prompts(seed: int = 0, corpus: str | PathLike[str] | None = None) ->
     return list(dict.fromkeys(_interleave(code, chat, openings)))
 
 
-def held_out_prompts(count: int, seed: int = 0, corpus: str | PathLike[str] | None = None) -> list[Prompt]:
+def held_out_prompts(count: int, corpus: str | PathLike[str] | None = None) -> list[Prompt]:
     """Prompts for evaluation, from sources that training never reads.
 
     Args:
         count: code tasks from the docstrings of NumPy, and as many from pip, under the domains "code: numpy" and
             "code: pip". What a training prompt repeats (see `find_overlaps`) is left out.
-        seed: of choice and phrasing.
         corpus: a folder of documentation held out from training, of which `count` openings are to be continued.
 
     Raises:
@@ -81,7 +80,7 @@ def held_out_prompts(count: int, seed: int = 0, corpus: str | PathLike[str] | No
     """
     if count < 1:
         raise ValueError(f"count must be >= 1, but got {count}")
-    rng = random.Random(seed)
+    rng = random.Random(0)
     seen = [
         f"Write a Python function that {task}." for task in template_tasks() + read_docstrings(_training_roots())[0]
     ]

@@ -12,7 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.models.view import load_checkpoint_view, load_view, read_checkpoint_metadata, read_view_config
+from orthrus_triton.models.demo import load_demo_model
+from orthrus_triton.models.view import load_view, read_view_config
+from orthrus_triton.models.view_checkpoint import adopt_form, load_checkpoint_view, read_checkpoint_metadata
 from orthrus_triton.training.config import ViewTrainingArguments
 from orthrus_triton.training.data import TextRow, pack_rows, read_rows
 from orthrus_triton.training.trainer import ViewTrainer
@@ -71,7 +73,7 @@ def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrai
     """The model to train, with a mask embedding where `args` asks for one, and its tokenizer."""
     dtype = getattr(torch, args.frozen_dtype)
     if args.model is None:
-        model, tokenizer = _untrained_demo_model(args.block_size, args.view_rank, dtype)
+        model, tokenizer = load_demo_model(dtype, args.block_size, view="copy", view_rank=args.view_rank)
     else:
         if args.view_rank is not None:
             raise ValueError("view_rank is the model's own: set it where the model is made (orthrus-triton convert)")
@@ -102,9 +104,7 @@ def start_from(model: OrthrusForCausalLM, view: Path) -> None:
         about, load, source = read_checkpoint_metadata(weights), load_checkpoint_view, weights
     else:
         about, load, source = read_view_config(view), load_view, view
-    model.config.anchor_view = about.get("anchor_view", model.config.anchor_view)
-    if about.get("chain_width") is not None:
-        model.add_chain(about["chain_width"])
+    adopt_form(model, about)
     load(model, source)
 
 
@@ -116,18 +116,3 @@ def load_rows(path: str, args: ViewTrainingArguments) -> list[TextRow]:
     if not rows:
         raise ValueError(f"{path} must hold at least one row with an answer of two tokens within {args.max_row_len}")
     return pack_rows(rows, args.max_row_len) if args.pack else rows
-
-
-def _untrained_demo_model(block_size: int | None, view_rank: int | None, dtype: torch.dtype):
-    from orthrus_triton.models import gguf
-    from orthrus_triton.models.checkpoint import state_dict_source
-    from orthrus_triton.models.config import OrthrusConfig
-
-    path = gguf.find_demo_gguf()
-    base, weights, tokenizer = gguf.load_gguf(path)
-    config = OrthrusConfig.from_base_config(
-        base, block_size=block_size or gguf.COPY_BLOCK_SIZE, mask_token_id=gguf.DEMO_MASK_TOKEN_ID, view_rank=view_rank
-    )
-    model = OrthrusForCausalLM._load(config, state_dict_source(str(path), weights), dtype, "cpu", has_view=False)
-    model.reset_view()
-    return model, tokenizer

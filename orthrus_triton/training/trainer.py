@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.models.view import checkpoint_metadata, load_checkpoint_view
+from orthrus_triton.models.view_checkpoint import checkpoint_metadata, load_checkpoint_view
 from orthrus_triton.training.acceptance import acceptance
 from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation

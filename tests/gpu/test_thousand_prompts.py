@@ -21,7 +21,7 @@ TOKENS = 128
 
 @pytest.fixture(scope="module")
 def smollm() -> tuple[OrthrusForCausalLM, list[torch.Tensor]]:
-    from orthrus_triton.models.gguf import load_demo_model
+    from orthrus_triton.models.demo import load_demo_model
 
     model, tokenizer = load_demo_model(dtype=torch.bfloat16, block_size=8, device=torch.device("cuda"))
     return model, thousand_prompts(tokenizer)

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from orthrus_triton.models import gguf as demo
+from orthrus_triton.models import demo
+from orthrus_triton.models.gguf import _undo_rotary_permutation, load_gguf
 from orthrus_triton.modules import ConsensusDecoder
 
 needs_demo = pytest.mark.skipif(
@@ -47,7 +48,7 @@ def test_the_demo_model_speaks_and_its_weights_are_those_of_the_file():
 @needs_demo
 @pytest.mark.slow
 def test_config_and_tokenizer_of_the_file():
-    config, state_dict, tokenizer = demo.load_gguf(demo.find_demo_gguf())
+    config, state_dict, tokenizer = load_gguf(demo.find_demo_gguf())
     assert config.rms_norm_eps == 1e-5 and config.rope_parameters["rope_theta"] == 100_000.0
     assert (config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == (30, 576, True)
     with torch.device("meta"):
@@ -70,7 +71,7 @@ def test_rows_of_a_head_go_back_from_pairs_to_halves():
     # two heads of 4 rows: llama.cpp stores x0 x2 x1 x3 of each
     halves = torch.arange(8.0)[:, None]
     pairs = torch.tensor([0.0, 2, 1, 3, 4, 6, 5, 7])[:, None]
-    assert demo._undo_rotary_permutation(pairs, 2).equal(halves)
+    assert _undo_rotary_permutation(pairs, 2).equal(halves)
 
 
 def test_a_missing_demo_package_names_the_command(monkeypatch: pytest.MonkeyPatch):
@@ -82,4 +83,4 @@ def test_a_missing_demo_package_names_the_command(monkeypatch: pytest.MonkeyPatc
 def test_a_missing_gguf_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match="needs the package gguf: pip install gguf"):
-        demo.load_gguf(tmp_path / "model.gguf")
+        load_gguf(tmp_path / "model.gguf")

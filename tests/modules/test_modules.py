@@ -14,7 +14,6 @@ from torch import nn
 from orthrus_triton.modules import (
     ConsensusDecoder,
     DualViewAttention,
-    FusedLinear,
     OrthrusDecoderLayer,
     RMSNorm,
     RotaryEmbedding,
@@ -84,7 +83,6 @@ def test_fused_weights_survive(transform) -> None:
     layer.load_state_dict(state)
     parts = [state[f"self_attn.{p}_proj.weight"] for p in "qkv"]
     assert torch.equal(layer.self_attn.qkv_proj.weight, torch.cat(parts))
-    assert torch.equal(layer.self_attn.qkv_proj.part("k_proj"), parts[1])
     assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
 
 
@@ -94,11 +92,6 @@ def test_incomplete_parts_are_missing_not_ignored() -> None:
     del state["self_attn.k_proj.weight"]
     with pytest.raises(RuntimeError, match="qkv_proj.weight"):
         layer.load_state_dict(state)
-
-
-def test_fused_linear_knows_its_parts() -> None:
-    with pytest.raises(KeyError, match="holds \\['a', 'b'\\]"):
-        FusedLinear(4, {"a": 2, "b": 3}).part("c")
 
 
 def test_low_rank_view_starts_as_the_ar_view() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from orthrus_triton.cli import app
-from orthrus_triton.models import OrthrusForCausalLM, gguf
+from orthrus_triton.models import OrthrusForCausalLM, demo
 from orthrus_triton.models.view import load_view, merge_view, read_view_config, save_view
 from orthrus_triton.modules import ConsensusDecoder
 from tests.models.tiny_bases import base_config, build_base, randomise_view
@@ -169,27 +169,27 @@ def test_loading_is_deterministic(tmp_path):
 def test_the_demo_model_takes_shipped_file_and_copy(tmp_path, monkeypatch):
     trained = make_model("llama", mask_embedding=True)
     base_state = {name: tensor.clone() for name, tensor in trained.state_dict().items() if "_diff" not in name}
-    monkeypatch.setattr(gguf, "find_demo_gguf", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr(gguf, "load_gguf", lambda path: (base_config("llama"), dict(base_state), "tokenizer"))
-    monkeypatch.setattr(gguf, "SHIPPED_VIEW", tmp_path / "shipped.safetensors")
+    monkeypatch.setattr(demo, "find_demo_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(demo, "load_gguf", lambda path: (base_config("llama"), dict(base_state), "tokenizer"))
+    monkeypatch.setattr(demo, "SHIPPED_VIEW", tmp_path / "shipped.safetensors")
     with pytest.warns(UserWarning, match="no trained view"):
-        model, tokenizer = gguf.load_demo_model()
+        model, tokenizer = demo.load_demo_model()
     copied = model.state_dict()
     assert tokenizer == "tokenizer" and model.block_size == 8
     assert all(torch.equal(tensor, copied[name.replace("_diff", "")]) for name, tensor in view_of(model).items())
     assert model.model.mask_embedding_diff is None
-    assert gguf.load_demo_model(view="copy", mask_embedding=True)[0].model.mask_embedding_diff is not None
-    save_view(trained, gguf.SHIPPED_VIEW, storage="fp16")
-    model, _ = gguf.load_demo_model()
+    assert demo.load_demo_model(view="copy", mask_embedding=True)[0].model.mask_embedding_diff is not None
+    save_view(trained, demo.SHIPPED_VIEW, storage="fp16")
+    model, _ = demo.load_demo_model()
     assert torch.equal(model.model.mask_embedding_diff, trained.model.mask_embedding_diff)
     assert (model.block_size, model.mask_token_id) == (K, 1) and worst_error(model, trained) < 0.001
-    assert worst_error(gguf.load_demo_model(view="copy", block_size=K)[0], trained) > 0.9
-    assert gguf.load_demo_model(view=gguf.SHIPPED_VIEW, block_size=2)[0].block_size == 2
+    assert worst_error(demo.load_demo_model(view="copy", block_size=K)[0], trained) > 0.9
+    assert demo.load_demo_model(view=demo.SHIPPED_VIEW, block_size=2)[0].block_size == 2
     with pytest.raises(ValueError, match="at most the view's 4"):
-        gguf.load_demo_model(block_size=5)
+        demo.load_demo_model(block_size=5)
     with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
-        gguf.load_demo_model(view=tmp_path / "nothing.safetensors")
-    bf16, _ = gguf.load_demo_model(dtype=torch.bfloat16)
+        demo.load_demo_model(view=tmp_path / "nothing.safetensors")
+    bf16, _ = demo.load_demo_model(dtype=torch.bfloat16)
     for name, tensor in view_of(model).items():
         assert torch.equal(bf16.state_dict()[name], tensor.bfloat16())  # merged in fp32, then cast
     assert ConsensusDecoder(bf16).generate(torch.tensor([[5, 6]]), max_new_tokens=3).stats.tokens <= 3
@@ -216,7 +216,7 @@ def test_export_from_a_model_and_from_a_checkpoint(tmp_path, monkeypatch):
         assert (block_size, view, mask_embedding) == (K, "copy", True)
         return fresh(trained), None
 
-    monkeypatch.setattr(gguf, "load_demo_model", load_copy)
+    monkeypatch.setattr(demo, "load_demo_model", load_copy)
     result = export(tmp_path / "checkpoint-3", out, "--block-size", K)
     assert result.exit_code == 0, (result.stderr, result.exception)
     model = fresh(trained)
