@@ -60,7 +60,14 @@ def main(
                 measured, note = None, str(reason)
             except torch.OutOfMemoryError:
                 measured, note = None, "out of memory"
+            except Exception as error:  # what others' code does must not cost the rows that are there
+                if name.startswith("ours"):
+                    raise
+                measured, note = None, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             report.add(**row, **_columns(measured, load, bandwidth, tokens_per_cycle), note=note)
+            report.write_csv()
+            row = report.rows[-1]
+            print(f"{name}, context {tokens}, batch {sequences}: {row['p50_ms'] or note}", file=sys.stderr, flush=True)
             gc.collect()
             if where.type == "cuda":
                 torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks import cycle, cycle_providers, shapes
 from orthrus_triton.modules import ConsensusDecoder
+from tests.modules.test_cuda_graph import StandInGraphs
 
 
 def run(*arguments: str, ok: bool = True):
@@ -48,6 +49,21 @@ def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
     assert path.with_suffix(".md").read_text() in result.output + "\n"
     if importlib.util.find_spec("matplotlib"):
         assert path.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("mode", ["consensus", "ar"])
+def test_cycles_are_timed_where_the_host_is_a_step_behind(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the first steps report nothing, and a replay in AR mode is several cycles."""
+    monkeypatch.setattr(cycle_providers, "ConsensusDecoder", StandInGraphs)
+    model = shapes.build(shapes.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    measured = cycle_providers.ours(cycle._workload(model, 40, 2, 6, None), mode, impl="torch")
+    assert len(measured.seconds) >= 6 and all(0 < seconds < 5 for seconds in measured.seconds)
+
+
+def test_what_others_code_does_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cycle_providers.PROVIDERS, "official", lambda load: 1 / 0)
+    result = run("--context", "40", "--cycles", "2", "--providers", "ours,official", "--out", str(tmp_path))
+    assert "ZeroDivisionError: division by zero" in result.output and list(tmp_path.rglob("*.md"))
 
 
 def test_a_red_gate_prints_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,7 @@ def test_a_changed_parameter_is_packed_again():
     assert agrees()
     weight.data = torch.randn(48, 64)
     assert agrees()
-    weight.data.copy_(torch.randn(48, 64))  # leaves no trace in the version
-    assert not agrees()
+    weight.data.copy_(torch.randn(48, 64))  # leaves no trace in the version: until then the old weight may be used
     forget_changed()
     assert agrees()
 

@@ -8,22 +8,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
-import openai
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
-from orthrus_triton.modules.run_to_end import NO_TOKEN
-from orthrus_triton.serving import QueueFullError, Request, Scheduler
-from orthrus_triton.serving.app import create_app
-from orthrus_triton.serving.server import Server
-from orthrus_triton.serving.text_stream import TextStream
+from orthrus_triton.serving import Scheduler
 from tests.modules.ledger_model import LedgerModel, oracle
+
+openai = pytest.importorskip("openai", reason="needs the extra [serve] and the package openai")
+pytest.importorskip("fastapi", reason="needs the extra [serve]")
 
 VOCAB, KEY = 17, "secret"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -49,6 +46,9 @@ class Running:
     """A server on a free port, in a thread."""
 
     def __init__(self, **options) -> None:
+        from orthrus_triton.serving.app import create_app
+        from orthrus_triton.serving.server import Server
+
         self.model, self.tokenizer = SlowModel(VOCAB), make_tokenizer()
         self.scheduler = Scheduler(
             ConsensusDecoder(self.model, impl="torch"), **{"slots": 3, "max_len": 3000} | options
@@ -63,7 +63,7 @@ class Running:
         while not self.server.started:
             time.sleep(0.01)
 
-    def client(self, **options) -> openai.OpenAI:
+    def client(self, **options) -> Any:
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": KEY, "max_retries": 0} | options)
 
     def close(self) -> None:
@@ -227,101 +227,3 @@ def test_keys_and_limits(server: Running) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         server.client().completions.create(model="tiny", prompt="w1 " * 10_000, max_tokens=1)
     assert caught.value.status_code == 413
-
-
-def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LedgerModel(VOCAB, poison=5)
-    scheduler = Scheduler(ConsensusDecoder(model, impl="torch"), slots=2, max_len=64, max_waiting=2)
-
-    def ask(prompt: list[int], tokens: int) -> tuple[list[int], str, str]:
-        done, got = threading.Event(), []
-
-        def deliver(tokens, reason, error) -> None:
-            got.extend(tokens)
-            if reason:
-                got.append((reason, error))
-                done.set()
-
-        scheduler.submit(Request(torch.tensor(prompt), tokens, SamplingParams(logit_bias={5: -torch.inf}), deliver))
-        assert done.wait(20)
-        return got[:-1], *got[-1]
-
-    healthy = oracle(LedgerModel(VOCAB), [1], 6, SamplingParams(logit_bias={5: -torch.inf}))
-    assert ask([1], 6) == (healthy, "length", "")
-    assert ask([1, 5], 6) == ([], "error", NO_TOKEN)
-    with monkeypatch.context() as patch:
-        patch.setattr(LedgerModel, "forward_view", lambda *args: 1 / 0)
-        assert ask([1, 2, 3, 4], 6)[1:] == ("error", "ZeroDivisionError: division by zero")
-    # nothing of that prompt counts as cached
-    healthy = oracle(LedgerModel(VOCAB), [1, 2, 3, 4], 6, SamplingParams(logit_bias={5: -torch.inf}))
-    assert ask([1, 2, 3, 4], 6) == (healthy, "length", "")
-    scheduler.close()
-    with pytest.raises(RuntimeError, match="the server is closing"):
-        ask([1], 6)
-    with pytest.raises(ValueError, match="slots must be an integer >= 1, but got 0"):
-        Scheduler(ConsensusDecoder(model, impl="torch"), slots=0)
-    with pytest.raises(ValueError, match="sampling must be 'coupled' or 'rejection', but got 'nucleus'"):
-        Scheduler(ConsensusDecoder(model, impl="torch"), sampling="nucleus")
-    assert issubclass(QueueFullError, RuntimeError)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def test_a_listener_that_fails_is_dropped_alone() -> None:
-    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=2, max_len=64)
-    got, done = [], threading.Event()
-
-    def deliver(tokens, reason, error) -> None:
-        got.extend(tokens)
-        if reason:
-            done.set()
-
-    scheduler.submit(Request(torch.tensor([1]), 30, SamplingParams(), lambda *_: 1 / 0))
-    scheduler.submit(Request(torch.tensor([2]), 30, SamplingParams(), deliver))
-    assert done.wait(20) and got == oracle(LedgerModel(VOCAB), [2], 30, SamplingParams())
-    wait_for(lambda: scheduler.running == 0)
-    scheduler.close()
-
-
-def test_a_lost_device_is_said_to_all_who_wait_and_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=1, max_len=64)
-    heard: list[str] = []
-
-    def lost(*_: object, **__: object) -> None:
-        time.sleep(0.1)  # until both have come
-        raise RuntimeError("device lost")
-
-    monkeypatch.setattr(LedgerModel, "forward_view", lost)
-    monkeypatch.setattr(ConsensusDecoder, "open", lost)
-    for _ in range(2):
-        scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), lambda *part: heard.append(part[2])))
-    wait_for(lambda: len(heard) == 2)
-    assert heard == ["RuntimeError: device lost", "the model cannot run any more: RuntimeError: device lost"]
-    with pytest.raises(RuntimeError, match="cannot run any more: RuntimeError: device lost"):
-        scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), print))
-    scheduler.close()
-
-
-class ByteTokenizer:
-    """Token i is byte i."""
-
-    def decode(self, tokens, **_: object) -> str:
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_text_comes_in_whole_characters_without_the_stop_string(size: int) -> None:
-    said = "naïve 🙂 café END tail"
-    tokens = list(said.encode())
-    for stop, expected in ((None, said), (["END"], "naïve 🙂 café "), (["🙂 c", "zzz"], "naïve ")):
-        stream = TextStream(ByteTokenizer(), StopStrings(ByteTokenizer(), stop) if stop else None)
-        parts = [
-            stream.push(tokens[at : at + size], last=at + size >= len(tokens)) for at in range(0, len(tokens), size)
-        ]
-        assert "".join(parts) == expected
-        assert all("\ufffd" not in part for part in parts) and sum(map(bool, parts)) > 1

@@ -1,0 +1,94 @@
+"""The scheduler without HTTP: what goes wrong in one request, or in all of them, and who hears of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules.run_to_end import NO_TOKEN
+from orthrus_triton.serving import QueueFullError, Request, Scheduler
+from tests.modules.ledger_model import LedgerModel, oracle
+
+VOCAB = 17
+
+
+def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LedgerModel(VOCAB, poison=5)
+    scheduler = Scheduler(ConsensusDecoder(model, impl="torch"), slots=2, max_len=64, max_waiting=2)
+
+    def ask(prompt: list[int], tokens: int) -> tuple[list[int], str, str]:
+        done, got = threading.Event(), []
+
+        def deliver(tokens, reason, error) -> None:
+            got.extend(tokens)
+            if reason:
+                got.append((reason, error))
+                done.set()
+
+        scheduler.submit(Request(torch.tensor(prompt), tokens, SamplingParams(logit_bias={5: -torch.inf}), deliver))
+        assert done.wait(20)
+        return got[:-1], *got[-1]
+
+    healthy = oracle(LedgerModel(VOCAB), [1], 6, SamplingParams(logit_bias={5: -torch.inf}))
+    assert ask([1], 6) == (healthy, "length", "")
+    assert ask([1, 5], 6) == ([], "error", NO_TOKEN)
+    with monkeypatch.context() as patch:
+        patch.setattr(LedgerModel, "forward_view", lambda *args: 1 / 0)
+        assert ask([1, 2, 3, 4], 6)[1:] == ("error", "ZeroDivisionError: division by zero")
+    # nothing of that prompt counts as cached
+    healthy = oracle(LedgerModel(VOCAB), [1, 2, 3, 4], 6, SamplingParams(logit_bias={5: -torch.inf}))
+    assert ask([1, 2, 3, 4], 6) == (healthy, "length", "")
+    scheduler.close()
+    with pytest.raises(RuntimeError, match="the server is closing"):
+        ask([1], 6)
+    with pytest.raises(ValueError, match="slots must be an integer >= 1, but got 0"):
+        Scheduler(ConsensusDecoder(model, impl="torch"), slots=0)
+    with pytest.raises(ValueError, match="sampling must be 'coupled' or 'rejection', but got 'nucleus'"):
+        Scheduler(ConsensusDecoder(model, impl="torch"), sampling="nucleus")
+    assert issubclass(QueueFullError, RuntimeError)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_listener_that_fails_is_dropped_alone() -> None:
+    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=2, max_len=64)
+    got, done = [], threading.Event()
+
+    def deliver(tokens, reason, error) -> None:
+        got.extend(tokens)
+        if reason:
+            done.set()
+
+    scheduler.submit(Request(torch.tensor([1]), 30, SamplingParams(), lambda *_: 1 / 0))
+    scheduler.submit(Request(torch.tensor([2]), 30, SamplingParams(), deliver))
+    assert done.wait(20) and got == oracle(LedgerModel(VOCAB), [2], 30, SamplingParams())
+    wait_for(lambda: scheduler.running == 0)
+    scheduler.close()
+
+
+def test_a_lost_device_is_said_to_all_who_wait_and_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=1, max_len=64)
+    heard: list[str] = []
+
+    def lost(*_: object, **__: object) -> None:
+        time.sleep(0.1)  # until both have come
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(LedgerModel, "forward_view", lost)
+    monkeypatch.setattr(ConsensusDecoder, "open", lost)
+    for _ in range(2):
+        scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), lambda *part: heard.append(part[2])))
+    wait_for(lambda: len(heard) == 2)
+    assert heard == ["RuntimeError: device lost", "the model cannot run any more: RuntimeError: device lost"]
+    with pytest.raises(RuntimeError, match="cannot run any more: RuntimeError: device lost"):
+        scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), print))
+    scheduler.close()
