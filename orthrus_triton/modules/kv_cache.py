@@ -149,6 +149,15 @@ class SharedKVCache:
         view.context_len, view.prompt_len = self.context_len[only], self.prompt_len[only]
         return view
 
+    def prefix(self, rows: int) -> SharedKVCache:
+        """The first `rows` of every sequence as a cache, rounded up to a multiple of 512: views, as in `sequence`."""
+        view = copy.copy(self)
+        view.capacity = min(-(-rows // CAPACITY_QUANTUM) * CAPACITY_QUANTUM, self.capacity)
+        view.layers = [
+            layer._replace(k=layer.k[:, :, : view.capacity], v=layer.v[:, :, : view.capacity]) for layer in self.layers
+        ]
+        return view
+
     def nbytes(self) -> int:
         """Bytes of K/V buffers, scratch included."""
         scratch = self.layers[0].k_block.nbytes + self.layers[0].v_block.nbytes if self.layers else 0

@@ -43,6 +43,8 @@ def prefill(
         rows = -(-tokens // ROW_QUANTUM) * ROW_QUANTUM
         cache.context_len.fill_(start)
         view_pass = cache.view_pass("ar", rows, impl=impl, linear_impl=linear_impl)
-        hidden = model.forward_view(ids[:, start : start + rows], cache, view_pass)[:, tokens - 1 : tokens]
+        # attention makes room for what a cache can hold, and the host knows that nobody looks further than this yet
+        seen = cache.prefix(start + rows)
+        hidden = model.forward_view(ids[:, start : start + rows], seen, view_pass)[:, tokens - 1 : tokens]
     cache.context_len.fill_(length - 1)
     return hidden, cache.view_pass("ar", 1, impl=impl)

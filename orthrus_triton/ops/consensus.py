@@ -65,7 +65,14 @@ def consensus_(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["L", "E"])
+# A prefill commits to one slot, whose tensors begin anywhere in those of all slots. Compiled for every alignment, the
+# kernel would be made anew when the first sequence comes to a slot.
+OF_A_SLOT = (
+    "limit_ptr", "context_len_ptr", "output_ids_ptr", "output_len_ptr", "finished_ptr", "block_ptr", "histogram_ptr",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["L", "E"], do_not_specialize_on_alignment=OF_A_SLOT)
 def consensus_kernel(
     candidate_ptr, choice_ptr, eos_ptr, limit_ptr, context_len_ptr, output_ids_ptr, output_len_ptr, finished_ptr,
     block_ptr, histogram_ptr, mask_token_id, L, E, K: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,

@@ -64,7 +64,13 @@ def process_logits(
     return torch.ops.orthrus_triton.process_logits(logits, positions, candidate, eos_ids, *processors, impl)
 
 
-@triton.jit(do_not_specialize=["T", "E"])
+# a slot's own tensors begin anywhere in those of all slots: see `consensus`
+OF_A_SLOT = (
+    "repetition_ptr", "presence_ptr", "frequency_ptr", "min_position_ptr", "bias_ptr", "history_ptr",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "E"], do_not_specialize_on_alignment=OF_A_SLOT)
 def process_logits_kernel(
     logits_ptr, positions_ptr, candidate_ptr, eos_ptr, repetition_ptr, presence_ptr, frequency_ptr, min_position_ptr,
     bias_ptr, history_ptr, out_ptr, T, E, V: tl.constexpr, HAS_CANDIDATE: tl.constexpr, BLOCK: tl.constexpr,

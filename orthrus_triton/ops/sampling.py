@@ -96,7 +96,11 @@ def best_above(
     return total, best_id, best_z
 
 
-@triton.jit(do_not_specialize=["T"])
+# a slot's own tensors begin anywhere in those of all slots: see `consensus`
+OF_A_SLOT = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "sequence_ptr")
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=OF_A_SLOT)
 def sample_choice_kernel(
     logits_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, sequence_ptr, out_ptr, T,
     STREAM: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,

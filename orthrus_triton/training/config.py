@@ -61,7 +61,11 @@ class ViewTrainingArguments(TrainingArguments):
     domain_weights: dict[str, float] | str | None = _option(None, "Share of the rows by domain; null: as in the data.")
     teacher_top_k: int = _option(32, "Teacher probabilities kept per position in the cache.")
     eval_anchors: int = _option(8, "Blocks per held-out row.")
-    frozen_dtype: str = _option("float32", "Of the frozen weights and the arithmetic; the view's masters are float32.")
+    frozen_dtype: str = _option(
+        "auto",
+        "Of the frozen weights and the arithmetic; the view's masters are float32. auto: bfloat16 on a GPU, else "
+        "float32.",
+    )
 
     learning_rate: float = 1e-3
     adam_beta2: float = 0.95
@@ -92,8 +96,10 @@ class ViewTrainingArguments(TrainingArguments):
         _require(0 <= self.anchor_focus < 1, "anchor_focus", "in [0, 1)", self.anchor_focus)
         _require(not self.anchor_focus or self.cache_dir is not None, "anchor_focus", "0 without cache_dir",
                  self.anchor_focus)  # fmt: skip
+        if self.frozen_dtype == "auto":
+            self.frozen_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         _require(self.frozen_dtype in ("float32", "bfloat16", "float16"), "frozen_dtype",
-                 "float32, bfloat16 or float16", self.frozen_dtype)  # fmt: skip
+                 "auto, float32, bfloat16 or float16", self.frozen_dtype)  # fmt: skip
         _require(not self.load_best_model_at_end, "load_best_model_at_end", "false", self.load_best_model_at_end)
         self.remove_unused_columns = False  # a batch is what the collator makes, not columns of a table
 

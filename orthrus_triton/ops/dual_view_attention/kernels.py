@@ -105,7 +105,7 @@ def _attend_own_block(
     return running_max, running_sum, accumulator
 
 
-@triton.jit(do_not_specialize=["T", "S", "num_splits", "block_size"])
+@triton.jit(do_not_specialize=["T", "S", "num_splits", "block_size"], do_not_specialize_on_alignment=["key_limit_ptr"])
 def dual_view_attention_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, key_limit_ptr, k_block_ptr, v_block_ptr,
     partial_ptr, partial_max_ptr, partial_sum_ptr, T, S, num_splits, block_size,
@@ -165,7 +165,7 @@ def dual_view_attention_kernel(
     tl.store(partial_ptr + slot[:, None] * D + dims[None, :], accumulator, mask=row_dim_mask)
 
 
-@triton.jit(do_not_specialize=["T", "S", "num_splits", "block_size"])
+@triton.jit(do_not_specialize=["T", "S", "num_splits", "block_size"], do_not_specialize_on_alignment=["key_limit_ptr"])
 def combine_splits_kernel(
     partial_ptr, partial_max_ptr, partial_sum_ptr, key_limit_ptr, out_ptr, T, S, num_splits, block_size,
     HQ: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, HAS_BLOCK: tl.constexpr,
