@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # One visit to a GPU, part by part; each takes under 9 minutes, prints its table last and keeps all in OUTPUT_FOLDER.
 #   benchmarks/gpu_visit.sh PART... OUTPUT_FOLDER
-# Parts: facts tests tune linear attention cycle context batch profile prefill
+# Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tune_1 tune_2 linear attention cycle context
+#        batch profile prefill training
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
 #   SHAPE=qwen3-8b  PYTHON=python3
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-(($# >= 2)) || { sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"; exit 2; }
+(($# >= 2)) || { sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"; exit 2; }
 parts=("${@:1:$#-1}")
 out=${*: -1}
 mkdir -p "$out"
@@ -29,6 +30,10 @@ run() { # NAME COMMAND...: at most 530 s, output kept and its end shown
     ((rc == 0)) || status=1
 }
 
+gpu_tests() { # PATH...: what failed and what took long, also of a part that was cut off
+    run "$part" "$python" -m pytest -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider -m gpu "$@"
+}
+
 for part in "${parts[@]}"; do
     case $part in
         facts) run facts "$python" -c "
@@ -36,12 +41,14 @@ import torch
 from benchmarks.common import copy_bandwidth, environment
 device = torch.device('cuda')
 print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
-        tests) run tests "$python" -m pytest -q -x -p no:cacheprovider -m gpu tests ;;
+        tests_ops) gpu_tests tests/ops tests/gpu/test_ops_once.py ;;
+        tests_modules) gpu_tests tests/modules tests/models tests/training ;;
+        tests_layers) gpu_tests tests/gpu/test_layer_shapes.py ;;
+        tests_exact) gpu_tests tests/gpu/test_thousand_prompts.py ;;
+        tests_tune) gpu_tests tests/autotune ;;
         # the first run is timed; the second says whether the winners are the same. The user's files stay as they are.
-        tune) for n in 1 2; do
-            ORTHRUS_TRITON_CONFIG_DIR=$out/configs run "tune_$n" "$python" -m orthrus_triton.cli autotune --shape "$shape" \
-                --dtype bf16 --budget 5m --repeat 3 --export "$out/tuned.json"
-        done ;;
+        tune_1 | tune_2) ORTHRUS_TRITON_CONFIG_DIR=$out/configs run "$part" "$python" -m orthrus_triton.cli autotune \
+            --shape "$shape" --dtype bf16 --budget 5m --repeat 3 --export "$out/tuned.json" ;;
         linear) run linear "$python" -m benchmarks.linear --out "$out" ;;
         attention) run attention "$python" -m benchmarks.attention --out "$out" ;;
         # one context, everybody
@@ -54,6 +61,7 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         profile) for mode in consensus ar; do
             run "profile_$mode" "$python" -m benchmarks.kernel_list --shape "$shape" --mode $mode --out "$out"
         done ;;
+        training) run training "$python" -m benchmarks.training --out "$out" ;;
         # time to first token of long prompts: the ttft_s column
         prefill) run prefill "$python" -m benchmarks.cycle --shape "$shape" --context 8192,65536,131072 --batch 1 --cycles 8 \
             --providers ours --out "$out/prefill" ;;

@@ -8,7 +8,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+    torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -4,13 +4,18 @@ A graph is thrown away when the memory it was captured over is replaced, never b
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 Step = Callable[[], None]
 WARM_UP_RUNS = 2  # the first compiles kernels and loads them, which a capture must not do
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Kernels are launched on the current device, wherever their tensors lie: inside, that is `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class CudaGraphCapture:
@@ -26,7 +31,7 @@ class CudaGraphCapture:
 
     def __call__(self, step: Step) -> Step:
         """Run `step` to warm up, then capture it. Everything it changes must bear to be run two times more."""
-        with torch.cuda.device(self.device):
+        with on_device(self.device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
@@ -35,7 +40,7 @@ class CudaGraphCapture:
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # other threads may go on allocating
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 step()
         return graph.replay
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from orthrus_triton.modules.adaptive_block import AR, BlockRule
-from orthrus_triton.modules.cuda_graph import StepRunner
+from orthrus_triton.modules.cuda_graph import StepRunner, on_device
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.prompts import split_prompts
@@ -64,6 +65,17 @@ class _Work(NamedTuple):
     cycles: int
 
 
+def _device_work(method: Callable) -> Callable:
+    """A method of `DecodeRun` that launches kernels: without gradients, on the device of its buffers."""
+
+    @wraps(method)
+    def there(run: DecodeRun, *arguments: Any, **options: Any) -> Any:
+        with torch.no_grad(), on_device(run.cache.context_len.device):
+            return method(run, *arguments, **options)
+
+    return there
+
+
 class DecodeRun:
     """B slots over static buffers; made by `ConsensusDecoder.open`.
 
@@ -96,7 +108,7 @@ class DecodeRun:
         """Every slot is known to have finished."""
         return all(slot.finished for slot in self.slots)
 
-    @torch.no_grad()
+    @_device_work
     def admit(
         self, b: int, prompt: torch.Tensor, max_new_tokens: int, params: SamplingParams = GREEDY_PARAMS,
         cached: int = 0,
@@ -143,7 +155,7 @@ class DecodeRun:
             length += 1
         return length
 
-    @torch.no_grad()
+    @_device_work
     def release(self, b: int, keep: int | None = None) -> None:
         """Stop slot `b` now and free it for another sequence. What it generated stays in `slots[b].tokens`, or the
         first `keep` of it."""
@@ -153,7 +165,7 @@ class DecodeRun:
         self.slots[b].finished = True
         self.state.finished[b : b + 1].fill_(True)
 
-    @torch.no_grad()
+    @_device_work
     def step(self) -> bool:
         """Enqueue the next cycle (in AR several). False, and nothing enqueued, if what is in flight will do."""
         self._require_current()
@@ -180,7 +192,7 @@ class DecodeRun:
         """One step and a look at the one before it."""
         return self.poll() if self.step() else self.poll(lag=0)
 
-    @torch.no_grad()
+    @_device_work
     def prepare(self) -> None:
         """Capture a graph for every block size the rule may ask for, the largest first. Without graphs, nothing."""
         for size in sorted(self.rule.sizes, reverse=True):

@@ -140,9 +140,6 @@ class Scheduler:
         return self.decoder.open(len(self._slots), self.max_len, choosing=self._choosing)
 
     def _work(self) -> None:
-        device = self._run.cache.context_len.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # kernels are launched where the thread stands
         while True:
             with self._wake:
                 while not (self._closing or self._waiting or self.running):

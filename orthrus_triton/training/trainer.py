@@ -65,9 +65,7 @@ class ViewTrainer(Trainer):
         everything, cache = [*rows, *eval_rows], None
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.cache_dir is not None:
-            model.to(
-                args.device
-            )  # where the Trainer will move it, too: filling the cache is many passes of the frozen view
+            model.to(args.device)  # as the Trainer will; filling the cache takes many passes of the frozen view
             with args.main_process_first(desc="the frozen cache"):
                 cache = FrozenCache.open_or_build(args.cache_dir, model, everything, args.teacher_top_k)
         examples = AnchorExamples(
