@@ -16,7 +16,6 @@ from orthrus_triton.cli import app, serve
 from orthrus_triton.cli.chat_view import ColourView
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
-from orthrus_triton.serving.server import Server
 from tests.test_cli import assert_bad_input, make_tokenizer, save_base_model
 
 
@@ -94,8 +93,11 @@ def test_bad_options_are_one_line(folder: Path) -> None:
 
 
 def test_serve_listens_as_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = pytest.importorskip(
+        "orthrus_triton.serving.server", reason="needs the extra [serve]", exc_type=ImportError
+    )
     seen = []
-    monkeypatch.setattr(Server, "run", lambda server: seen.append(server))
+    monkeypatch.setattr(server.Server, "run", lambda server: seen.append(server))
     result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", 8123)
     assert result.exit_code == 0, result.output
     config = seen[0].config
