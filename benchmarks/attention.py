@@ -13,14 +13,22 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
-from benchmarks.common import Report, copies_beyond_cache, copy_bandwidth, measure, require_green
+from benchmarks.common import (
+    DTYPES,
+    Report,
+    copies_beyond_cache,
+    copy_bandwidth,
+    measure,
+    require_green,
+    require_known,
+    whole_numbers,
+)
 from benchmarks.shapes import SHAPES, Shape
 from orthrus_triton import ops
 from orthrus_triton.cli.common import one_line_errors, resolve_device
 from orthrus_triton.modules.kv_cache import CAPACITY_QUANTUM
 from orthrus_triton.testing import assert_within_budget
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONTEXTS = "1024,2048,4096,8192,16384,32768,65536,131072"
 REFERENCE_KEYS = 8192  # longest context compared with fp64, whose scores and keys take memory
 SHOWN = "shape context rows provider p50_us p80_us gb_s of_copy note".split()
@@ -162,12 +170,10 @@ def main(
     python -m benchmarks.attention --shape tiny --device cpu    # does it run? the torch implementation, in seconds
     """
     with one_line_errors():
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}")
-        if shape not in SHAPES:
-            raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, but got {shape!r}")
-        lengths = [int(length) for length in (contexts or ("100,600" if shape == "tiny" else CONTEXTS)).split(",")]
-        counts = [int(count) for count in rows.split(",")]
+        require_known("--dtype", dtype, DTYPES)
+        require_known("--shape", shape, SHAPES)
+        lengths = whole_numbers("--contexts", contexts or ("100,600" if shape == "tiny" else CONTEXTS))
+        counts = whole_numbers("--rows", rows)
         where = resolve_device(device)
     cells = [(length, count) for length in lengths for count in counts]
 

@@ -1,5 +1,5 @@
 """What the benchmarks share: timing by graph replay, copy bandwidth, the environment, tables, CSV files and charts.
-`measure`, `copy_bandwidth`, `environment`, `Report` and `require_green` are the whole of it."""
+And of what they are asked for: `require_known`, `whole_numbers`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import typer
 
 from orthrus_triton._triton import HAS_TRITON, triton
+from orthrus_triton.autotune.config import DTYPES
 from orthrus_triton.autotune.timing import (
     Timing,
     copies_beyond_cache,
@@ -26,7 +27,10 @@ from orthrus_triton.autotune.timing import (
     measure,
 )
 
-__all__ = ["Report", "Timing", "copies_beyond_cache", "copy_bandwidth", "environment", "measure", "require_green"]
+__all__ = [
+    "DTYPES", "Report", "Timing", "copies_beyond_cache", "copy_bandwidth", "environment", "measure", "require_green",
+    "require_known", "whole_numbers",
+]  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "benchmarks" / "data"
@@ -67,6 +71,31 @@ def _git_sha() -> str:
     if shutil.which("git") is None or not (sha := git("rev-parse", "--short=12", "HEAD")):
         return "unknown"
     return sha + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def require_known(option: str, text: str, known: Collection[str]) -> list[str]:
+    """The names in `text`, separated by commas.
+
+    Raises:
+        ValueError: one is not among `known`.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} must be one of {', '.join(known)}, but got {name!r}")
+    return names
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers in `text`, separated by commas.
+
+    Raises:
+        ValueError: one is not a whole number >= 1.
+    """
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
+        raise ValueError(f"{option} must be whole numbers >= 1 separated by commas, but got {text!r}")
+    return [int(word) for word in words]
 
 
 def require_green(problems: Sequence[str]) -> None:

@@ -13,11 +13,11 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.common import Report, Timing, copy_bandwidth, require_green
+from benchmarks.common import DTYPES, Report, Timing, copy_bandwidth, require_green, require_known, whole_numbers
 from benchmarks.cycle_providers import PROVIDERS, CannotRun, Cycles, Workload, problems
 from benchmarks.shapes import SHAPES, build, bytes_per_pass
+from orthrus_triton.cli.common import one_line_errors, resolve_device
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHOWN = "provider context batch p20_ms p50_ms p80_ms floor_ms of_floor gb_s ttft_s tokens_s note".split()
 MEASURED = "samples p20_ms p50_ms p80_ms floor_ms of_floor gb_s ttft_s assumed_tokens_per_cycle tokens_s".split()
 
@@ -37,17 +37,16 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, table and chart.")] = None,
 ) -> None:
     """Weights are random: times are right, acceptance is not measured. Tokens/s are the assumed ones."""
-    names = providers.split(",")
-    asked_for = [("--shape", shape, SHAPES), ("--dtype", dtype, DTYPES)]
-    asked_for += [("--providers", name, PROVIDERS) for name in names]
-    for option, value, known in asked_for:
-        if value not in known:
-            raise typer.BadParameter(f"{option} must be one of {', '.join(known)}, but got {value!r}")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    with one_line_errors():
+        require_known("--shape", shape, SHAPES)
+        require_known("--dtype", dtype, DTYPES)
+        names = require_known("--providers", providers, PROVIDERS)
+        contexts, batches = whole_numbers("--context", context), whole_numbers("--batch", batch)
+        where = resolve_device(device)
     model = build(SHAPES[shape], DTYPES[dtype], where)
     bandwidth = copy_bandwidth(where)
     report = Report(f"cycle_{shape}_{dtype}", where, out)
-    cells = [(int(c), int(b)) for c in context.split(",") for b in batch.split(",")]
+    cells = [(tokens, sequences) for tokens in contexts for sequences in batches]
     require_green(problems(_workload(model, min(c for c, _ in cells), 2, cycles, official), names))
     for tokens, sequences in cells:
         load = _workload(model, tokens, sequences, cycles, official)

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from benchmarks.common import Report
-from orthrus_triton.cli.common import DtypeOption, resolve_dtype, status_console
+from orthrus_triton.cli.common import DtypeOption, one_line_errors, resolve_device, resolve_dtype, status_console
 from orthrus_triton.cli.load import ModelOption, load_model
 from orthrus_triton.modules import ConsensusDecoder
 
@@ -77,8 +77,12 @@ def main(
     The control is the library's products in place of ours: one row in AR decoding, a block in the cycle. Exits with
     code 1 if an answer of ours differs, or if the control finds no difference.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, tokenizer, name = load_model(model, resolve_dtype(dtype, device), device)
+    with one_line_errors():
+        for option, value, least in (("--limit", limit, 1), ("--tokens", tokens, 1), ("--control", control, 0)):
+            if value < least:
+                raise ValueError(f"{option} must be >= {least}, but got {value}")
+        device = resolve_device("auto")
+        network, tokenizer, name = load_model(model, resolve_dtype(dtype, device), device)
     prompts = thousand_prompts(tokenizer)
     prompts = [prompts[n * len(prompts) // limit] for n in range(limit)]
     checked = [n * limit // control for n in range(control)]

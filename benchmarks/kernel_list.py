@@ -10,9 +10,10 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.common import Report
+from benchmarks.common import Report, require_known
 from benchmarks.cycle_providers import WARM_UP
 from benchmarks.shapes import SHAPES, build
+from orthrus_triton.cli.common import one_line_errors, resolve_device
 from orthrus_triton.modules import ConsensusDecoder
 
 REPLAYS = 5
@@ -25,9 +26,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for the CSV file.")] = None,
 ) -> None:
     """Kernels of one replay (in AR mode eight passes), the most time first; "idle" is what no kernel accounts for."""
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("the kernel list needs a GPU, and torch sees none")
-    device = torch.device("cuda")
+    with one_line_errors():
+        require_known("--shape", shape, SHAPES)
+        require_known("--mode", mode, ("consensus", "ar"))
+        device = resolve_device("cuda")
     model = build(SHAPES[shape], torch.bfloat16, device)
     run = ConsensusDecoder(model, mode=mode).open(1, context + 4096, eos_token_id=[])
     run.admit(0, torch.randint(0, model.vocab_size - 1, (context,)), 4096)

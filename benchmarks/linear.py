@@ -11,13 +11,21 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
-from benchmarks.common import Report, copies_beyond_cache, copy_bandwidth, measure, require_green
+from benchmarks.common import (
+    DTYPES,
+    Report,
+    copies_beyond_cache,
+    copy_bandwidth,
+    measure,
+    require_green,
+    require_known,
+    whole_numbers,
+)
 from benchmarks.shapes import SHAPES, Shape
 from orthrus_triton import ops
 from orthrus_triton.cli.common import one_line_errors, resolve_device
 from orthrus_triton.testing import assert_within_budget
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHECKED_COLUMNS = 1024  # of a wide weight, for the fp64 reference
 SHOWN = "shape weight N K rows provider p50_us p80_us gb_s of_copy".split()
 
@@ -105,14 +113,11 @@ def main(
     python -m benchmarks.linear --shape tiny --device cpu    # does it run? the torch implementation, in seconds
     """
     with one_line_errors():
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}")
-        unknown = [name for name in shape.split(",") if name not in SHAPES]
-        if unknown:
-            raise ValueError(f"--shape must name some of {', '.join(SHAPES)}, but got {unknown[0]!r}")
-        counts = [int(count) for count in rows.split(",")]
+        require_known("--dtype", dtype, DTYPES)
+        names = require_known("--shape", shape, SHAPES)
+        counts = whole_numbers("--rows", rows)
         where = resolve_device(device)
-    cells = [(name, weight) for name in shape.split(",") for weight in weights_of(SHAPES[name])]
+    cells = [(name, weight) for name in names for weight in weights_of(SHAPES[name])]
     generator = torch.Generator(where).manual_seed(0)
 
     def randn(count: int, depth: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ import httpx
 import torch
 import typer
 
-from benchmarks.common import Report, require_green
+from benchmarks.common import Report, require_green, require_known
 from benchmarks.shapes import SHAPES, build
 from orthrus_triton.cli.common import DtypeName, one_line_errors, resolve_device, resolve_dtype
 from orthrus_triton.cli.load import load_model
@@ -230,8 +230,8 @@ def main(
         levels = read_levels(clients)
         if model is not None and shape is not None:
             raise ValueError(f"--shape must not be given with a MODEL, but got {shape!r} and {model!r}")
-        if shape is not None and shape not in SHAPES:
-            raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, but got {shape!r}")
+        if shape is not None:
+            require_known("--shape", shape, SHAPES)
         where = resolve_device(device)
         of = resolve_dtype(dtype, where)
         if shape is None:

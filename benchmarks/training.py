@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from benchmarks.common import Report, measure, require_green
+from benchmarks.common import DTYPES, Report, measure, require_green, require_known
 from benchmarks.shapes import SHAPES, Shape
 from orthrus_triton import ops
 from orthrus_triton.cli.common import one_line_errors, resolve_device
 from orthrus_triton.testing import assert_within_budget
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHOWN = "part route p20_ms p50_ms p80_ms peak_mib note".split()
 
 
@@ -205,9 +204,8 @@ def main(
     python -m benchmarks.training --shape tiny --anchors 8 --length 64 --device cpu       # does it run?
     """
     with one_line_errors():
-        for option, value, known in (("--shape", shape, SHAPES), ("--dtype", dtype, DTYPES)):
-            if value not in known:
-                raise ValueError(f"{option} must be one of {', '.join(known)}, but got {value!r}")
+        require_known("--shape", shape, SHAPES)
+        require_known("--dtype", dtype, DTYPES)
         if not 1 <= anchors <= length - block_size:
             raise ValueError(f"--anchors must be in 1..length - block_size = {length - block_size}, but got {anchors}")
         where = resolve_device(device)
