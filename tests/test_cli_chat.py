@@ -16,7 +16,7 @@ from orthrus_triton.cli import app, serve
 from orthrus_triton.cli.chat_view import ColourView
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
-from tests.test_cli import assert_bad_input, make_tokenizer, save_base_model
+from tests.cli_models import assert_bad_input, make_tokenizer, save_base_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
-from tests.test_cli import assert_bad_input, make_tokenizer, run, save_base_model
+from tests.cli_models import assert_bad_input, make_tokenizer, run, save_base_model
 
 PROMPTS = ["the text", "", "of the tokens", "   ", "tokens"]
 LINES = [1, 3, 5]

@@ -18,7 +18,7 @@ from orthrus_triton.autotune.tuner import MODEL_ORIGIN, DryOutcome, tune_dry
 from orthrus_triton.autotune.worker import compiler_environment
 from orthrus_triton.cli.autotune import _print, parse_seconds
 from tests.autotune.conftest import interpreted
-from tests.test_cli import assert_bad_input, run
+from tests.cli_models import assert_bad_input, run
 
 ROOT = Path(__file__).parents[2]
 LINEAR = Problem.of("linear", "bf16", N=512, K=512)

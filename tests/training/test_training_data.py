@@ -20,8 +20,8 @@ from orthrus_triton.training.config import ViewTrainingArguments, read_config
 from orthrus_triton.training.data import TextRow, pack_rows, read_rows
 from orthrus_triton.training.frozen_cache import FrozenCache
 from orthrus_triton.training.trainer import ViewTrainer
+from tests.cli_models import make_tokenizer, save_base_model
 from tests.models.tiny_bases import tiny_tokenizer
-from tests.test_cli import make_tokenizer, save_base_model
 from tests.training.view_runs import make_args, make_model, make_trainer, own_rows, saved_view
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,60 @@
+"""`orthrus-triton convert`: what becomes of a base model, and what is refused."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from orthrus_triton.models import OrthrusForCausalLM
+from tests.cli_models import (
+    CHAT_TEMPLATE,
+    assert_bad_input,
+    run,
+)
+
+
+def test_convert_keeps_the_ar_weights_and_copies_them_into_the_view(base_folder, model_folder):
+    base = LlamaForCausalLM.from_pretrained(base_folder).state_dict()
+    weights = OrthrusForCausalLM.from_pretrained(model_folder).state_dict()
+    for name, tensor in base.items():
+        assert torch.equal(weights[name], tensor), name
+    views = [name for name in weights if "_diff" in name]
+    assert len(views) == 2 * 4  # layers x (q, k, v, o)
+    for name in views:
+        assert torch.equal(weights[name], base[name.replace("_diff", "")]), name
+    assert AutoTokenizer.from_pretrained(model_folder).chat_template == CHAT_TEMPLATE
+
+
+def test_convert_options_reach_the_model(base_folder, tmp_path):
+    target = tmp_path / "light"
+    options = ("--view-rank", 3, "--mask-token-id", 7, "--dtype", "bf16", "--block-size", 6)
+    result = run("convert", base_folder, target, *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "" and "mask token 7" in result.stderr
+    model = OrthrusForCausalLM.from_pretrained(target)
+    assert (model.config.view_rank, model.mask_token_id, model.block_size) == (3, 7, 6)
+    assert model.dtype == torch.bfloat16
+
+
+def test_convert_refuses_a_target_that_is_not_empty_unless_forced(base_folder, tmp_path):
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    assert_bad_input(run("convert", base_folder, tmp_path), "TARGET", "not empty", "--force")
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+    assert run("convert", base_folder, tmp_path, "--force").exit_code == 0
+    assert note.read_text() == "mine" and (tmp_path / "model.safetensors").is_file()
+
+
+def test_convert_bad_input(base_folder, model_folder, tmp_path):
+    target = tmp_path / "target"
+    file = tmp_path / "file"
+    file.write_text("")
+    assert_bad_input(run("convert", tmp_path / "missing", target), "missing")
+    assert_bad_input(run("convert", tmp_path / "missing.gguf", target), "missing.gguf")
+    assert_bad_input(run("convert", base_folder, file), "TARGET", "is a file")
+    assert_bad_input(run("convert", base_folder, base_folder, "--force"), "TARGET must not be SOURCE")
+    assert_bad_input(run("convert", model_folder, target), "second view")
+    assert_bad_input(run("convert", base_folder, target, "--block-size", 1), "block_size")
+    assert_bad_input(run("convert", base_folder, target, "--view-rank", 0), "view_rank")
+    assert_bad_input(run("convert", base_folder, target, "--mask-token-id", 10**6), "mask_token_id")
+    assert not target.exists()
