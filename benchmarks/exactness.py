@@ -15,7 +15,7 @@ import typer
 from benchmarks.common import Report
 from orthrus_triton.cli.common import DtypeOption, one_line_errors, resolve_device, resolve_dtype, status_console
 from orthrus_triton.cli.load import ModelOption, load_model
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, first_difference
 
 TEMPLATES = [
     "Explain {} to a child.", "Write a short story about {}.", "What are three facts about {}?",
@@ -99,8 +99,7 @@ def main(
     report = Report(f"exactness_{dtype}", device, out)
 
     def compare(what: str, ours: list[list[int]], theirs: list[list[int]]) -> int:
-        parts = [next(n for n, pair in enumerate(zip(a, b)) if pair[0] != pair[1])
-                 for a, b in zip(ours, theirs) if a != b]  # fmt: skip
+        parts = [at for a, b in zip(ours, theirs) if (at := first_difference(a, b)) is not None]
         report.add(
             model=name, compared=what, prompts=len(ours), tokens_each=tokens, identical=len(ours) - len(parts),
             median_first_difference=median(parts) if parts else "",

@@ -58,7 +58,7 @@ def demo(
         precision = resolve_dtype(dtype, where)
         runs = require_impl("auto", where)
         model, tokenizer, model_name = load_demo(view, precision, where, block_size)
-        from orthrus_triton.modules import ConsensusDecoder
+        from orthrus_triton.modules import ConsensusDecoder, first_difference
 
         input_ids = encode_prompt(tokenizer, " ".join(prompt) if prompt else DEFAULT_PROMPT, chat=None)
         decoders = {
@@ -89,8 +89,8 @@ def demo(
             "baseline for time.",
             style="dim",
         )
-    if consensus != ar:
-        at = next((i for i, (a, b) in enumerate(zip(consensus, ar)) if a != b), min(len(consensus), len(ar)))
+    at = first_difference(consensus, ar)
+    if at is not None:
         console.print(
             f"AR decoding DIFFERS from generated token {at} on: "
             f"dual-view {consensus[at : at + 4]}, AR {ar[at : at + 4]}",

@@ -107,7 +107,7 @@ def _compare(
     batch_size: int,
 ) -> tuple[list[Divergence], int]:  # fmt: skip
     """Divergences, and how many tokens AR decoding generated in all."""
-    from orthrus_triton.modules import ConsensusDecoder
+    from orthrus_triton.modules import ConsensusDecoder, first_difference
     from orthrus_triton.modules.decode_run import tokens_to_cache
 
     # one cache for all batches: graphs captured over it serve to the end
@@ -121,27 +121,18 @@ def _compare(
         for start in range(0, len(lines), batch_size):
             batch = lines[start : start + batch_size]
             prompts = [ids[line] for line in batch]
-            said, expected = (
+            answers, expected = (
                 [sequence[len(prompt) :].tolist() for sequence, prompt in zip(output.sequences, prompts)]
                 for output in (decoder.generate(prompts, max_new_tokens=max_new_tokens) for decoder in (consensus, ar))
             )
-            for line, prompt, ours, theirs in zip(batch, prompts, said, expected):
+            for line, prompt, ours, theirs in zip(batch, prompts, answers, expected):
                 tokens += len(theirs)
-                if ours != theirs:
-                    found.append(_divergence(network, line, prompt, ours, theirs, impl))
+                if (position := first_difference(ours, theirs)) is not None:
+                    margin = _top2_margin(network, prompt, prompt.new_tensor(theirs[:position]), impl)
+                    parted = (said[position] if position < len(said) else None for said in (ours, theirs))
+                    found.append(Divergence(line, position, *parted, margin))
             progress.advance(bar, len(batch))
     return found, tokens
-
-
-def _divergence(
-    network: DualViewModel, line: int, prompt: torch.Tensor, ours: list[int], theirs: list[int], impl: str
-) -> Divergence:
-    shorter = min(len(ours), len(theirs))
-    position = next((n for n in range(shorter) if ours[n] != theirs[n]), shorter)
-    agreed = prompt.new_tensor(theirs[:position])
-    margin = _top2_margin(network, prompt, agreed, impl)
-    tokens = (said[position] if position < len(said) else None for said in (ours, theirs))
-    return Divergence(line, position, *tokens, margin)
 
 
 def _top2_margin(network: DualViewModel, prompt: torch.Tensor, agreed: torch.Tensor, impl: str) -> float:

@@ -3,7 +3,7 @@
 from orthrus_triton.modules.attention import DualViewAttention
 from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
 from orthrus_triton.modules.decode_run import DecodeRun
-from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats
+from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats, first_difference
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
 from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear
@@ -29,4 +29,5 @@ __all__ = [
     "SamplingParams",
     "SharedKVCache",
     "ViewPass",
+    "first_difference",
 ]

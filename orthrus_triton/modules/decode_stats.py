@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,3 +80,9 @@ class DecodeOutput:
 
     sequences: list[torch.Tensor]
     stats: DecodeStats
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """The first position where two answers part, the shorter one's end included; None where they are the same."""
+    differing = (n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+    return next(differing, None if len(ours) == len(theirs) else min(len(ours), len(theirs)))

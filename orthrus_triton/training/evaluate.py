@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from orthrus_triton.modules import ConsensusDecoder, DecodeStats
+from orthrus_triton.modules import ConsensusDecoder, DecodeStats, first_difference
 from orthrus_triton.modules.dual_view_model import DualViewModel
 
 REPEAT_GRAM = 4
@@ -106,11 +106,8 @@ def _answer(decoders: dict[str, ConsensusDecoder], domain: str, ids: list[int], 
         answer.runs[name] = output.stats
     answer.ids = tokens["consensus"]
     if "ar" in tokens:
-        pairs = zip(answer.ids, tokens["ar"])
-        answer.equal = answer.ids == tokens["ar"]
-        if not answer.equal:
-            shorter = min(len(answer.ids), len(tokens["ar"]))
-            answer.differs_at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+        answer.differs_at = first_difference(answer.ids, tokens["ar"])
+        answer.equal = answer.differs_at is None
     return answer
 
 

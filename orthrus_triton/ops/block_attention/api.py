@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops._attention_arguments import require_attention_arguments
+from orthrus_triton.ops._dispatch import resolve_impl
 from orthrus_triton.ops.block_attention import schema  # noqa: F401  (registers the ops)
 from orthrus_triton.ops.dual_view_attention.api import HEAD_DIMS
 from orthrus_triton.ops.dual_view_attention.reference import attention_reference
@@ -52,7 +53,7 @@ def block_attention(
 
     Source: Orthrus, arXiv 2605.12825 (training of the diffusion view).
     """
-    _validate(q, k_context, v_context, key_limit, k_block, v_block, block_size, window)
+    require_attention_arguments(q, k_context, v_context, key_limit, k_block, v_block, block_size, window, "context")
     impl = resolve_impl(impl, q)
     if impl == "triton" and q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {HEAD_DIMS} with impl='triton', but got {q.shape[-1]}")
@@ -64,33 +65,3 @@ def block_attention(
         q, k_context, v_context, key_limit, k_block, v_block, block_size, window, scale, impl
     )
     return out
-
-
-def _validate(q, k_context, v_context, key_limit, k_block, v_block, block_size, window) -> None:
-    if q.dim() != 4 or k_context.dim() != 4:
-        raise ValueError(
-            f"q must be [B, T, HQ, D] and k_context [B, HKV, S, D], "
-            f"but got shapes {tuple(q.shape)} and {tuple(k_context.shape)}"
-        )
-    B, T, HQ, D = q.shape
-    HKV = k_context.shape[1]
-    if k_context.shape[0] != B or k_context.shape[3] != D:
-        raise ValueError(f"k_context must be [{B}, HKV, S, {D}] like q, but got {tuple(k_context.shape)}")
-    if HKV < 1 or HQ % HKV:
-        raise ValueError(f"q must have a multiple of num_kv_heads={HKV} heads, but got {HQ}")
-    require_same("v_context", tuple(v_context.shape), tuple(k_context.shape), "shape")
-    require_same("key_limit", tuple(key_limit.shape), (B, T), "shape")
-    require_same("k_block", tuple(k_block.shape), (B, T, HKV, D), "shape")
-    require_same("v_block", tuple(v_block.shape), (B, T, HKV, D), "shape")
-    named = {"k_context": k_context, "v_context": v_context, "k_block": k_block, "v_block": v_block}
-    for name, tensor in named.items():
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, but got {tensor.dtype}")
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, but has strides {tensor.stride()}")
-    if key_limit.dtype != torch.int32:
-        raise TypeError(f"key_limit must be int32, but got {key_limit.dtype}")
-    if block_size < 1 or T % block_size:
-        raise ValueError(f"block_size must be >= 1 and divide the {T} query rows, but got {block_size}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be >= 1 or None, but got {window}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton.autotune.store import KernelConfig
-from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._attention_arguments import require_attention_arguments
+from orthrus_triton.ops._dispatch import resolve_impl, runs_directly
 from orthrus_triton.ops.dual_view_attention import schema  # noqa: F401  (registers the op)
 from orthrus_triton.ops.dual_view_attention.launch import launch
 from orthrus_triton.ops.dual_view_attention.torch_impl import attention_torch
@@ -62,7 +63,7 @@ def dual_view_attention(
 
     Source: Orthrus, arXiv 2605.12825 (dual-view attention over one KV cache).
     """
-    _validate(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window)
+    require_attention_arguments(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, "cache")
     impl = impl if impl == "library" else resolve_impl(impl, q)
     if impl == "triton" and q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {HEAD_DIMS} with impl='triton', but got {q.shape[-1]}")
@@ -78,35 +79,3 @@ def dual_view_attention(
     return torch.ops.orthrus_triton.dual_view_attention(
         q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, impl
     )
-
-
-def _validate(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window) -> None:
-    if q.dim() != 4 or k_cache.dim() != 4:
-        raise ValueError(
-            f"q must be [B, T, HQ, D] and k_cache [B, HKV, S, D], "
-            f"but got shapes {tuple(q.shape)} and {tuple(k_cache.shape)}"
-        )
-    B, T, HQ, D = q.shape
-    HKV = k_cache.shape[1]
-    if k_cache.shape[0] != B or k_cache.shape[3] != D:
-        raise ValueError(f"k_cache must be [{B}, HKV, S, {D}] like q, but got {tuple(k_cache.shape)}")
-    if HKV < 1 or HQ % HKV:
-        raise ValueError(f"q must have a multiple of num_kv_heads={HKV} heads, but got {HQ}")
-    require_same("v_cache", tuple(v_cache.shape), tuple(k_cache.shape), "shape")
-    require_same("key_limit", tuple(key_limit.shape), (B, T), "shape")
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache), ("k_block", k_block), ("v_block", v_block)):
-        if tensor is not None and tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, but got {tensor.dtype}")
-        if tensor is not None and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, but has strides {tensor.stride()}")
-    if key_limit.dtype != torch.int32:
-        raise TypeError(f"key_limit must be int32, but got {key_limit.dtype}")
-    if (k_block is None) != (v_block is None) or (k_block is None) != (block_size is None):
-        raise ValueError("k_block, v_block and block_size must be given together: got only some of them")
-    if k_block is not None:
-        require_same("k_block", tuple(k_block.shape), (B, T, HKV, D), "shape")
-        require_same("v_block", tuple(v_block.shape), (B, T, HKV, D), "shape")
-        if block_size < 1 or T % block_size:
-            raise ValueError(f"block_size must be >= 1 and divide the {T} query rows, but got {block_size}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be >= 1 or None, but got {window}")
