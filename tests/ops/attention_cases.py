@@ -45,10 +45,10 @@ def make_case(
 ) -> Case:  # fmt: skip
     """A verify pass of `rows` rows at `context` (ragged over the batch), or with block_size a draft or training pass
     whose blocks each have their own limit. Cache rows no row may see are NaN."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, on_device = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=on_device, device=device).to(dtype)
 
     q = randn(batch, rows, kv_heads * group, head_dim)
     k_cache, v_cache = randn(batch, kv_heads, capacity, head_dim), randn(batch, kv_heads, capacity, head_dim)
