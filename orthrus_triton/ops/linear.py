@@ -102,9 +102,9 @@ def product_tile(
     return accumulator
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "run", "apart"])
 def linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, M,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, M, run, apart,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -115,8 +115,10 @@ def linear_kernel(
     row_mask = rows < M
     col_mask = cols < N
     K_PER_SPLIT: tl.constexpr = (K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
+    # x may be runs of rows, the beginnings of which lie `apart`: one part of every sequence's rows
+    x_rows = rows // run * apart + rows % run
     accumulator = product_tile(
-        x_ptr, weight_ptr, rows, cols, row_mask, col_mask,
+        x_ptr, weight_ptr, x_rows, cols, row_mask, col_mask,
         split * K_PER_SPLIT, tl.minimum((split + 1) * K_PER_SPLIT, K), K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     row_offsets = rows.to(tl.int64) * N
@@ -165,7 +167,7 @@ def launch_linear(
     N, K = weight.shape
     config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
     split_k = config["SPLIT_K"]
-    x = x.contiguous()
+    x, run, apart = _row_runs(x)
     M = x.numel() // K
     out = x.new_empty(*x.shape[:-1], N, dtype=out_dtype)
     partial = out if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
@@ -174,7 +176,7 @@ def launch_linear(
     bias_arg, residual_arg = out if bias is None else bias, out if residual is None else residual
     grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), split_k)
     linear_kernel[grid](
-        x, weight, bias_arg, residual_arg, out, partial, M, N=N, K=K, PRECISION="ieee",
+        x, weight, bias_arg, residual_arg, out, partial, M, run, apart, N=N, K=K, PRECISION="ieee",
         **flags, **config.constants, **config.launch, **EXACT_LAUNCH,
     )  # fmt: skip
     if split_k > 1:
@@ -183,6 +185,15 @@ def launch_linear(
             num_warps=COMBINE_WARPS, **flags, **EXACT_LAUNCH,
         )  # fmt: skip
     return out
+
+
+def _row_runs(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """x [..., K], how many rows lie together, and how many rows lie between the beginnings of such runs: x[:, i:j] of
+    a [B, T, K] is taken as it is, anything else that is not contiguous is copied."""
+    K = x.shape[-1]
+    if x.dim() == 3 and x.stride()[1:] == (K, 1) and x.stride(0) % K == 0:
+        return x, x.shape[1], x.stride(0) // K
+    return x.contiguous(), max(x.numel() // K, 1), 0
 
 
 def linear_library(

@@ -129,8 +129,8 @@ def launch_linear_swiglu(
     if split_k > 1:
         partial = x.new_empty(split_k, M, N, dtype=torch.float32)
         linear_kernel[(cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), split_k)](
-            x, weight, bias, out, out, partial, M, N=N, K=K, HAS_BIAS=False, HAS_RESIDUAL=False, PRECISION="ieee",
-            **config.constants, **config.launch, **EXACT_LAUNCH,
+            x, weight, bias, out, out, partial, M, max(M, 1), 0, N=N, K=K, HAS_BIAS=False, HAS_RESIDUAL=False,
+            PRECISION="ieee", **config.constants, **config.launch, **EXACT_LAUNCH,
         )  # fmt: skip
         combine_swiglu_kernel[(M, cdiv(intermediate, COMBINE_BLOCK_N))](
             partial, bias, out, M, INTERMEDIATE=intermediate, BLOCK_N=COMBINE_BLOCK_N, SPLIT_K=split_k,

@@ -70,10 +70,10 @@ def rope_cache(
     return torch.ops.orthrus_triton.rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl)
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "stride_angle_b"])
 def rope_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, v_out_ptr, T, S,
-    stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
+    stride_angle_b, stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
     EPS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -100,8 +100,9 @@ def rope_cache_kernel(
             low = low.to(dtype).to(tl.float32)
             high = high.to(dtype).to(tl.float32)
         # [BLOCK_HALF]
-        cos = tl.load(cos_ptr + token * HALF + half, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + token * HALF + half, mask=mask, other=0.0)
+        angle = token // T * stride_angle_b + token % T * HALF + half
+        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
         rotated_low = low * cos - high * sin
         rotated_high = high * cos + low * sin
         low, high = rotated_low, rotated_high
@@ -130,9 +131,11 @@ def launch_rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps) -
     HKV, S, D = k_out.shape[1:]
     HQ = width // D - 2 * HKV
     q = qkv.new_empty(B, T, HQ, D)
+    if cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
     rope_cache_kernel[(B * T, HQ + 2 * HKV)](
-        qkv.contiguous(), cos.contiguous(), sin.contiguous(), slots.contiguous(),
-        q if q_norm is None else q_norm, q if k_norm is None else k_norm, q, k_out, v_out, T, S,
+        qkv.contiguous(), cos, sin, slots.contiguous(),
+        q if q_norm is None else q_norm, q if k_norm is None else k_norm, q, k_out, v_out, T, S, cos.stride(0),
         *k_out.stride()[:3], *v_out.stride()[:3],
         EPS=float(eps), HQ=HQ, HKV=HKV, D=D, BLOCK_HALF=max(next_power_of_2(D // 2), 16), HAS_NORM=q_norm is not None,
         num_warps=NUM_WARPS, **EXACT_LAUNCH,

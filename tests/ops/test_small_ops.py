@@ -75,6 +75,27 @@ def test_linear(seed, dtype, rows, n, k, split_k, bias, add, wide) -> None:
     assert_within_budget(torch_out, plain, reference, what="torch")
 
 
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 6), slice(2, 4)], ids=str)
+def test_a_part_of_every_sequence_s_rows_is_taken_where_it_lies(rows: slice) -> None:
+    """Rows 0 and the others of a draft go through different weights: neither is copied first, and no bit differs."""
+    x, weight, residual = (
+        randn(n, *shape, dtype=torch.float32) for n, shape in enumerate(((3, 6, 32), (24, 32), (3, 6, 24)))
+    )
+    part, added = x[:, rows], residual[:, rows]
+    assert not part.is_contiguous()
+    expected = ops.linear(part.contiguous(), weight, None, added, impl="triton")
+    assert torch.equal(ops.linear(part, weight, None, added, impl="triton"), expected)
+    qkv, angles = randn(7, 3, 6, 4 * 16, dtype=torch.float32), randn(8, 3, 6, 8, dtype=torch.float32)
+    slots = torch.arange(6, dtype=torch.int32, device=DEVICE).repeat(3, 1)[:, rows]
+    found = []
+    for lay in (lambda tensor: tensor, torch.Tensor.contiguous):
+        cache = torch.zeros(2, 3, 1, 9, 16, device=DEVICE)
+        cos, sin = lay(angles.cos()[:, rows]), lay(angles.sin()[:, rows])
+        q = ops.rope_cache(qkv[:, rows], cos, sin, cache[0], cache[1], slots, impl="triton")
+        found.append((q, cache))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 @given(seed=seeds, dtype=dtypes, norm=st.booleans(), head_dim=st.sampled_from([64, 80, 96]), batch=st.integers(1, 2))
 def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, batch: int) -> None:
     rows, heads, kv_heads, capacity = 3, 4, 2, 11
