@@ -189,7 +189,9 @@ def combine_splits_kernel(
     total_sum = tl.full((), 0.0, tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
     first_slot = row * (num_splits + HAS_BLOCK)
-    for split in range(lowest // SPLIT_SIZE, tl.cdiv(limit, SPLIT_SIZE)):
+    # where the window reaches no further than the row's own block, none of its splits need have been written
+    end = tl.where(lowest < limit, tl.cdiv(limit, SPLIT_SIZE), 0)
+    for split in range(lowest // SPLIT_SIZE, end):
         total_max, total_sum, total = _merge_slot(
             partial_ptr, partial_max_ptr, partial_sum_ptr, first_slot + split, dims, mask,
             total_max, total_sum, total, D,
