@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+    # torch then fills what `empty` gives with NaN, so that nothing nobody wrote is read unnoticed
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 import pytest
 from hypothesis import HealthCheck, settings
