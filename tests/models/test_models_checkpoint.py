@@ -218,7 +218,7 @@ def test_a_hub_id_downloads_weights_config_and_tokenizer_and_no_code_or_pickle(
     build().save_pretrained(tmp_path / "snapshot")
     asked = []
 
-    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo_id: str, allow_patterns: list[str], **options: object) -> str:
         asked.append((repo_id, allow_patterns))
         return str(tmp_path / "snapshot")
 

@@ -37,6 +37,8 @@ def triton_launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
         return launch
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", count)
+    # what the tests' conftest adds to every allocation
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     return launches
 
 
