@@ -70,6 +70,13 @@ def rope_cache(
     return torch.ops.orthrus_triton.rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl)
 
 
+@triton.jit
+def _norm_weight(q_norm_ptr, k_norm_ptr, offsets, mask, is_query):
+    of_query = tl.load(q_norm_ptr + offsets, mask=mask & is_query, other=0.0)
+    of_key = tl.load(k_norm_ptr + offsets, mask=mask & (is_query == 0), other=0.0)
+    return tl.where(is_query, of_query, of_key).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["T", "S", "stride_angle_b"])
 def rope_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, v_out_ptr, T, S,
@@ -91,12 +98,12 @@ def rope_cache_kernel(
         if HAS_NORM:
             mean_square = (tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D
             scale = 1.0 / tl.sqrt(mean_square + EPS)
-            norm_ptr = q_norm_ptr if head < HQ else k_norm_ptr
+            # [BLOCK_HALF] each; a choice between values, not between pointers, which Triton 3.6 cannot compile for AMD
+            low_weight = _norm_weight(q_norm_ptr, k_norm_ptr, half, mask, head < HQ)
+            high_weight = _norm_weight(q_norm_ptr, k_norm_ptr, HALF + half, mask, head < HQ)
             # rounded between norm, weight and rotation, as the unfused layers are
-            low = (low * scale).to(dtype).to(tl.float32) * tl.load(norm_ptr + half, mask=mask, other=0.0).to(tl.float32)
-            high = (high * scale).to(dtype).to(tl.float32) * tl.load(norm_ptr + HALF + half, mask=mask, other=0.0).to(
-                tl.float32
-            )
+            low = (low * scale).to(dtype).to(tl.float32) * low_weight
+            high = (high * scale).to(dtype).to(tl.float32) * high_weight
             low = low.to(dtype).to(tl.float32)
             high = high.to(dtype).to(tl.float32)
         # [BLOCK_HALF]
@@ -116,11 +123,13 @@ def rope_cache_kernel(
         writable = half < tl.where(slot < 0, 0, tl.where(slot < S, HALF, 0))
         b = token // T
         if head < HQ + HKV:
-            row_ptr = k_out_ptr + b * stride_k_b + (head - HQ) * stride_k_h + slot * stride_k_s
+            k_row_ptr = k_out_ptr + b * stride_k_b + (head - HQ) * stride_k_h + slot * stride_k_s
+            tl.store(k_row_ptr + half, low.to(dtype), mask=writable)
+            tl.store(k_row_ptr + HALF + half, high.to(dtype), mask=writable)
         else:
-            row_ptr = v_out_ptr + b * stride_v_b + (head - HQ - HKV) * stride_v_h + slot * stride_v_s
-        tl.store(row_ptr + half, low.to(dtype), mask=writable)
-        tl.store(row_ptr + HALF + half, high.to(dtype), mask=writable)
+            v_row_ptr = v_out_ptr + b * stride_v_b + (head - HQ - HKV) * stride_v_h + slot * stride_v_s
+            tl.store(v_row_ptr + half, low.to(dtype), mask=writable)
+            tl.store(v_row_ptr + HALF + half, high.to(dtype), mask=writable)
 
 
 NUM_WARPS = 1
