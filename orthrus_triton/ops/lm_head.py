@@ -122,7 +122,9 @@ def _lm_head_choice_op(hidden, weight, impl):
     if impl == "triton":
         return launch_lm_head_choice(hidden, weight)
     if impl == "torch":
-        return greedy_choice_torch(linear_torch(hidden, weight, None, None, torch.float32))
+        # a CPU's product is rounded to its own dtype, and choosing among twice as many bytes takes five times as long
+        logits = linear_torch(hidden, weight, None, None, hidden.dtype if hidden.is_cpu else torch.float32)
+        return greedy_choice_torch(logits)
     return greedy_choice_reference(linear_reference(hidden, weight, None))
 
 
