@@ -131,14 +131,12 @@ def consensus_torch(
     is_eos = torch.isin(choice, eos_ids) & (rows <= accepted[:, None])
     first_eos = torch.where(is_eos, rows, K).amin(dim=1)
     count = torch.minimum(torch.minimum(accepted, first_eos) + 1, (limit - output_len).clamp(min=0)) * active
-    # a row that commits nothing rewrites what stands at its column
-    columns = (output_len[:, None] + rows).clamp(max=L - 1).long()
-    commit = (rows < count[:, None]) & (output_len[:, None] + rows < L)
-    # accumulate by position: clamped columns may repeat, and only committed rows may write
-    for row in range(K):
-        column = columns[:, row : row + 1]
-        kept = torch.where(commit[:, row : row + 1], choice[:, row : row + 1], output_ids.gather(1, column))
-        output_ids.scatter_(1, column, kept)
+    columns = output_len[:, None] + rows
+    commit = (rows < count[:, None]) & (columns < L)
+    # a row that commits nothing writes what the first row writes, committed or not: no place gets two values
+    first_column = columns[:, :1].clamp(max=L - 1)
+    first = torch.where(commit[:, :1], choice[:, :1], output_ids.gather(1, first_column))
+    output_ids.scatter_(1, torch.where(commit, columns, first_column), torch.where(commit, choice, first))
     output_len += count.to(torch.int32)
     context_len += count.to(torch.int32)
     finished |= active & ((first_eos < count) | (output_len >= limit))
