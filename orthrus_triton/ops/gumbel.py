@@ -43,17 +43,28 @@ def row_key(seed, sequence, position, stream: tl.constexpr):
 
 
 @triton.jit
-def gumbel(ids, key0, key1):
-    """Standard Gumbel noise of the tokens `ids`, fp32."""
+def noise_words(ids, key0, key1):
+    """The two uint32 behind the noise of the tokens `ids`."""
     ids = ids.to(tl.uint32)
-    high, low = philox(ids, tl.zeros_like(ids) + key1, tl.zeros_like(ids) + key0)
-    # w = (high, low) as a fraction, 1 - w likewise from the complement: both ends keep their relative precision
+    return philox(ids, tl.zeros_like(ids) + key1, tl.zeros_like(ids) + key0)
+
+
+@triton.jit
+def exponential(high, low):
+    """Standard exponential noise -log(1 - w) of noise words, w = (high, low) as a fraction; never less than w."""
+    # 1 - w likewise from the complement: both ends keep their relative precision
     small = high < 0x4AFB0CCC
     high, low = tl.where(small, high, high ^ 0xFFFFFFFF), tl.where(small, low, low ^ 0xFFFFFFFF)
     w = high.to(tl.float32) * 2.3283064365386963e-10 + (low.to(tl.float32) + 0.5) * 5.421010862427522e-20
     m, e = split_float(w)
-    exponential = -log_from_parts(tl.where(small, -w, m - 1.0), tl.where(small, 0.0, e))
-    return -portable_log(exponential)
+    return -log_from_parts(tl.where(small, -w, m - 1.0), tl.where(small, 0.0, e))
+
+
+@triton.jit
+def gumbel(ids, key0, key1):
+    """Standard Gumbel noise of the tokens `ids`, fp32."""
+    high, low = noise_words(ids, key0, key1)
+    return -portable_log(exponential(high, low))
 
 
 @triton.jit

@@ -42,21 +42,6 @@ def load_scaled(row_ptr, ids, temperature, V: tl.constexpr):
 
 
 @triton.jit
-def row_max(row_ptr, temperature, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest scaled logit and the lowest id that has it; VOID where no logit is larger than -inf."""
-    best = tl.full((), float("-inf"), tl.float32)
-    best_id = tl.full((), -2, tl.int32)
-    for start in range(0, V, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        z = load_scaled(row_ptr, ids, temperature, V)
-        tile_best = tl.max(z, axis=0)
-        tile_id = tl.min(tl.where(z == tile_best, ids, V), axis=0)
-        best_id = tl.where(tile_best > best, tile_id, best_id)
-        best = tl.maximum(best, tile_best)
-    return best, best_id
-
-
-@triton.jit
 def order_key(z):
     """uint32 that orders as the float does."""
     bits = z.to(tl.int32, bitcast=True)
@@ -64,32 +49,14 @@ def order_key(z):
 
 
 @triton.jit
-def mass(z, z_max):
-    """Fixed-point exp(z - z_max), int64; the largest is 2**40."""
-    return (portable_exp(z - z_max) * 1099511627776.0).to(tl.int64)
+def mass_of(weight):
+    """Fixed-point exp(z - z_max), int64, from the weight in fp32; the largest is 2**40."""
+    return (weight * 1099511627776.0).to(tl.int64)
 
 
 @triton.jit
-def top_k_key(row_ptr, temperature, top_k, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Key of the k-th largest scaled logit, by four radix passes over bytes; 0 keeps all."""
-    prefix = tl.full((), 0, tl.uint32)
-    if (top_k > 0) & (top_k < V):
-        wanted = top_k
-        digits = tl.arange(0, 256)
-        for byte in range(4):
-            shift = 24 - 8 * byte
-            counts = tl.zeros((256,), tl.int32)
-            for start in range(0, V, BLOCK):
-                ids = start + tl.arange(0, BLOCK)
-                key = order_key(load_scaled(row_ptr, ids, temperature, V))
-                # in the first pass nothing is left of the key, and the prefix is 0
-                counted = (ids < V) & (((key >> shift) >> 8) == prefix)
-                counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=counted)
-            above = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
-            chosen = (above < wanted) & (above + counts >= wanted)
-            wanted -= tl.sum(tl.where(chosen, above, 0), axis=0)
-            prefix = (prefix << 8) | tl.sum(tl.where(chosen, digits, 0), axis=0).to(tl.uint32)
-    return prefix
+def mass(z, z_max):
+    return mass_of(portable_exp(z - z_max))
 
 
 @triton.jit
@@ -112,7 +79,8 @@ def scaled_torch(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tenso
 
 
 def row_max_torch(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled logits [B, T, V] -> the largest [B, T] and the lowest id that has it, as `row_max`."""
+    """Scaled logits [B, T, V] -> the largest [B, T] and the lowest id that has it; VOID where no logit is
+    larger than -inf."""
     best, ids = z.max(dim=-1)
     return best, torch.where(best > -torch.inf, ids, VOID)
 

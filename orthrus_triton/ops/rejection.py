@@ -27,13 +27,12 @@ from orthrus_triton.ops.logits_filter import (
     mass_torch,
     order_key,
     order_key_torch,
-    row_max,
     row_max_torch,
     scaled_torch,
-    top_k_key,
     top_k_torch,
 )
 from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch, portable_log, portable_log_torch
+from orthrus_triton.ops.row_spans import launch_row_spans, row_top, span_constants, top_k_key
 from orthrus_triton.ops.sampling import check_sampling
 from orthrus_triton.ops.void_rows import VOID
 
@@ -102,10 +101,13 @@ def _top_p_key(z: torch.Tensor, masses: torch.Tensor, top_p: torch.Tensor) -> to
 
 
 @triton.jit
-def kept_range(row_ptr, temperature, top_k, top_p, min_p, V: tl.constexpr, BLOCK: tl.constexpr):
+def kept_range(
+    row_ptr, row, top_ptr, top_id_ptr, digits_ptr, counts_ptr, temperature, top_k, top_p, min_p,
+    V: tl.constexpr, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """(largest scaled logit, its id, smallest kept key by top-k and top-p, mass that all three filters keep)."""
-    z_max, best_id = row_max(row_ptr, temperature, V, BLOCK)
-    key_min = top_k_key(row_ptr, temperature, top_k, V, BLOCK).to(tl.int64)
+    z_max, best_id = row_top(top_ptr, top_id_ptr, row, SPANS, SPANS_PADDED)
+    key_min = top_k_key(digits_ptr, counts_ptr, row, top_k, V, SPANS, SPANS_PADDED).to(tl.int64)
     if top_p < 1.0:
         bound = top_p * mass_from(row_ptr, temperature, z_max, key_min, V, BLOCK).to(tl.float32)
         low, high = key_min - 1, order_key(z_max).to(tl.int64)
@@ -135,8 +137,9 @@ def kept_probs(row_ptr, ids, temperature, min_p, z_max, key_min, total, V: tl.co
 @triton.jit(do_not_specialize=["K"])
 def rejection_choice_kernel(
     logits_ptr, draft_ptr, candidate_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
-    sequence_ptr, out_ptr, K, REPLACE_STREAM: tl.constexpr, ACCEPT_STREAM: tl.constexpr, V: tl.constexpr,
-    BLOCK: tl.constexpr,
+    sequence_ptr, p_top_ptr, p_top_id_ptr, p_digits_ptr, p_counts_ptr, q_top_ptr, q_top_id_ptr, q_digits_ptr,
+    q_counts_ptr, out_ptr, K, REPLACE_STREAM: tl.constexpr, ACCEPT_STREAM: tl.constexpr, V: tl.constexpr,
+    SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, t = row // K, row % K
@@ -145,11 +148,18 @@ def rejection_choice_kernel(
     top_k, top_p, min_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b), tl.load(min_p_ptr + b)
     if temperature > 0:
         seed, sequence, position = tl.load(seed_ptr + b), tl.load(sequence_ptr + b), tl.load(positions_ptr + row)
-        p_max, choice, p_key, p_total = kept_range(p_ptr, temperature, top_k, top_p, min_p, V, BLOCK)
+        p_max, choice, p_key, p_total = kept_range(
+            p_ptr, row, p_top_ptr, p_top_id_ptr, p_digits_ptr, p_counts_ptr, temperature, top_k, top_p, min_p,
+            V, SPANS, SPANS_PADDED, BLOCK,
+        )  # fmt: skip
         has_draft = t < K - 1
         # the last row reads some row of q and drops it
-        q_ptr = draft_ptr + (b * (K - 1) + tl.minimum(t, K - 2)) * V
-        q_max, q_best, q_key, q_total = kept_range(q_ptr, temperature, top_k, top_p, min_p, V, BLOCK)
+        q_row = b * (K - 1) + tl.minimum(t, K - 2)
+        q_ptr = draft_ptr + q_row * V
+        q_max, q_best, q_key, q_total = kept_range(
+            q_ptr, q_row, q_top_ptr, q_top_id_ptr, q_digits_ptr, q_counts_ptr, temperature, top_k, top_p, min_p,
+            V, SPANS, SPANS_PADDED, BLOCK,
+        )  # fmt: skip
         drafted = tl.load(candidate_ptr + row + 1, mask=has_draft, other=0).to(tl.int32)
         key0, key1 = row_key(seed, sequence, position, REPLACE_STREAM)
         best = tl.full((), float("-inf"), tl.float32)
@@ -174,7 +184,7 @@ def rejection_choice_kernel(
         choice = tl.where(has_draft & accepted & (q_max > float("-inf")), drafted, choice)
         choice = tl.where(p_max > float("-inf"), choice, -2)
     else:
-        p_max, choice = row_max(p_ptr, temperature, V, BLOCK)
+        p_max, choice = row_top(p_top_ptr, p_top_id_ptr, row, SPANS, SPANS_PADDED)
     tl.store(out_ptr + row, choice.to(tl.int64))
 
 
@@ -182,11 +192,13 @@ def launch_rejection_choice(
     logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence
 ) -> torch.Tensor:
     out = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    logits, draft_logits = logits.contiguous(), draft_logits.contiguous()
+    spans = [launch_row_spans(rows, temperature, top_k) for rows in (logits, draft_logits)]
     rejection_choice_kernel[(out.numel(),)](
-        logits.contiguous(), draft_logits.contiguous(), candidate.contiguous(), positions.contiguous(), temperature,
-        top_k, top_p, min_p, seed, sequence, out, logits.shape[1],
-        REPLACE_STREAM=CHOICE, ACCEPT_STREAM=ACCEPT, V=logits.shape[-1], BLOCK=BLOCK, num_warps=NUM_WARPS,
-        **EXACT_LAUNCH,
+        logits, draft_logits, candidate.contiguous(), positions.contiguous(), temperature, top_k, top_p, min_p, seed,
+        sequence, *spans[0], *spans[1], out, logits.shape[1],
+        REPLACE_STREAM=CHOICE, ACCEPT_STREAM=ACCEPT, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        **span_constants(logits.shape[-1]), **EXACT_LAUNCH,
     )  # fmt: skip
     return out
 

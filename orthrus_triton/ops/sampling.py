@@ -7,24 +7,31 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.ops._dispatch import require_same, resolve_impl
-from orthrus_triton.ops.gumbel import CHOICE, gumbel, gumbel_torch, row_key, row_key_torch
+from orthrus_triton.ops.gumbel import CHOICE, exponential, gumbel_torch, noise_words, row_key, row_key_torch
 from orthrus_triton.ops.logits_filter import (
     SamplingTensors,
     kept_reference,
     load_scaled,
-    mass,
+    mass_of,
     mass_torch,
     order_key,
-    row_max,
     row_max_torch,
     scaled_torch,
-    top_k_key,
     top_k_torch,
 )
-from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch
+from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch, portable_log
+from orthrus_triton.ops.row_spans import (
+    BLOCK,
+    NUM_WARPS,
+    SPAN,
+    launch_row_spans,
+    row_top,
+    span_constants,
+    top_k_key,
+)
 from orthrus_triton.ops.void_rows import VOID
 
-BLOCK, NUM_WARPS = 2048, 8
+ROUNDS = 3  # of the search that all spans of a row take part in
 
 
 def sample_choice(
@@ -69,78 +76,163 @@ def check_sampling(logits: torch.Tensor, positions: torch.Tensor, sampling: Samp
         require_same(name, tensor.device, logits.device, "device")
 
 
-@triton.jit
-def best_above(
-    row_ptr, temperature, z_max, key_min, min_p, bound, key0, key1, V: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Among tokens whose scaled logit exceeds `bound`: the mass kept by top-k, and the kept one with the best score.
-
-    Returns (mass int64, id int32, its scaled logit); the id is -1 if there is none.
-    """
-    total = tl.full((), 0, tl.int64)
-    best = tl.full((), float("-inf"), tl.float32)
-    best_id, best_z = tl.full((), -1, tl.int32), tl.full((), float("-inf"), tl.float32)
-    for start in range(0, V, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        z = load_scaled(row_ptr, ids, temperature, V)
-        above = (z > bound) & (order_key(z) >= key_min)
-        total += tl.sum(tl.where(above, mass(z, z_max), 0), axis=0)
-        above = above & (portable_exp(z - z_max) >= min_p)
-        score = tl.where(above, z + gumbel(ids, key0, key1), float("-inf"))
-        tile_best = tl.max(score, axis=0)
-        tile_id = tl.min(tl.where(score == tile_best, ids, V), axis=0)
-        better = tile_best > best
-        best_id = tl.where(better, tile_id, best_id)
-        best_z = tl.where(better, tl.sum(tl.where(ids == tile_id, z, 0.0), axis=0), best_z)
-        best = tl.where(better, tile_best, best)
-    return total, best_id, best_z
-
-
 # a slot's own tensors begin anywhere in those of all slots: see `consensus`
 OF_A_SLOT = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "sequence_ptr")
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=OF_A_SLOT)
-def sample_choice_kernel(
-    logits_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, sequence_ptr, out_ptr, T,
-    STREAM: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def best_above(
+    row_ptr, row, b, first, last, bound, temperature, z_max, top_id,
+    positions_ptr, top_k_ptr, min_p_ptr, seed_ptr, sequence_ptr, digits_ptr, counts_ptr,
+    STREAM: tl.constexpr, V: tl.constexpr, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Among tokens first..last-1 whose scaled logit exceeds `bound`: the mass kept by top-k, and the kept one with the
+    best score, unless another of the row has a better one for sure.
+
+    Returns (mass int64, score, id int32); the id is -1 if there is none.
+    """
+    min_p = tl.load(min_p_ptr + b)
+    key_min = top_k_key(digits_ptr, counts_ptr, row, tl.load(top_k_ptr + b), V, SPANS, SPANS_PADDED)
+    key0, key1 = row_key(tl.load(seed_ptr + b), tl.load(sequence_ptr + b), tl.load(positions_ptr + row), STREAM)
+    # A token beats the likeliest one, which every filter keeps, if its exponential noise is below weight * luck; and
+    # that noise is at least high / 2**32. Few tokens pass, so most blocks need no logarithm. One hundredth covers what
+    # scores are rounded by, unless they are large.
+    top_high, top_low = noise_words(top_id, key0, key1)
+    luck = tl.where(tl.abs(z_max) < 1024.0, exponential(top_high, top_low) * 1.01, 3.0e38)
+    total = tl.full((), 0, tl.int64)
+    best, best_id = tl.full((), float("-inf"), tl.float32), tl.full((), -1, tl.int32)
+    for start in range(first, last, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        # [BLOCK] each
+        z = load_scaled(row_ptr, ids, temperature, V)
+        weight = portable_exp(z - z_max)
+        above = (z > bound) & (order_key(z) >= key_min)
+        total += tl.sum(tl.where(above, mass_of(weight), 0), axis=0)
+        high, low = noise_words(ids, key0, key1)
+        hopeful = above & (weight >= min_p) & (high.to(tl.float32) * 2.3283064365386963e-10 <= weight * luck)
+        if tl.max(hopeful.to(tl.int32), axis=0) > 0:
+            score = tl.where(hopeful, z - portable_log(exponential(high, low)), float("-inf"))
+            block_best = tl.max(score, axis=0)
+            block_id = tl.min(tl.where(score == block_best, ids, V), axis=0)
+            best_id = tl.where(block_best > best, block_id, best_id)
+            best = tl.maximum(best, block_best)
+    return total, best, best_id
+
+
+@triton.jit
+def round_result(mass_ptr, score_ptr, id_ptr, place, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr):
+    """What a round found in all spans of a row: (mass, id)."""
+    spans = tl.arange(0, SPANS_PADDED)
+    at, mask = place * SPANS + spans, spans < SPANS
+    # [SPANS_PADDED] each
+    total = tl.sum(tl.load(mass_ptr + at, mask=mask, other=0), axis=0)
+    scores = tl.load(score_ptr + at, mask=mask, other=float("-inf"))
+    ids = tl.load(id_ptr + at, mask=mask, other=-1)
+    # equal scores: the lowest id; no score at all: -1, which every span has then
+    return total, tl.min(tl.where(scores == tl.max(scores, axis=0), ids, 2147483647), axis=0)
+
+
+@triton.jit
+def rounds_so_far(
+    row_ptr, row, temperature, top_p, mass_ptr, score_ptr, id_ptr,
+    ROUND: tl.constexpr, ROUNDS: tl.constexpr, V: tl.constexpr, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """(whether the search goes on after ROUND >= 1 rounds, the choice so far, its scaled logit, the least mass above a
+    choice that top-p drops)."""
+    total, choice = round_result(mass_ptr, score_ptr, id_ptr, row * ROUNDS, SPANS, SPANS_PADDED)
+    enough = top_p * total.to(tl.float32)
+    looking = top_p < 1.0
+    for earlier in tl.static_range(1, ROUND):
+        if looking:
+            likelier, found = round_result(mass_ptr, score_ptr, id_ptr, row * ROUNDS + earlier, SPANS, SPANS_PADDED)
+            looking = (found >= 0) & (likelier.to(tl.float32) >= enough)
+            choice = tl.where(looking, found, choice)
+    return looking, choice, load_scaled(row_ptr, choice, temperature, V), enough
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=OF_A_SLOT)
+def search_kernel(
+    logits_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, sequence_ptr,
+    top_ptr, top_id_ptr, digits_ptr, counts_ptr, mass_ptr, score_ptr, id_ptr, T,
+    ROUND: tl.constexpr, ROUNDS: tl.constexpr, STREAM: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr,
+    SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, SPANS). Round 0 looks for the best score of all. That token may be outside top-p; then so is
+    everything not likelier than it, and the next round looks above it: one or two rounds, instead of a sort."""
+    row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b = row // T
+    row_ptr = logits_ptr + row * V
+    temperature = tl.load(temperature_ptr + b)
+    z_max, top_id = row_top(top_ptr, top_id_ptr, row, SPANS, SPANS_PADDED)
+    looking = (temperature > 0) & (z_max > float("-inf"))
+    bound = tl.full((), float("-inf"), tl.float32)
+    if ROUND > 0:
+        if looking:
+            looking, _, bound, _ = rounds_so_far(
+                row_ptr, row, temperature, tl.load(top_p_ptr + b), mass_ptr, score_ptr, id_ptr,
+                ROUND, ROUNDS, V, SPANS, SPANS_PADDED,
+            )  # fmt: skip
+    if looking:
+        total, best, best_id = best_above(
+            row_ptr, row, b, span * SPAN, tl.minimum(span * SPAN + SPAN, V), bound, temperature, z_max, top_id,
+            positions_ptr, top_k_ptr, min_p_ptr, seed_ptr, sequence_ptr, digits_ptr, counts_ptr,
+            STREAM, V, SPANS, SPANS_PADDED, BLOCK,
+        )  # fmt: skip
+        at = (row * ROUNDS + ROUND) * SPANS + span
+        tl.store(mass_ptr + at, total)
+        tl.store(score_ptr + at, best)
+        tl.store(id_ptr + at, best_id)
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=OF_A_SLOT)
+def choose_kernel(
+    logits_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, sequence_ptr,
+    top_ptr, top_id_ptr, digits_ptr, counts_ptr, mass_ptr, score_ptr, id_ptr, out_ptr, T,
+    ROUNDS: tl.constexpr, STREAM: tl.constexpr, V: tl.constexpr, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows): the choice after all rounds; the rare row that still looks goes on alone."""
     row = tl.program_id(0).to(tl.int64)
     b = row // T
     row_ptr = logits_ptr + row * V
     temperature = tl.load(temperature_ptr + b)
-    z_max, choice = row_max(row_ptr, temperature, V, BLOCK)
+    z_max, top_id = row_top(top_ptr, top_id_ptr, row, SPANS, SPANS_PADDED)
+    choice = top_id
     if (temperature > 0) & (z_max > float("-inf")):
-        top_p, min_p = tl.load(top_p_ptr + b), tl.load(min_p_ptr + b)
-        position = tl.load(positions_ptr + row)
-        key0, key1 = row_key(tl.load(seed_ptr + b), tl.load(sequence_ptr + b), position, STREAM)
-        key_min = top_k_key(row_ptr, temperature, tl.load(top_k_ptr + b), V, BLOCK)
-        total, found, found_z = best_above(
-            row_ptr, temperature, z_max, key_min, min_p, float("-inf"), key0, key1, V, BLOCK
-        )
-        choice = found
-        # The best score among all tokens may be outside top-p. Then so is everything not likelier than it, and the
-        # search goes on above it: one or two rounds, instead of a sort.
-        looking = top_p < 1.0
+        looking, choice, bound, enough = rounds_so_far(
+            row_ptr, row, temperature, tl.load(top_p_ptr + b), mass_ptr, score_ptr, id_ptr,
+            ROUNDS, ROUNDS, V, SPANS, SPANS_PADDED,
+        )  # fmt: skip
         while looking:
-            likelier, found, found_z_above = best_above(
-                row_ptr, temperature, z_max, key_min, min_p, found_z, key0, key1, V, BLOCK
-            )
-            looking = (found >= 0) & (likelier.to(tl.float32) >= top_p * total.to(tl.float32))
+            likelier, _, found = best_above(
+                row_ptr, row, b, 0, V, bound, temperature, z_max, top_id,
+                positions_ptr, top_k_ptr, min_p_ptr, seed_ptr, sequence_ptr, digits_ptr, counts_ptr,
+                STREAM, V, SPANS, SPANS_PADDED, BLOCK,
+            )  # fmt: skip
+            looking = (found >= 0) & (likelier.to(tl.float32) >= enough)
             choice = tl.where(looking, found, choice)
-            found_z = found_z_above
+            bound = load_scaled(row_ptr, choice, temperature, V)
     tl.store(out_ptr + row, choice.to(tl.int64))
 
 
 def launch_sample_choice(
     logits, positions, temperature, top_k, top_p, min_p, seed, sequence, stream
 ) -> torch.Tensor:  # fmt: skip
-    logits = logits.contiguous()
-    out = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    sample_choice_kernel[(out.numel(),)](
-        logits, positions.contiguous(), temperature, top_k, top_p, min_p, seed, sequence, out, logits.shape[1],
-        STREAM=stream, V=logits.shape[-1], BLOCK=BLOCK, num_warps=NUM_WARPS, **EXACT_LAUNCH,
-    )  # fmt: skip
+    logits, positions = logits.contiguous(), positions.contiguous()
+    B, T, V = logits.shape
+    spans = launch_row_spans(logits, temperature, top_k)
+    constants = span_constants(V)
+    launch = {"STREAM": stream, "ROUNDS": ROUNDS, "BLOCK": BLOCK, "num_warps": NUM_WARPS, **EXACT_LAUNCH}
+    # [rows, ROUNDS, spans]: mass, score and id
+    found = [
+        logits.new_empty(B * T, ROUNDS, constants["SPANS"], dtype=dtype)
+        for dtype in (torch.int64, torch.float32, torch.int32)
+    ]
+    of_row = (logits, positions, temperature, top_k, top_p, min_p, seed, sequence, *spans, *found)
+    for number in range(ROUNDS):
+        search_kernel[(B * T, constants["SPANS"])](*of_row, T, ROUND=number, SPAN=SPAN, **constants, **launch)
+    out = torch.empty(B, T, dtype=torch.int64, device=logits.device)
+    choose_kernel[(B * T,)](*of_row, out, T, **constants, **launch)
     return out
 
 

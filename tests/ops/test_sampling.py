@@ -17,22 +17,49 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from orthrus_triton.ops import VOID, SamplingTensors, filtered_probs, greedy_choice, sample_choice, sampling
+from orthrus_triton.ops import VOID, SamplingTensors, filtered_probs, greedy_choice, row_spans, sample_choice, sampling
 from orthrus_triton.ops.gumbel import CHOICE, DRAFT, gumbel_torch, philox_torch, row_key_torch
 from orthrus_triton.ops.logits_filter import kept_reference
 from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
 from tests.ops.sampling_cases import DEVICE, make_logits, mixed_sampling, positions_of, sampling_of
 
 
-@pytest.mark.parametrize(("vocab", "block"), [(100, 2048), (100, 64)])
-def test_triton_torch_and_definition_choose_alike(vocab: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "BLOCK", block)
-    rows = 2 if block > vocab else 1
+def use_spans(patch: pytest.MonkeyPatch, span: int, block: int, rounds: int = 3) -> None:
+    for module in (row_spans, sampling):
+        patch.setattr(module, "SPAN", span)
+        patch.setattr(module, "BLOCK", block)
+    patch.setattr(sampling, "ROUNDS", rounds)
+
+
+@pytest.mark.parametrize(
+    ("span", "block", "rounds"),
+    [(8192, 2048, 3), (64, 64, 3), (32, 16, 2), (48, 16, 1)],  # one span; two; four; three, and choose_kernel searches
+)
+def test_triton_torch_and_definition_choose_alike(
+    span: int, block: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_spans(monkeypatch, span, block, rounds)
+    vocab, rows = 100, 2 if span > 100 else 1
     logits, positions, how = make_logits(block, 8, rows, vocab), positions_of(8, rows), mixed_sampling()
     ids = {impl: sample_choice(logits, positions, how, impl=impl) for impl in ("triton", "torch", "reference")}
     assert torch.equal(ids["triton"], ids["torch"])
     assert torch.equal(ids["torch"], ids["reference"])
     assert torch.equal(ids["torch"][0], greedy_choice(logits[0]))  # temperature 0
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.1, 3.0, 60.0, 3e4]), data=st.data())
+def test_no_winner_is_passed_over(seed: int, scale: float, data: st.DataObject) -> None:
+    """Blocks are left out when none of their tokens can win; whatever the numbers, the best score of all wins."""
+    how = sampling_of(
+        2, temperature=data.draw(st.sampled_from([0.02, 1.0, 30.0])), seed=seed,
+        top_p=data.draw(st.sampled_from([1.0, 0.9, 0.3])), top_k=data.draw(st.sampled_from([0, 9])),
+    )  # fmt: skip
+    logits, positions = make_logits(seed, 2, 1, 120, scale=scale), positions_of(2, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        use_spans(patch, 32, 8)
+        ids = sample_choice(logits, positions, how, impl="triton")
+    assert torch.equal(ids, sample_choice(logits, positions, how, impl="torch"))
 
 
 @settings(max_examples=40)
