@@ -1,5 +1,5 @@
 """Whose cycles are timed: ours, ours in AR mode, the official implementation, transformers as it is and compiled.
-Each prefills random prompts and decodes greedily; every sample is the wall-clock of one cycle, host work included."""
+Random prompts, greedy unless the name says so; every sample is the wall-clock of one cycle, host work included."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 
 from benchmarks import shapes
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams
 
 WARM_UP = 3
+SAMPLED = SamplingParams(temperature=0.6, top_k=20, top_p=0.95)  # what Qwen3's own generation config asks for
 
 
 class CannotRun(Exception):
@@ -41,19 +42,19 @@ class Workload:
     official: Path | None = None
 
 
-def ours(load: Workload, mode: str = "consensus", **options: Any) -> Cycles:
+def ours(load: Workload, mode: str = "consensus", params: SamplingParams = SamplingParams(), **options: Any) -> Cycles:
     """Our cycle: on a GPU one graph replay, and the host a step behind."""
     batch, context = load.prompts.shape
     decoder = ConsensusDecoder(load.model, mode=mode, **options)
     # random drafts are rarely accepted, and a limit is there to be out of reach
     tokens = 16 * (load.cycles + WARM_UP + 2)
-    run = decoder.open(batch, context + tokens, eos_token_id=[])
+    run = decoder.open(batch, context + tokens, eos_token_id=[], choosing=Choosing.of([params]))
     for b, prompt in enumerate(load.prompts):  # compiles and loads what the time to the first token should not hold
-        run.admit(b, prompt, 1)
+        run.admit(b, prompt, 1, params)
         run.poll(lag=0)
     started = time.perf_counter()
     for b, prompt in enumerate(load.prompts):
-        run.admit(b, prompt, tokens)
+        run.admit(b, prompt, tokens, params)
     run.poll(lag=0)
     result = Cycles(("ar",) if mode == "ar" else ("diffusion", "ar"), time.perf_counter() - started)
     last, known = time.perf_counter(), run.cycles_known
@@ -154,6 +155,8 @@ def hf_compiled(load: Workload) -> Cycles:
 PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours": ours,
     "ours-ar": lambda load: ours(load, "ar"),
+    "ours-sampled": lambda load: ours(load, params=SAMPLED),
+    "ours-ar-sampled": lambda load: ours(load, "ar", SAMPLED),
     "ours-ar-inexact": lambda load: ours(load, "ar", exact=False),
     "official": official,
     "hf": hf,

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# One visit to a GPU, part by part; each takes under 9 minutes, prints its table last and keeps all in OUTPUT_FOLDER.
-#   benchmarks/gpu_visit.sh PART... OUTPUT_FOLDER
-# Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tune_1 tune_2 linear attention cycle context
-#        batch profile prefill training
+# One visit to a GPU, part by part; each prints its table last and keeps all in OUTPUT_FOLDER.
+#   benchmarks/gpu_visit.sh PART[:SECONDS]... OUTPUT_FOLDER     a part is cut off after SECONDS, by default 530
+# Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tune_1 tune_2 linear attention cycle sampled
+#        context batch profile prefill training
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
-#   SHAPE=qwen3-8b  PYTHON=python3
+#   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
+# What to ask of 12 minutes: facts:30 tests_ops:150 tests_modules:120 cycle:150 sampled:60, then tune_1:200.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-(($# >= 2)) || { sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"; exit 2; }
+(($# >= 2)) || { sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}"; exit 2; }
 parts=("${@:1:$#-1}")
 out=${*: -1}
 mkdir -p "$out"
@@ -20,21 +21,26 @@ official=${OFFICIAL:+--official $OFFICIAL}
 export PYTHONPATH=. TOKENIZERS_PARALLELISM=false
 status=0
 
-run() { # NAME COMMAND...: at most 530 s, output kept and its end shown
+run() { # NAME COMMAND...: at most $seconds, output kept and its end shown
     local name=$1 started=$SECONDS
     shift
-    timeout --kill-after=10 530 "$@" >"$out/$name.log" 2>&1
+    timeout --kill-after=10 "$seconds" "$@" >"$out/$name.log" 2>&1
     local rc=$?
     tail -n 40 "$out/$name.log"
     echo "== $name: exit $rc after $((SECONDS - started)) s, full output in $name.log"
     ((rc == 0)) || status=1
 }
 
+# kernels compile on the CPU: most of the tests' time, and shared well
+workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n ${WORKERS:-8}")
+
 gpu_tests() { # PATH...: what failed and what took long, also of a part that was cut off
-    run "$part" "$python" -m pytest -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider -m gpu "$@"
+    run "$part" "$python" -m pytest $workers -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider -m gpu "$@"
 }
 
 for part in "${parts[@]}"; do
+    seconds=530
+    [[ $part == *:* ]] && seconds=${part#*:} part=${part%%:*}
     case $part in
         facts) run facts "$python" -c "
 import torch
@@ -53,6 +59,9 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         attention) run attention "$python" -m benchmarks.attention --out "$out" ;;
         # one context, everybody
         cycle) run cycle "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 $official --out "$out" ;;
+        # what temperature, top-k and top-p add
+        sampled) run sampled "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1,8 --cycles 20 \
+            --providers ours,ours-sampled,ours-ar,ours-ar-sampled --out "$out/sampled" ;;
         # 2k to 32k, who keeps up
         context) run context "$python" -m benchmarks.cycle --shape "$shape" --context 2048,8192,32768 --batch 1 --cycles 20 \
             --providers ours,ours-ar,official $official --out "$out/context" ;;
