@@ -78,10 +78,11 @@ def philox_torch(c0: torch.Tensor, c1: torch.Tensor, key: torch.Tensor) -> tuple
     """The words of `philox`, held in int64."""
     for _ in range(ROUNDS):
         product = c0 * MULTIPLIER  # wraps beyond 63 bits, and the bits are right
-        c0 = (product >> 32).bitwise_and_(WORD).bitwise_xor_(key).bitwise_xor_(c1)
-        c1 = product.bitwise_and_(WORD)
+        # of the last product only the lower word counts: the upper one goes here
+        c0 = (product >> 32).bitwise_xor_(c1).bitwise_xor_(key).bitwise_and_(WORD)
+        c1 = product
         key = (key + WEYL).bitwise_and_(WORD)
-    return c0, c1
+    return c0, c1 & WORD
 
 
 def row_key_torch(
@@ -99,15 +100,23 @@ def gumbel_torch(vocab_size: int, key0: torch.Tensor, key1: torch.Tensor) -> tor
     return gumbel_of_torch(ids.expand(*key0.shape, vocab_size), key0, key1)
 
 
-def gumbel_of_torch(ids: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torch.Tensor:
-    """Noise of the tokens `ids` [..., C] for row keys [...], fp32."""
-    high, low = philox_torch(ids, key1[..., None], key0[..., None])
+def noise_words_torch(ids: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The words of `noise_words` of the tokens `ids` [..., C] for row keys [...], held in int64."""
+    return philox_torch(ids, key1[..., None], key0[..., None])
+
+
+def exponential_torch(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The bits of `exponential`."""
     small = high < SMALL
     high, low = torch.where(small, high, high ^ WORD), torch.where(small, low, low ^ WORD)
     w = high.to(torch.float32) * 2.0**-32 + (low.to(torch.float32) + 0.5) * 2.0**-64
     m, e = split_float_torch(w)
-    exponential = -log_from_parts_torch(torch.where(small, -w, m - 1.0), torch.where(small, 0.0, e))
-    return -portable_log_torch(exponential)
+    return -log_from_parts_torch(torch.where(small, -w, m - 1.0), torch.where(small, 0.0, e))
+
+
+def gumbel_of_torch(ids: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torch.Tensor:
+    """Noise of the tokens `ids` [..., C] for row keys [...], fp32."""
+    return -portable_log_torch(exponential_torch(*noise_words_torch(ids, key0, key1)))
 
 
 def uniform_torch(key0: torch.Tensor, key1: torch.Tensor) -> torch.Tensor:

@@ -91,9 +91,14 @@ def order_key_torch(z: torch.Tensor) -> torch.Tensor:
     return (bits ^ ((bits >> 31) | -(2**31))).long() & 0xFFFFFFFF
 
 
+def mass_of_torch(weight: torch.Tensor) -> torch.Tensor:
+    """The masses of `mass_of`."""
+    return (weight * MASS_ONE).long()
+
+
 def mass_torch(z: torch.Tensor, z_max: torch.Tensor) -> torch.Tensor:
     """The masses of `mass`; z_max [..., 1]."""
-    masses = (portable_exp_torch(z - z_max) * MASS_ONE).long()
+    masses = mass_of_torch(portable_exp_torch(z - z_max))
     return torch.where(z_max > -torch.inf, masses, 0)  # a row of -inf alone has none
 
 

@@ -60,13 +60,13 @@ def portable_log(x):
 
 def portable_exp_torch(x: torch.Tensor) -> torch.Tensor:
     """exp of x <= 0, fp32; the bits of `portable_exp`."""
-    n = torch.floor(x * LOG2E + 0.5).clamp(min=-126.0)
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    p = r * EXP_TERMS[0] + EXP_TERMS[1]
+    n = (x * LOG2E).add_(0.5).floor_().clamp_(min=-126.0)
+    r = (x - n * LN2_HIGH).sub_(n * LN2_LOW)
+    p = (r * EXP_TERMS[0]).add_(EXP_TERMS[1])
     for term in EXP_TERMS[2:]:
-        p = p * r + term
-    scale = ((n.to(torch.int32) + 127) << 23).view(torch.float32)
-    return torch.where(x >= EXP_MIN, p * scale, 0.0)
+        p.mul_(r).add_(term)
+    scale = n.to(torch.int32).add_(127).bitwise_left_shift_(23).view(torch.float32)
+    return torch.where(x >= EXP_MIN, p.mul_(scale), 0.0)
 
 
 def split_float_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,13 +13,11 @@ from orthrus_triton.ops.logits_filter import (
     kept_reference,
     load_scaled,
     mass_of,
-    mass_torch,
     order_key,
     row_max_torch,
     scaled_torch,
-    top_k_torch,
 )
-from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch, portable_log
+from orthrus_triton.ops.portable_math import portable_exp, portable_log
 from orthrus_triton.ops.row_spans import (
     BLOCK,
     NUM_WARPS,
@@ -29,6 +27,7 @@ from orthrus_triton.ops.row_spans import (
     span_constants,
     top_k_key,
 )
+from orthrus_triton.ops.sample_torch import sample_choice_torch
 from orthrus_triton.ops.void_rows import VOID
 
 ROUNDS = 3  # of the search that all spans of a row take part in
@@ -234,35 +233,6 @@ def launch_sample_choice(
     out = torch.empty(B, T, dtype=torch.int64, device=logits.device)
     choose_kernel[(B * T,)](*of_row, out, T, **constants, **launch)
     return out
-
-
-def sample_choice_torch(
-    logits, positions, temperature, top_k, top_p, min_p, seed, sequence, stream
-) -> torch.Tensor:  # fmt: skip
-    """The same algorithm on all rows at once; integer sums and elementwise arithmetic, so the same ids."""
-    z = scaled_torch(logits, temperature)
-    best, greedy = row_max_torch(z)
-    if not bool((temperature > 0).any()):
-        return greedy
-    z_max = best[..., None]
-    key0, key1 = row_key_torch(seed[:, None], sequence[:, None], positions, stream)
-    score = z + gumbel_torch(z.shape[-1], key0, key1)
-    kept = z >= top_k_torch(z, top_k)
-    if bool((min_p > 0).any()):
-        score = torch.where(portable_exp_torch(z - z_max) >= min_p[:, None, None], score, -torch.inf)
-    score = torch.where(kept, score, -torch.inf)
-    choice = score.argmax(dim=-1)
-    looking = (top_p < 1.0)[:, None].expand_as(choice)
-    if bool(looking.any()):
-        masses = torch.where(kept, mass_torch(z, z_max), 0)
-        bound = top_p[:, None] * masses.sum(-1).to(torch.float32)
-    while bool(looking.any()):
-        above = z > z.gather(-1, choice[..., None])
-        likelier = torch.where(above, masses, 0).sum(-1).to(torch.float32)
-        best, found = torch.where(above, score, -torch.inf).max(dim=-1)
-        looking = looking & (best > -torch.inf) & (likelier >= bound)
-        choice = torch.where(looking, found, choice)
-    return torch.where((temperature > 0)[:, None] & (greedy != VOID), choice, greedy)
 
 
 def sample_choice_reference(

@@ -11,7 +11,7 @@ from orthrus_triton.modules import SharedKVCache, ViewPass
 from orthrus_triton.modules.sampling_params import SamplingParams
 from orthrus_triton.ops import SamplingTensors, greedy_choice
 from orthrus_triton.ops.gumbel import CHOICE
-from orthrus_triton.ops.sampling import sample_choice_torch
+from orthrus_triton.ops.sample_torch import sample_choice_torch
 
 SUMS, PERIOD = 101, 7
 

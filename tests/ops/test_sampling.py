@@ -17,7 +17,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from orthrus_triton.ops import VOID, SamplingTensors, filtered_probs, greedy_choice, row_spans, sample_choice, sampling
+from orthrus_triton.ops import (
+    VOID,
+    SamplingTensors,
+    filtered_probs,
+    greedy_choice,
+    row_spans,
+    sample_choice,
+    sample_torch,
+    sampling,
+)
 from orthrus_triton.ops.gumbel import CHOICE, DRAFT, gumbel_torch, philox_torch, row_key_torch
 from orthrus_triton.ops.logits_filter import kept_reference
 from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
@@ -59,25 +68,45 @@ def test_no_winner_is_passed_over(seed: int, scale: float, data: st.DataObject) 
     with pytest.MonkeyPatch.context() as patch:
         use_spans(patch, 32, 8)
         ids = sample_choice(logits, positions, how, impl="triton")
-    assert torch.equal(ids, sample_choice(logits, positions, how, impl="torch"))
+        patch.setattr(sample_torch, "LISTED", 16)
+        assert torch.equal(ids, sample_choice(logits, positions, how, impl="torch"))
 
 
-@settings(max_examples=40)
-@given(seed=st.integers(0, 10**6), vocab=st.integers(6, 60), top_k=st.integers(0, 70), data=st.data())
-def test_torch_is_the_definition(seed: int, vocab: int, top_k: int, data: st.DataObject) -> None:
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10**6), vocab=st.integers(6, 60), top_k=st.sampled_from([0, 1, 3, 4, 5, 20, 59, 70]),
+    listed=st.sampled_from([1, 4, 20, 128]), data=st.data(),
+)  # fmt: skip
+def test_torch_is_the_definition(seed: int, vocab: int, top_k: int, listed: int, data: st.DataObject) -> None:
+    """Whether the filters leave what the list of the largest holds, or more."""
     logits = make_logits(seed, 2, 4, vocab, scale=data.draw(st.sampled_from([0.1, 1.0, 8.0, 60.0])))
     how = sampling_of(
         2, temperature=data.draw(st.sampled_from([0.05, 0.5, 1.0, 3.0])), top_k=top_k, seed=seed,
         top_p=data.draw(st.sampled_from([1.0, 0.93, 0.51, 0.02])), min_p=data.draw(st.sampled_from([0.0, 0.03, 0.6])),
     )  # fmt: skip
     positions = positions_of(2, 4)
-    assert torch.equal(
-        sample_choice(logits, positions, how, impl="torch"), sample_choice(logits, positions, how, impl="reference")
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_torch, "LISTED", listed)
+        ids = sample_choice(logits, positions, how, impl="torch")
+    assert torch.equal(ids, sample_choice(logits, positions, how, impl="reference"))
     probs = filtered_probs(logits, how)
     # what is kept and too unlikely for fixed point has probability 0
     assert torch.equal(probs > 1e-9, kept_reference(logits, how) & (probs > 1e-9))
     torch.testing.assert_close(probs.sum(-1), torch.ones_like(probs[..., 0]))
+
+
+@pytest.mark.parametrize("listed", [3, 4, 20])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_the_list_of_the_largest_may_end_where_top_k_does(
+    listed: int, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the k-th largest itself, within its equals, before or behind it."""
+    monkeypatch.setattr(sample_torch, "LISTED", listed)
+    logits = (make_logits(7, 4, 16, 60, scale=0.6) * 3).round() / 3  # many equals
+    positions, how = positions_of(4, 16), sampling_of(4, top_k=[3, 4, 20, 21], top_p=top_p)
+    assert torch.equal(
+        sample_choice(logits, positions, how, impl="torch"), sample_choice(logits, positions, how, impl="reference")
+    )
 
 
 def test_rows_do_not_know_of_each_other() -> None:
@@ -163,7 +192,12 @@ def test_rows_without_a_choice_give_no_id() -> None:
     for impl, temperature in itertools.product(("triton", "torch", "reference"), (0.0, 1.0)):
         how = sampling_of(2, temperature=temperature, top_p=0.5)
         assert sample_choice(logits, positions_of(2, 1), how, impl=impl).tolist() == [[VOID], [VOID]]
-    logits[0, 0, 4], logits[1, 0, 6] = torch.inf, 1.0
+    logits[0, 0, 4], logits[1] = -1e38, -3e38  # too low to be divided: one row is left with nothing, and one is not
+    for impl in ("triton", "torch", "reference"):
+        how = sampling_of(2, temperature=[0.5, 0.01])
+        assert sample_choice(logits, positions_of(2, 1), how, impl=impl).tolist() == [[4], [VOID]]
+    logits[0, 0, 4], logits[1] = torch.inf, -torch.inf
+    logits[1, 0, 6] = 1.0
     for impl in ("triton", "torch"):
         assert sample_choice(logits, positions_of(2, 1), sampling_of(2), impl=impl).tolist() == [[4], [6]]
 
