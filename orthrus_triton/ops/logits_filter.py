@@ -13,7 +13,6 @@ from orthrus_triton.ops.void_rows import VOID
 
 LARGEST = 3.0e38  # +inf logits are this: a difference of two of them must not be NaN
 MASS_ONE = 2.0**40  # mass of the likeliest token; 2**20 of them still fit int64
-KEY_BITS = 32
 
 
 class SamplingTensors(NamedTuple):
@@ -83,12 +82,6 @@ def row_max_torch(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     larger than -inf."""
     best, ids = z.max(dim=-1)
     return best, torch.where(best > -torch.inf, ids, VOID)
-
-
-def order_key_torch(z: torch.Tensor) -> torch.Tensor:
-    """The keys of `order_key`, held in int64."""
-    bits = z.contiguous().view(torch.int32)
-    return (bits ^ ((bits >> 31) | -(2**31))).long() & 0xFFFFFFFF
 
 
 def mass_of_torch(weight: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,13 @@ from orthrus_triton.ops.gumbel import (
     ACCEPT,
     CHOICE,
     gumbel,
-    gumbel_torch,
+    gumbel_of_torch,
     row_key,
     row_key_torch,
     uniform,
     uniform_torch,
 )
 from orthrus_triton.ops.logits_filter import (
-    KEY_BITS,
     SamplingTensors,
     kept_reference,
     load_scaled,
@@ -26,13 +25,13 @@ from orthrus_triton.ops.logits_filter import (
     mass_from,
     mass_torch,
     order_key,
-    order_key_torch,
     row_max_torch,
     scaled_torch,
     top_k_torch,
 )
 from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch, portable_log, portable_log_torch
 from orthrus_triton.ops.row_spans import launch_row_spans, row_top, span_constants, top_k_key
+from orthrus_triton.ops.sample_torch import LISTED
 from orthrus_triton.ops.sampling import check_sampling
 from orthrus_triton.ops.void_rows import VOID
 
@@ -79,25 +78,26 @@ def filtered_probs(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Ten
     z = scaled_torch(logits, sampling.temperature)
     z_max = z.amax(-1, keepdim=True)
     masses = torch.where(z >= top_k_torch(z, sampling.top_k), mass_torch(z, z_max), 0)
-    masses = torch.where(order_key_torch(z) >= _top_p_key(z, masses, sampling.top_p), masses, 0)
+    masses = torch.where(z >= _top_p_floor(z, masses, sampling.top_p), masses, 0)
     masses = torch.where(portable_exp_torch(z - z_max) >= sampling.min_p[:, None, None], masses, 0)
     return masses.to(torch.float32) / masses.sum(-1, keepdim=True).to(torch.float32)
 
 
-def _top_p_key(z: torch.Tensor, masses: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Smallest key [B, T, 1] such that less than top_p of the mass is strictly above it, by bisection."""
-    keys = order_key_torch(z)
+def _top_p_floor(z: torch.Tensor, masses: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Smallest scaled logit [B, T, 1] with less than top_p of the mass strictly above it."""
+    limited = (top_p < 1.0)[:, None, None]
+    if not limited.any():
+        return torch.full_like(z[..., :1], -torch.inf)
     bound = top_p[:, None, None] * masses.sum(-1, keepdim=True).to(torch.float32)
-    low = torch.full_like(keys[..., :1], -1)  # too small, unless everything is kept
-    high = keys.amax(-1, keepdim=True)
-    low = torch.where(top_p[:, None, None] < 1.0, low, high - 1)
-    for _ in range(KEY_BITS + 1):
-        middle = (low + high) >> 1
-        above = torch.where(keys > middle, masses, 0).sum(-1, keepdim=True).to(torch.float32)
-        enough = above < bound
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, middle)
-    return torch.where(top_p[:, None, None] < 1.0, high, 0)
+    for count in (min(LISTED, z.shape[-1]), z.shape[-1]):  # few tokens have most of the mass
+        values, ids = z.topk(count)
+        listed = masses.gather(-1, ids)
+        # what is above a value is before the first of its equals
+        above = (listed.cumsum(-1) - listed).gather(-1, torch.searchsorted(-values, -values))
+        kept = above.to(torch.float32) < bound
+        if not (kept[..., -1:] & limited).any():
+            break
+    return torch.where(limited, torch.where(kept, values, torch.inf).amin(-1, keepdim=True), -torch.inf)
 
 
 @triton.jit
@@ -218,9 +218,12 @@ def _accept_or_replace(logits, p, q, candidate, positions, sampling) -> torch.Te
     rest = p.clone()
     rest[:, :-1] -= q
     seed, sequence = sampling.seed[:, None], sampling.sequence[:, None]
-    noise = gumbel_torch(p.shape[-1], *row_key_torch(seed, sequence, positions, CHOICE))
-    score = portable_log_torch(torch.where(rest > 0, rest, 1.0)) + noise
-    best, choice = torch.where(rest > 0, score, -torch.inf).max(dim=-1)
+    # noise only where something is left: with filters, next to nowhere
+    at = (rest > 0).nonzero(as_tuple=True)
+    key0, key1 = (key[at[:2]] for key in row_key_torch(seed, sequence, positions, CHOICE))
+    score = torch.full_like(rest, -torch.inf)
+    score[at] = portable_log_torch(rest[at]) + gumbel_of_torch(at[2][:, None], key0, key1)[:, 0]
+    best, choice = score.max(dim=-1)
     u = uniform_torch(*row_key_torch(seed, sequence, positions[:, :-1], ACCEPT))
     drafted = candidate[:, 1:, None]
     accepted = u * q.gather(-1, drafted)[..., 0] < p[:, :-1].gather(-1, drafted)[..., 0]
