@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.ops._dispatch import require_same, resolve_impl
@@ -117,22 +118,28 @@ def launch_process_logits(
 def process_logits_torch(
     logits, positions, candidate, eos_ids, repetition, presence, frequency, min_position, bias, history
 ) -> torch.Tensor:
-    """The same in batched torch, any device, no host synchronisation."""
-    count = history[:, None, :-1]
-    if candidate is not None and candidate.shape[1] > 1:
-        seen = torch.zeros_like(logits, dtype=torch.int32)
-        seen[:, 1:].scatter_(2, candidate[:, 1:, None], 1)
-        count = count + seen.cumsum(1, dtype=torch.int32)
-    repetition = repetition[:, None, None]
-    punished = torch.where(logits < 0, logits * repetition, logits / repetition)
-    logits = torch.where(count > 0, punished, logits)
-    generated = count & (IN_PROMPT - 1)
-    logits = logits - frequency[:, None, None] * generated.to(torch.float32)
-    logits = logits - torch.where(generated > 0, presence[:, None, None], 0.0)
-    logits = logits + bias[:, None, :]
-    is_eos = torch.isin(torch.arange(logits.shape[-1], device=logits.device), eos_ids)
-    too_early = positions < min_position[:, None]
-    return torch.where(too_early[..., None] & is_eos, -torch.inf, logits)
+    """Any device. Only tokens of the prompt, the output and the block are punished: the others get their bias."""
+    B, T, V = logits.shape
+    out = logits + bias[:, None, :]
+    for b in range(B):
+        ids = history[b, :-1].nonzero()[:, 0]
+        if candidate is not None and T > 1:
+            ids = torch.cat((ids, candidate[b, 1:])).unique()
+        # [T, C]
+        count = history[b, ids].expand(T, -1)
+        if candidate is not None and T > 1:
+            seen = (candidate[b, 1:, None] == ids).cumsum(0, dtype=torch.int32)
+            count = count + F.pad(seen, (0, 0, 1, 0))
+        some = logits[b][:, ids]
+        punished = torch.where(some < 0, some * repetition[b], some / repetition[b])
+        some = torch.where(count > 0, punished, some)
+        generated = count & (IN_PROMPT - 1)
+        some = some - frequency[b] * generated.to(torch.float32)
+        some = some - torch.where(generated > 0, presence[b], 0.0)
+        out[b, :, ids] = some + bias[b, ids]
+    b, t = (positions < min_position[:, None]).nonzero(as_tuple=True)
+    out[b[:, None], t[:, None], eos_ids[(eos_ids >= 0) & (eos_ids < V)]] = -torch.inf
+    return out
 
 
 @torch.library.custom_op(
