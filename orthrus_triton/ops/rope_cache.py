@@ -153,6 +153,7 @@ def launch_rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps) -
 
 
 def _norm(heads: torch.Tensor, weight: torch.Tensor, eps: float, rounding: torch.dtype) -> torch.Tensor:
+    """heads [..., H, D], weight [H, D]."""
     normed = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps)
     return (normed.to(rounding) * weight.to(rounding)).to(heads.dtype)
 
@@ -228,8 +229,8 @@ def rope_cache_torch(
     HQ = heads.shape[2] - 2 * HKV
     q_and_k, v = heads[:, :, : HQ + HKV].to(compute), heads[:, :, HQ + HKV :]
     if q_norm is not None:
-        q, k = q_and_k.split([HQ, HKV], dim=2)
-        q_and_k = torch.cat((_norm(q, q_norm, eps, rounding), _norm(k, k_norm, eps, rounding)), dim=2)
+        weight = torch.cat((q_norm.expand(HQ, D), k_norm.expand(HKV, D)))
+        q_and_k = _norm(q_and_k, weight, eps, rounding)
     rotated = _rotate(q_and_k, cos.to(compute), sin.to(compute)).to(qkv.dtype)
     _write(k_out, rotated[:, :, HQ:], v_out, v, slots, keep)
     return rotated[:, :, :HQ]
