@@ -134,6 +134,8 @@ def read_config(path: str | Path, **changes: Any) -> ViewTrainingArguments:
         raise ValueError(f"{path} has no such option: {', '.join(map(str, unknown))}")
     for name, value in options.items():
         _check_number(name, value)
+        if value is False and name.endswith("_strategy"):
+            options[name] = "no"  # which YAML reads as false
     return ViewTrainingArguments(**options)
 
 

@@ -152,8 +152,11 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_config(path)
-    path.write_text(f"output_dir: {tmp_path}\nmax_steps: 3\ndomain_weights: {{code: 0.5}}\nuse_cpu: true")
+    path.write_text(
+        f"output_dir: {tmp_path}\nmax_steps: 3\ndomain_weights: {{code: 0.5}}\nuse_cpu: true\nsave_strategy: no"
+    )
     args = read_config(path, max_steps=7)
+    assert args.save_strategy == "no"  # which YAML reads as false
     assert args.max_steps == 7 and args.domain_weights == {"code": 0.5} and args.learning_rate == 1e-3
 
 
