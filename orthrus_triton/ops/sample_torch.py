@@ -3,6 +3,7 @@ for a row's largest logits where the filters leave no others, else for all, and 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -102,17 +103,26 @@ def _scaled_row(rows: _Rows, r: int) -> torch.Tensor:
     return rows.pick(torch.tensor([r], device=rows.z_max.device)).scaled(rows.logits[r][None])[0]
 
 
+@lru_cache(maxsize=64)
+def _upper_words(key0: int, key1: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """Upper noise words [V] of a row as fractions, fp32. A draft, its verify pass and the next draft ask for them all."""
+    ids = torch.arange(vocab_size, device=device)
+    keys = (torch.tensor(key, device=device) for key in (key0, key1))
+    return noise_words_torch(ids, *keys)[0].to(torch.float32) * 2.0**-32
+
+
 def _search_all(rows: _Rows, r: int) -> torch.Tensor:
     """The id that row r chooses among all tokens, as `best_above` finds it."""
-    z, z_max, top_id = _scaled_row(rows, r), rows.z_max[r], rows.top_id[r]
+    z, z_max, key0, key1 = _scaled_row(rows, r), rows.z_max[r], rows.key0[r], rows.key1[r]
     V, top_k, top_p = len(z), int(rows.top_k[r]), rows.top_p[r]
-    high, low = noise_words_torch(torch.arange(V, device=z.device), rows.key0[r], rows.key1[r])
-    luck = exponential_torch(high[top_id], low[top_id]) * 1.01 if z_max.abs() < 1024.0 else LARGEST
-    hopeful = high.to(torch.float32).mul_(2.0**-32) <= (z - z_max).exp_().mul_(luck)
+    luck = exponential_torch(*noise_words_torch(rows.top_id[r, None], key0, key1)) * 1.01
+    if z_max.abs() >= 1024.0:
+        luck = LARGEST
+    hopeful = _upper_words(int(key0), int(key1), V, z.device) <= (z - z_max).exp_().mul_(luck)
     z_k = z.topk(top_k).values[-1] if 0 < top_k < V else -torch.inf
     ids = (hopeful & (z >= z_k)).nonzero()[:, 0]
     ids = ids[portable_exp_torch(z[ids] - z_max) >= rows.min_p[r]]
-    score = z[ids] - portable_log_torch(exponential_torch(high[ids], low[ids]))
+    score = z[ids] - portable_log_torch(exponential_torch(*noise_words_torch(ids, key0, key1)))
     choice = ids[score.argmax()]
     if top_p < 1.0:
         masses = torch.where(z >= z_k, mass_of_torch(portable_exp_torch(z - z_max)), 0)
