@@ -105,7 +105,7 @@ def _scaled_row(rows: _Rows, r: int) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _upper_words(key0: int, key1: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Upper noise words [V] of a row as fractions, fp32. A draft, its verify pass and the next draft ask for them all."""
+    """Upper noise words [V] of a row as fractions, fp32. A draft, its verify pass and the next draft share them."""
     ids = torch.arange(vocab_size, device=device)
     keys = (torch.tensor(key, device=device) for key in (key0, key1))
     return noise_words_torch(ids, *keys)[0].to(torch.float32) * 2.0**-32
