@@ -31,11 +31,12 @@ run() { # NAME COMMAND...: at most $seconds, output kept and its end shown
     ((rc == 0)) || status=1
 }
 
-# kernels compile on the CPU: most of the tests' time, and shared well
-workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n ${WORKERS:-8}")
-
-gpu_tests() { # PATH...: what failed and what took long, also of a part that was cut off
-    run "$part" "$python" -m pytest $workers -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider -m gpu "$@"
+gpu_tests() { # WORKERS PATH...: what failed and what took long, also of a part that was cut off
+    # kernels compile on the CPU, which is most of the small tests' time and shared well
+    local workers=$1
+    shift
+    ((workers > 1)) && "$python" -c "import xdist" 2>/dev/null && set -- -n "$workers" "$@"
+    run "$part" "$python" -m pytest -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider -m gpu "$@"
 }
 
 for part in "${parts[@]}"; do
@@ -47,11 +48,11 @@ import torch
 from benchmarks.common import copy_bandwidth, environment
 device = torch.device('cuda')
 print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
-        tests_ops) gpu_tests tests/ops tests/gpu/test_ops_once.py ;;
-        tests_modules) gpu_tests tests/modules tests/models tests/training ;;
-        tests_layers) gpu_tests tests/gpu/test_layer_shapes.py ;;
-        tests_exact) gpu_tests tests/gpu/test_thousand_prompts.py ;;
-        tests_tune) gpu_tests tests/autotune ;;
+        tests_ops) gpu_tests "${WORKERS:-8}" tests/ops tests/gpu/test_ops_once.py ;;
+        tests_modules) gpu_tests "${WORKERS:-8}" tests/modules tests/models tests/training ;;
+        tests_layers) gpu_tests 1 tests/gpu/test_layer_shapes.py ;;
+        tests_exact) gpu_tests 1 tests/gpu/test_thousand_prompts.py ;;
+        tests_tune) gpu_tests 1 tests/autotune ;;
         # the first run is timed; the second says whether the winners are the same. The user's files stay as they are.
         tune_1 | tune_2) ORTHRUS_TRITON_CONFIG_DIR=$out/configs run "$part" "$python" -m orthrus_triton.cli autotune \
             --shape "$shape" --dtype bf16 --budget 5m --repeat 3 --export "$out/tuned.json" ;;

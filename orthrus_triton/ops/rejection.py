@@ -54,7 +54,7 @@ def rejection_choice(
     A row of NaN and -inf alone gives VOID, no token; one of the draft's like that drafts nothing, and p is drawn from.
 
     Args:
-        logits: [B, K, V] of the AR view, for p.
+        logits: [B, K, V] of the AR view, for p; K >= 2.
         draft_logits: [B, K - 1, V] of the diffusion view, for q; filtered by the same parameters.
         candidate: [B, K] int64: anchor, then drafts; draft t + 1 was drawn from row t of q (`sample_choice` with
             the stream DRAFT).
@@ -67,6 +67,8 @@ def rejection_choice(
     """
     check_sampling(logits, positions, sampling)
     B, K, V = logits.shape
+    if K < 2:
+        raise ValueError(f"logits must have two rows or more, the last of which has no draft, but got {K}")
     require_same("draft_logits", tuple(draft_logits.shape), (B, K - 1, V), "shape")
     require_same("candidate", tuple(candidate.shape), (B, K), "shape")
     impl = resolve_impl(impl, logits)
@@ -95,6 +97,7 @@ def _top_p_floor(z: torch.Tensor, masses: torch.Tensor, top_p: torch.Tensor) -> 
         # what is above a value is before the first of its equals
         above = (listed.cumsum(-1) - listed).gather(-1, torch.searchsorted(-values, -values))
         kept = above.to(torch.float32) < bound
+        kept[..., 0] = True
         if not (kept[..., -1:] & limited).any():
             break
     return torch.where(limited, torch.where(kept, values, torch.inf).amin(-1, keepdim=True), -torch.inf)

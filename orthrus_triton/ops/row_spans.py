@@ -123,7 +123,7 @@ def top_k_digit_kernel(
 
 
 def span_constants(vocab_size: int) -> dict[str, int]:
-    """V, SPANS, their power of two and BLOCK, as kernels take them."""
+    """V, SPANS and the power of two they fit in, as kernels take them."""
     spans = cdiv(vocab_size, SPAN)
     return {"V": vocab_size, "SPANS": spans, "SPANS_PADDED": next_power_of_2(spans)}
 

@@ -46,8 +46,10 @@ def sample_choice_torch(
     """Arguments and result as in `sample_choice`. Looks at values on the host."""
     B, T, V = logits.shape
     flat = logits.reshape(B * T, V).to(torch.float32)
-    if flat.amax(dim=-1).isnan().any():
+    highest = flat.amax(dim=-1)
+    if highest.isnan().any():
         flat = flat.masked_fill(flat.isnan(), -torch.inf)
+        highest = flat.amax(dim=-1)
     choice = greedy_choice_torch(flat)
     temperature, *filters = (values.repeat_interleave(T) for values in (temperature, top_k, top_p, min_p))
     keys = (key.flatten() for key in row_key_torch(seed[:, None], sequence[:, None], positions, stream))
@@ -56,6 +58,8 @@ def sample_choice_torch(
     rows = rows._replace(z_max=rows.scaled(rows.z_max[:, None])[:, 0])
     choice[rows.z_max == -torch.inf] = VOID
     sampling = (temperature > 0) & (choice != VOID)
+    if (highest > LARGEST).any():  # among such, greedy rows do not distinguish
+        choice = torch.where(sampling, choice, greedy_choice_torch(flat.clamp(max=LARGEST)))
     if sampling.any():
         choice[sampling] = _sample(rows if sampling.all() else rows.pick(sampling))
     return choice.view(B, T)
@@ -80,6 +84,7 @@ def _sample(rows: _Rows) -> torch.Tensor:
         total[r] = mass_of_torch(portable_exp_torch(_scaled_row(rows, r) - rows.z_max[r])).sum()
     enough = rows.top_p * total.to(torch.float32)
     dropped = torch.where(z > last[:, None], masses, 0).sum(dim=-1).to(torch.float32) >= enough
+    dropped &= last < rows.z_max  # the likeliest are always kept
     # one thousandth: what exp may be off by, times many
     dropped = ((rows.top_p < 1.0) & dropped) | (weight.amin(dim=-1) * 1.001 < rows.min_p)
     listed = whole | (dropped & ~limited)

@@ -76,7 +76,7 @@ def check_sampling(logits: torch.Tensor, positions: torch.Tensor, sampling: Samp
 
 
 # a slot's own tensors begin anywhere in those of all slots: see `consensus`
-OF_A_SLOT = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "sequence_ptr")
+OF_A_SLOT = ("positions_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "sequence_ptr")
 
 
 @triton.jit

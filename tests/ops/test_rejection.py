@@ -22,9 +22,11 @@ def draft(logits: torch.Tensor, anchor: torch.Tensor, positions: torch.Tensor, h
     return torch.cat((anchor[:, None], drafted), dim=1)
 
 
-@pytest.mark.parametrize("block", [32])
-def test_triton_torch_and_definition_choose_alike(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.rejection, "BLOCK", block)
+@pytest.mark.parametrize("span", [8192, 32])
+def test_triton_torch_and_definition_choose_alike(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.rejection, "BLOCK", 32)
+    monkeypatch.setattr(ops.row_spans, "SPAN", span)
+    monkeypatch.setattr(ops.row_spans, "BLOCK", 16)
     how = sampling_of(
         4, temperature=[1.0, 0.0, 0.8, 1.5], top_k=[0, 0, 20, 0], top_p=[1, 1, 1, 0.8], min_p=[0, 0, 0.02, 0]
     )

@@ -72,6 +72,37 @@ def test_no_winner_is_passed_over(seed: int, scale: float, data: st.DataObject) 
         assert torch.equal(ids, sample_choice(logits, positions, how, impl="torch"))
 
 
+def test_scores_that_rounding_makes_equal_go_to_the_lowest_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten million is a whole number in fp32, and so is its score: no noise words may rule such a token out."""
+    use_spans(monkeypatch, 64, 16)
+    monkeypatch.setattr(sample_torch, "LISTED", 4)
+    logits = 1e7 + 2 * torch.randn(100, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits, positions, how = logits.float().to(DEVICE), positions_of(100, 1), sampling_of(100)
+    keys = row_key_torch(how.seed[:, None], how.sequence[:, None], positions, CHOICE)
+    expected = (logits + gumbel_torch(8, *keys)).argmax(dim=-1)
+    for impl in ("triton", "torch"):
+        assert torch.equal(sample_choice(logits, positions, how, impl=impl), expected)
+
+
+def test_top_p_drops_what_has_exactly_its_share_above_it() -> None:
+    logits = torch.full((40, 1, 9), -torch.inf, device=DEVICE)
+    logits[..., 5], logits[..., 2] = 0.0, -1e-9  # a hair less likely: the same mass in fixed point
+    how = sampling_of(40, top_p=[0.5, 0.51] * 20)
+    for impl in ("triton", "torch"):
+        ids = sample_choice(logits, positions_of(40, 1), how, impl=impl)[:, 0]
+        assert set(ids[::2].tolist()) == {5} and set(ids[1::2].tolist()) == {5, 2}
+
+
+def test_a_top_p_too_small_for_fp32_keeps_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_torch, "LISTED", 3)
+    logits = torch.zeros(30, 1, 9, device=DEVICE)
+    logits[:, 0, 7:] = -1.0
+    how = sampling_of(30, top_p=1e-60)
+    ids = [sample_choice(logits, positions_of(30, 1), how, impl=impl) for impl in ("triton", "torch")]
+    assert torch.equal(*ids) and set(ids[0].flatten().tolist()) == set(range(7))
+    assert torch.equal(filtered_probs(logits, how)[:, 0, :7], torch.full((30, 7), 1 / 7, device=DEVICE))
+
+
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6), vocab=st.integers(6, 60), top_k=st.sampled_from([0, 1, 3, 4, 5, 20, 59, 70]),
@@ -200,6 +231,10 @@ def test_rows_without_a_choice_give_no_id() -> None:
     logits[1, 0, 6] = 1.0
     for impl in ("triton", "torch"):
         assert sample_choice(logits, positions_of(2, 1), sampling_of(2), impl=impl).tolist() == [[4], [6]]
+    logits[0, 0, 2] = 3.1e38  # as large as can be told apart
+    for impl in ("triton", "torch", "reference"):
+        greedy = sampling_of(2, temperature=0.0)
+        assert sample_choice(logits, positions_of(2, 1), greedy, impl=impl).tolist() == [[2], [6]]
 
 
 def test_wrong_arguments_are_named() -> None:
