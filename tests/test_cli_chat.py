@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from orthrus_triton.cli import app, serve
 from orthrus_triton.cli.chat_view import ColourView
+from orthrus_triton.cli.common import one_line_errors, require_text
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
 from tests.cli_models import assert_bad_input, make_tokenizer, save_base_model
@@ -92,15 +95,29 @@ def test_bad_options_are_one_line(folder: Path) -> None:
     assert_bad_input(run("serve", folder, "--api-key", " "), "--api-key must not be empty")
 
 
-def test_serve_listens_as_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_runs_can_show_is_one_line_too() -> None:
+    for raised, code in ((RuntimeError("can't allocate memory: you tried"), 2), (RuntimeError("a bug"), None)):
+        with pytest.raises((typer.Exit, RuntimeError)) as caught, one_line_errors():
+            raise raised
+        assert getattr(caught.value, "exit_code", None) == code
+    with pytest.raises(ValueError, match="stdin must be UTF-8"):
+        require_text("stdin", b"hi \xff".decode("utf-8", "surrogateescape"))
+
+
+def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = pytest.importorskip(
         "orthrus_triton.serving.server", reason="needs the extra [serve]", exc_type=ImportError
     )
     seen = []
     monkeypatch.setattr(server.Server, "run", lambda server: seen.append(server))
-    result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", 8123)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_bad_input(
+            run("serve", tmp_path, "--port", port), f"--host 127.0.0.1 --port {port}: Address already in use"
+        )
+    result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", port)
     assert result.exit_code == 0, result.output
     config = seen[0].config
-    assert (config.host, config.port, config.timeout_graceful_shutdown) == ("127.0.0.1", 8123, 5)
+    assert (config.host, config.port, config.timeout_graceful_shutdown) == ("127.0.0.1", port, 5)
     hosts = {"localhost": True, "::1": True, "0.0.0.0": False, "example.org": False}
     assert {host: serve._is_loopback(host) for host in hosts} == hosts

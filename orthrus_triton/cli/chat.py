@@ -14,6 +14,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     one_line_errors,
     require_impl,
+    require_text,
     resolve_device,
     resolve_dtype,
     status_console,
@@ -90,7 +91,7 @@ def _read(console: Console, plain: bool) -> str | None:
         line = sys.stdin.readline() if plain else console.input("[bold]> [/bold]") + "\n"
     except EOFError:
         return None
-    return None if not line or line.strip() == "/exit" else line.strip()
+    return None if not line or line.strip() == "/exit" else require_text("what you say", line.strip())
 
 
 def _reply(

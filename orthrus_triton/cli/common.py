@@ -37,8 +37,26 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"orthrus-triton: error: {' '.join(str(error).split())}", err=True)
+        _say(error)
         raise typer.Exit(2) from error
+    except RuntimeError as error:  # torch has no class of its own for a CPU's
+        if not any(words in str(error) for words in ("allocate memory", "out of memory")):
+            raise
+        _say(f"not enough memory: {error}")
+        raise typer.Exit(2) from error
+
+
+def _say(error: object) -> None:
+    typer.echo(f"orthrus-triton: error: {' '.join(str(error).split())}", err=True)
+
+
+def require_text(name: str, text: str) -> str:
+    """`text`, or a ValueError that names it: bytes that are no UTF-8 come through stdin as half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be UTF-8, but has bytes that are not") from None
+    return text
 
 
 def resolve_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from orthrus_triton.cli.common import (
     encode_prompt,
     one_line_errors,
     require_impl,
+    require_text,
     resolve_device,
     resolve_dtype,
     text_streamer,
@@ -94,7 +95,7 @@ def _read_prompt(prompt: str | None) -> str:
         return prompt
     if sys.stdin.isatty():
         raise ValueError("PROMPT must be given, or piped to stdin")
-    return sys.stdin.read().removesuffix("\n")
+    return require_text("stdin", sys.stdin.read().removesuffix("\n"))
 
 
 def _stats_line(stats: DecodeStats, report: dict[str, Any]) -> str:

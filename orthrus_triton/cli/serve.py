@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from typing import Annotated, Literal
 
 import typer
@@ -58,6 +59,7 @@ def serve(
             import uvicorn  # noqa: F401
         except ImportError as error:
             raise ImportError(f"serve needs more: pip install 'orthrus-triton[serve]' ({error})") from error
+        _require_free(host, port)
         where = resolve_device(device)
         require_impl("auto", where)
         network, tokenizer, label = load_model(model, resolve_dtype(dtype, where), where)
@@ -77,6 +79,15 @@ def serve(
             Server(app, scheduler, host, port).run()
         finally:
             scheduler.close()
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise an OSError before the model is loaded, rather than after."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port}: {error.strerror or error}") from error
 
 
 def _is_loopback(host: str) -> bool:

@@ -41,7 +41,9 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         self.model = OrthrusModel(config)
         # a tied head has no weight of its own: logits come from the embedding
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
-        self.generation_config: GenerationConfig | None = None
+        # a base's own takes its place; pipelines want one in any case
+        ends = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        self.generation_config = GenerationConfig(**ends)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("_diff" in name)
         self.post_init()
@@ -164,7 +166,7 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
             mask_embedding=mask_embedding, anchor_view=anchor_view, chain_width=chain_width,
         )  # fmt: skip
         model = cls._load(config, base.weights, dtype or base.dtype, device or base.device, has_view=False)
-        model.generation_config = base.generation_config
+        model.generation_config = base.generation_config or model.generation_config
         model.reset_view()
         return model
 
@@ -203,7 +205,7 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         config.name_or_path = str(model_or_path)
         source = checkpoint.folder_source(folder)
         model = cls._load(config, source, dtype or config.dtype or source.dtype(), device or "cpu", has_view=True)
-        model.generation_config = read_generation_config(folder)
+        model.generation_config = read_generation_config(folder) or model.generation_config
         return model
 
     def save_pretrained(

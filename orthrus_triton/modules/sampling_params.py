@@ -14,6 +14,7 @@ SamplingRule = Literal["coupled", "rejection"]
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 MAX_TEMPERATURE, MAX_PENALTY = 1e4, 1e4
 SEED_LIMIT = 2**63
+MOST_NEW_TOKENS = 2**30  # a position behind any prompt is an int32
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _require(_is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
                  "temperature", f"in 0..{MAX_TEMPERATURE:g}", self.temperature)  # fmt: skip
-        _require(_is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "an integer >= 0", self.top_k)
+        _require(_is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "an integer in 0..2**31-1", self.top_k)
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
         _require(_is_int(self.seed) and -SEED_LIMIT <= self.seed < SEED_LIMIT,
@@ -62,8 +63,9 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _require(_is_number(value) and abs(value) <= MAX_PENALTY, name, f"in +-{MAX_PENALTY:g}", value)
-        _require(_is_int(self.min_new_tokens) and self.min_new_tokens >= 0,
-                 "min_new_tokens", "an integer >= 0", self.min_new_tokens)  # fmt: skip
+        _require(_is_int(self.min_new_tokens) and 0 <= self.min_new_tokens <= MOST_NEW_TOKENS,
+                 "min_new_tokens", f"an integer in 0..{MOST_NEW_TOKENS}", self.min_new_tokens)  # fmt: skip
+        _require(isinstance(self.logit_bias, Mapping), "logit_bias", "numbers by token id", self.logit_bias)
         for token, bias in self.logit_bias.items():
             _require(_is_int(token) and token >= 0, "logit_bias", "keyed by token ids", token)
             _require(isinstance(bias, (int, float)) and not math.isnan(bias) and bias != math.inf,

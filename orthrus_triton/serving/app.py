@@ -16,6 +16,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.serving.guard import Guard
@@ -65,11 +66,12 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        # where JSON itself is broken, the place is a number of characters
+        where = "" if first["type"] == "json_invalid" else ".".join(str(part) for part in first["loc"][1:])
         return error_response(400, f"{where or 'body'}: {first['msg']}")
 
-    @app.exception_handler(HTTPException)
-    async def _refused(_: HttpRequest, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(StarletteHTTPException)  # FastAPI's own among them
+    async def _refused(_: HttpRequest, error: StarletteHTTPException) -> JSONResponse:
         return error_response(error.status_code, str(error.detail), error.headers)
 
     @app.get("/health")
@@ -82,7 +84,7 @@ def create_app(
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Any:
-        ids = body.prompt if isinstance(body.prompt, list) else tokenizer(body.prompt)["input_ids"]
+        ids = body.prompt if isinstance(body.prompt, list) else encode("prompt", body.prompt)
         generation = start(ids, body, body.max_tokens)
         return await respond(generation, body, http, "text_completion", lambda text, _: {"text": text})
 
@@ -95,13 +97,20 @@ def create_app(
             prompt = tokenizer.apply_chat_template(fields, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise what they like
             raise HTTPException(400, f"messages: {error}") from error
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = encode("messages", prompt, add_special_tokens=False)
         generation = start(ids, body, body.max_completion_tokens or body.max_tokens)
 
         def part(text: str, streamed: bool) -> dict[str, Any]:
             return {"delta": {"content": text}} if streamed else {"message": {"role": "assistant", "content": text}}
 
         return await respond(generation, body, http, "chat.completion", part)
+
+    def encode(field: str, text: str, **options: Any) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can say
+            raise HTTPException(400, f"{field}: not valid Unicode: {error}") from error
+        return tokenizer(text, **options)["input_ids"]
 
     def start(ids: list[int], body: CompletionRequest | ChatRequest, max_tokens: int | None) -> _Generation:
         """Queue the request, or say why not."""

@@ -116,7 +116,8 @@ class Scheduler:
         with self._wake:
             if self._closing:
                 raise RuntimeError(self._why_closed)
-            if len(self._waiting) >= self.max_waiting:
+            # those who come at once enter one by one, though slots are free
+            if len(self._waiting) >= self.max_waiting + self._slots.count(None):
                 raise QueueFullError(f"{self.max_waiting} requests wait already")
             self._waiting.append(request)
             self._wake.notify()

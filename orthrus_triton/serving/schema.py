@@ -5,9 +5,10 @@ from __future__ import annotations
 import secrets
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from orthrus_triton.modules import SamplingParams
+from orthrus_triton.modules.sampling_params import MOST_NEW_TOKENS
 
 MOST_MESSAGES = 1000
 
@@ -32,8 +33,11 @@ class Message(BaseModel):
         if isinstance(content, list):
             kinds = {part.get("type") for part in content}
             if kinds - {"text"}:
-                raise ValueError(f"messages: content parts must be of type 'text', but got {sorted(map(str, kinds))}")
-            content = "".join(part.get("text", "") for part in content)
+                raise ValueError(f"content parts must be of type 'text', but got {sorted(map(str, kinds))}")
+            texts = [part.get("text", "") for part in content]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("the text of a content part must be a string")
+            content = "".join(texts)
         return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
 
 
@@ -54,12 +58,18 @@ class _Common(BaseModel):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     logit_bias: dict[int, float] | None = None
-    min_tokens: int = Field(0, ge=0)
+    min_tokens: int = Field(0, ge=0, le=MOST_NEW_TOKENS)
     n: Literal[1] = 1
     # of no effect here or with its default: accepted so that common clients work
     user: str | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """Clients send null for what they do not set."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     def params(self) -> SamplingParams:
         """How to sample; without a seed, a fresh one."""

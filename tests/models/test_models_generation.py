@@ -173,7 +173,10 @@ def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
     assert loaded.generate(ids, max_new_tokens=6).tolist() == expected.tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for source in (str(tmp_path), loaded):
+        bare = OrthrusForCausalLM.from_pretrained(tmp_path, dtype="auto")
+        (tmp_path / "generation_config.json").unlink()
+        bare.generation_config = OrthrusForCausalLM.from_pretrained(tmp_path, dtype="auto").generation_config
+        for source in (str(tmp_path), loaded, bare):
             generator = pipeline("text-generation", model=source, tokenizer=tokenizer, device="cpu")
             text = generator("w5 w6 w7", max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
             assert text.split() == tokenizer.decode(expected[0, 3:], skip_special_tokens=True).split()

@@ -4,6 +4,7 @@ when clients go away."""
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -12,11 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.serving import Scheduler
+from orthrus_triton.serving.scheduler import QueueFullError, Request
 from tests.modules.ledger_model import LedgerModel, oracle
 
 openai = pytest.importorskip("openai", reason="needs the extra [serve] and the package openai")
@@ -209,6 +212,8 @@ def test_a_server_that_stops_tells_its_clients() -> None:
         ({"prompt": "w1", "seed": 2**70}, "seed must be an integer of 64 bits"),
         ({"prompt": "w1", "logit_bias": {"40": 1}}, "logit_bias must be of tokens in 0..16"),
         ({"prompt": "w1", "stop": [""]}, "stop_strings must have"),
+        ({"prompt": "w1", "min_tokens": 2**31 - 1}, "min_tokens: .*less than or equal to"),
+        ({"prompt": None}, "prompt: Field required"),
         ({}, "prompt: Field required"),
     ],
 )
@@ -217,6 +222,49 @@ def test_bad_requests_are_named(server: Running, body: dict, message: str) -> No
     assert reply.status_code == 400
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(reply.json()["error"]["message"])
+
+
+def test_what_json_may_hold_instead(server: Running) -> None:
+    """Null for what is not set; content that is no text; text that is no JSON; paths that are not there."""
+
+    def ask(path: str, text: str = "{}", method: str = "POST"):
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        return httpx.request(method, f"{server.url}{path}", headers=headers, content=text)
+
+    plain = {"prompt": "w1", "max_tokens": 3, "temperature": 0}
+    nulls = dict.fromkeys(("top_p", "stream", "n", "seed", "stop", "presence_penalty", "logit_bias", "user"))
+    replies = [ask("/v1/completions", json.dumps(body)).json()["choices"] for body in (plain, plain | nulls)]
+    assert replies[0] == replies[1]
+    for content, message in (
+        ("\ud800", "messages: not valid Unicode"),
+        ([{"type": "text", "text": 5}], "messages: the text of a content part must be a string"),
+        ([{"type": "image_url"}], "messages: content parts must be of type 'text', but got ['image_url']"),
+    ):
+        reply = ask("/v1/chat/completions", json.dumps({"messages": [{"role": "user", "content": content}]}))
+        assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(message)
+    for status, reply in (
+        (400, ask("/v1/completions", "{")), (400, ask("/v1/completions", '{"prompt": "\\ud800"}')),
+        (404, ask("/v1/nowhere")), (405, ask("/v1/completions", method="GET")),
+    ):  # fmt: skip
+        assert reply.status_code == status and reply.json()["error"]["code"] == status
+    assert "body: JSON decode error" in ask("/v1/completions", "{").json()["error"]["message"]
+
+
+def test_a_burst_may_fill_slots_and_queue() -> None:
+    server = Running(slots=2, max_waiting=2)
+    try:
+        release = threading.Event()
+        advance = server.scheduler._cycle
+        server.scheduler._cycle = lambda: release.wait(10) and advance()
+        requests = [Request(torch.tensor([1]), 2, SamplingParams(), lambda *_: None) for _ in range(5)]
+        for request in requests[:-1]:  # two slots are free and two may wait
+            server.scheduler.submit(request)
+        with pytest.raises(QueueFullError):
+            server.scheduler.submit(requests[-1])
+        release.set()
+        server.wait_until(lambda: server.scheduler.running == server.scheduler.waiting == 0)
+    finally:
+        server.close()
 
 
 def test_keys_and_limits(server: Running) -> None:
