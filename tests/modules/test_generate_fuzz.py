@@ -187,7 +187,7 @@ def test_the_cache_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None
         ({"temperature": float("nan")}, r"temperature must be in 0..10000, but got nan"),
         ({"temperature": 1, "top_p": 0.0}, r"top_p must be in \(0, 1\], but got 0.0"),
         ({"temperature": 1, "top_p": 1.5}, r"top_p must be in \(0, 1\], but got 1.5"),
-        ({"top_k": -1}, r"top_k must be an integer >= 0, but got -1"),
+        ({"top_k": -1}, r"top_k must be an integer in 0..2\*\*31-1, but got -1"),
         ({"min_p": 2}, r"min_p must be in \[0, 1\], but got 2"),
         ({"seed": 2**64}, r"seed must be an integer of 64 bits"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty must be in \(0, 10000\], but got 0.0"),
