@@ -48,6 +48,14 @@ def test_generate_reads_stdin_and_ends_with_json(model_folder, mode):
     assert result.stderr == ""
 
 
+def test_a_block_of_whatever_size_is_fastest_gives_the_same_text(model_folder):
+    options = ("--raw", "--max-new-tokens", 24, "--dtype", "fp32", "--stats", "json", "--block-size", "auto")
+    result = run("generate", model_folder, "the text", *options)
+    assert result.exit_code == 0, result.stderr
+    text, last = result.stdout.removesuffix("\n").rsplit("\n", 1)
+    assert text == expected_text(model_folder, "the text", 24) and json.loads(last)["block_size"] == "auto"
+
+
 def test_generate_stats_none_is_silent(model_folder):
     result = run("generate", model_folder, "the", "--raw", "--max-new-tokens", 3, "--stats", "none")
     assert result.exit_code == 0 and result.stderr == ""
@@ -72,6 +80,7 @@ def test_generate_bad_input(model_folder, tmp_path, monkeypatch):
     assert_bad_input(run(*generate, stdin=""), "PROMPT must not be empty")
     assert_bad_input(run(*generate, "hey", "--raw", "--system", "be kind"), "--system")
     assert_bad_input(run(*generate, "hey", "--block-size", BLOCK_SIZE + 1), "block_size")
+    assert run(*generate, "hey", "--block-size", "wide").exit_code == 2
     assert_bad_input(run(*generate, "hey", "--max-new-tokens", 0), "max_new_tokens")
     assert_bad_input(run(*generate, "hey", "--device", "toaster"), "--device", "toaster")
     assert_bad_input(run(*generate, "hey", "--device", "meta"), "--device", "meta")

@@ -24,9 +24,21 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto
 ImplOption = Annotated[
     Literal["auto", "triton", "torch", "reference"], typer.Option(help="auto: Triton on a GPU, torch on a CPU.")
 ]
+
+
+def _block_size(text: str) -> int | Literal["auto"]:
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise typer.BadParameter(f"must be a number of rows or auto, but got {text!r}")
+    return "auto" if text == "auto" else int(text)
+
+
 BlockSizeOption = Annotated[
-    int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
-]
+    Any,
+    typer.Option(
+        parser=_block_size, metavar="<int>|auto",
+        help="Rows of a draft block, anchor included; by default the model's own. auto: whatever is fastest just then.",
+    ),
+]  # fmt: skip
 
 
 @contextmanager

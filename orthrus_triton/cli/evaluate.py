@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from orthrus_triton.cli.common import (
-    BlockSizeOption,
     DeviceOption,
     DtypeOption,
     ImplOption,
@@ -49,7 +48,9 @@ def evaluate(
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens per prompt.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
-    block_size: BlockSizeOption = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     impl: ImplOption = "auto",

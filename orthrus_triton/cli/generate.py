@@ -79,7 +79,7 @@ def generate(
             **asdict(output.stats),
             "tokens_per_second": output.stats.tokens_per_second,
             "stopped_by": "eos" if int(output.sequences[0][-1]) in network.eos_token_ids else "length",
-            "block_size": decoder.block_size if mode == "consensus" else 1,
+            "block_size": (block_size or decoder.block_size) if mode == "consensus" else 1,
             "dtype": str(precision).removeprefix("torch."),
             "device": str(where),
             "impl": runs,

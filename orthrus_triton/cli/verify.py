@@ -29,6 +29,7 @@ from orthrus_triton.cli.load import ModelOption, load_model
 if TYPE_CHECKING:
     import torch
 
+    from orthrus_triton.modules.decode_options import BlockSize
     from orthrus_triton.modules.dual_view_model import DualViewModel
 
 
@@ -103,7 +104,7 @@ def verify(
 
 
 def _compare(
-    network: DualViewModel, ids: dict[int, torch.Tensor], max_new_tokens: int, block_size: int | None, impl: str,
+    network: DualViewModel, ids: dict[int, torch.Tensor], max_new_tokens: int, block_size: BlockSize | None, impl: str,
     batch_size: int,
 ) -> tuple[list[Divergence], int]:  # fmt: skip
     """Divergences, and how many tokens AR decoding generated in all."""
