@@ -73,7 +73,12 @@ def scaled_torch(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tenso
     """logits [B, T, V] -> [B, T, V] fp32; the bits of `load_scaled`."""
     z = logits.to(torch.float32)
     z = torch.where(z.isnan(), -torch.inf, z)
-    z = (z / torch.where(temperature > 0, temperature, 1.0)[:, None, None]).clamp(max=LARGEST)
+    return divided_torch(z, torch.where(temperature > 0, temperature, 1.0)[:, None, None])
+
+
+def divided_torch(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """logits / temperature > 0, which broadcasts, for logits fp32 without NaN."""
+    z = (logits / temperature).clamp(max=LARGEST)
     return torch.where(z == 0.0, 0.0, z)
 
 

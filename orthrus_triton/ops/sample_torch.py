@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from orthrus_triton.ops.gumbel import exponential_torch, noise_words_torch, row_key_torch
-from orthrus_triton.ops.logits_filter import LARGEST, mass_of_torch
+from orthrus_triton.ops.logits_filter import LARGEST, divided_torch, mass_of_torch
 from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
 from orthrus_triton.ops.sample import greedy_choice_torch
 from orthrus_triton.ops.void_rows import VOID
@@ -34,11 +34,6 @@ class _Rows(NamedTuple):
     def pick(self, which: torch.Tensor) -> _Rows:
         return _Rows(*(tensor[which] for tensor in self))
 
-    def scaled(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [R, n] over their rows' temperatures, the bits of `load_scaled`."""
-        z = (logits / self.temperature[:, None]).clamp(max=LARGEST)
-        return torch.where(z == 0.0, 0.0, z)
-
 
 def sample_choice_torch(
     logits, positions, temperature, top_k, top_p, min_p, seed, sequence, stream
@@ -54,9 +49,9 @@ def sample_choice_torch(
     temperature, *filters = (values.repeat_interleave(T) for values in (temperature, top_k, top_p, min_p))
     keys = (key.flatten() for key in row_key_torch(seed[:, None], sequence[:, None], positions, stream))
     top_id, divisor = choice.clamp(min=0), torch.where(temperature > 0, temperature, 1.0)
-    rows = _Rows(flat, divisor, *filters, *keys, top_id, flat.gather(-1, top_id[:, None])[:, 0])
-    rows = rows._replace(z_max=rows.scaled(rows.z_max[:, None])[:, 0])
-    choice[rows.z_max == -torch.inf] = VOID
+    z_max = divided_torch(flat.gather(-1, top_id[:, None])[:, 0], divisor)
+    rows = _Rows(flat, divisor, *filters, *keys, top_id, z_max)
+    choice[z_max == -torch.inf] = VOID
     sampling = (temperature > 0) & (choice != VOID)
     if (highest > LARGEST).any():  # among such, greedy rows do not distinguish
         choice = torch.where(sampling, choice, greedy_choice_torch(flat.clamp(max=LARGEST)))
@@ -72,7 +67,7 @@ def _sample(rows: _Rows) -> torch.Tensor:
     # in the order of ids: argmax gives the first of equals
     ids, order = ids.sort(dim=-1)
     # [R, n] each
-    z = rows.scaled(values.gather(-1, order))
+    z = divided_torch(values.gather(-1, order), rows.temperature[:, None])
     weight = portable_exp_torch(z - rows.z_max[:, None])
     last, in_order = z.amin(dim=-1), z.sort(dim=-1, descending=True).values
     limited = (rows.top_k > 0) & (rows.top_k < V)
@@ -105,7 +100,7 @@ def _sample(rows: _Rows) -> torch.Tensor:
 
 def _scaled_row(rows: _Rows, r: int) -> torch.Tensor:
     """Scaled logits [V] of row r. One row at a time stays in a CPU core's own cache."""
-    return rows.pick(torch.tensor([r], device=rows.z_max.device)).scaled(rows.logits[r][None])[0]
+    return divided_torch(rows.logits[r], rows.temperature[r, None])
 
 
 @lru_cache(maxsize=64)
