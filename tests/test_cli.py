@@ -80,7 +80,10 @@ def test_generate_bad_input(model_folder, tmp_path, monkeypatch):
     assert_bad_input(run(*generate, stdin=""), "PROMPT must not be empty")
     assert_bad_input(run(*generate, "hey", "--raw", "--system", "be kind"), "--system")
     assert_bad_input(run(*generate, "hey", "--block-size", BLOCK_SIZE + 1), "block_size")
-    assert run(*generate, "hey", "--block-size", "wide").exit_code == 2
+    for size in ("wide", "--3"):
+        result = run(*generate, "hey", "--block-size", size)
+        message = " ".join(result.output.replace("│", " ").split())  # typer's box
+        assert result.exit_code == 2 and f"rows or auto, but got '{size}'" in message
     assert_bad_input(run(*generate, "hey", "--max-new-tokens", 0), "max_new_tokens")
     assert_bad_input(run(*generate, "hey", "--device", "toaster"), "--device", "toaster")
     assert_bad_input(run(*generate, "hey", "--device", "meta"), "--device", "meta")

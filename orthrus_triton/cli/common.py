@@ -27,9 +27,10 @@ ImplOption = Annotated[
 
 
 def _block_size(text: str) -> int | Literal["auto"]:
-    if text != "auto" and not text.lstrip("-").isdecimal():
-        raise typer.BadParameter(f"must be a number of rows or auto, but got {text!r}")
-    return "auto" if text == "auto" else int(text)
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a number of rows or auto, but got {text!r}") from None
 
 
 BlockSizeOption = Annotated[
