@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from orthrus_triton.cli import app
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 
 BLOCK_SIZE = 4
 CHAT_TEMPLATE = (
@@ -66,10 +66,11 @@ def assert_bad_input(result, *fragments: str) -> None:
         assert fragment in lines[0]
 
 
-def expected_text(folder: Path, prompt: str, tokens: int) -> str:
+def expected_text(folder: Path, prompt: str, tokens: int, params: SamplingParams = SamplingParams()) -> str:
     """Plain AR decoding through the library, as text."""
     model = OrthrusForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    sequence = ConsensusDecoder(model, mode="ar").generate(ids, max_new_tokens=tokens).sequences[0]
+    decoder = ConsensusDecoder(model, mode="ar")
+    sequence = decoder.generate(ids, max_new_tokens=tokens, params=[params]).sequences[0]
     return tokenizer.decode(sequence[ids.shape[1] :], skip_special_tokens=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import orthrus_triton
 from orthrus_triton.cli import common
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from tests.cli_models import (
     BLOCK_SIZE,
     assert_bad_input,
@@ -56,6 +56,20 @@ def test_a_block_of_whatever_size_is_fastest_gives_the_same_text(model_folder):
     assert text == expected_text(model_folder, "the text", 24) and json.loads(last)["block_size"] == "auto"
 
 
+def test_generate_samples_what_its_options_say_in_either_mode(model_folder):
+    command = ("generate", model_folder, "the text", "--raw", "--max-new-tokens", 24, "--dtype", "fp32")
+    sampled = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.001, "--seed")
+    texts = {}
+    for seed in (1, 2):
+        for mode in ("consensus", "ar"):
+            result = run(*command, *sampled, seed, "--mode", mode)
+            assert result.exit_code == 0, result.stderr
+            texts[seed, mode] = result.stdout
+    params = SamplingParams(temperature=1.5, top_k=50, top_p=0.95, min_p=0.001, seed=1)
+    assert texts[1, "consensus"] == texts[1, "ar"] == expected_text(model_folder, "the text", 24, params) + "\n"
+    assert texts[2, "consensus"] == texts[2, "ar"] != texts[1, "ar"]
+
+
 def test_generate_stats_none_is_silent(model_folder):
     result = run("generate", model_folder, "the", "--raw", "--max-new-tokens", 3, "--stats", "none")
     assert result.exit_code == 0 and result.stderr == ""
@@ -85,6 +99,7 @@ def test_generate_bad_input(model_folder, tmp_path, monkeypatch):
         message = " ".join(result.output.replace("│", " ").split())  # typer's box
         assert result.exit_code == 2 and f"rows or auto, but got '{size}'" in message
     assert_bad_input(run(*generate, "hey", "--max-new-tokens", 0), "max_new_tokens")
+    assert_bad_input(run(*generate, "hey", "--temperature", -1), "temperature must be in 0..")
     assert_bad_input(run(*generate, "hey", "--device", "toaster"), "--device", "toaster")
     assert_bad_input(run(*generate, "hey", "--device", "meta"), "--device", "meta")
     too_many = f"cuda:{torch.cuda.device_count()}"

@@ -41,6 +41,13 @@ BlockSizeOption = Annotated[
     ),
 ]  # fmt: skip
 
+# one sequence's sampling, as SamplingParams has it
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopKOption = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
+MinPOption = Annotated[float, typer.Option(help="Keep tokens this times as likely as the likeliest.")]
+SeedOption = Annotated[int, typer.Option(help="Of sampling: the same one gives the same text.")]
+
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:

@@ -14,6 +14,11 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    MinPOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
     encode_prompt,
     one_line_errors,
     require_impl,
@@ -39,6 +44,11 @@ def generate(
         Literal["consensus", "ar"], typer.Option(help="Draft and verify, or plain autoregressive decoding.")
     ] = "consensus",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = 0,
     block_size: BlockSizeOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -53,26 +63,31 @@ def generate(
         typer.Option(help="text: one line on stderr. json: one object as the last line of stdout."),
     ] = "text",
 ) -> None:
-    """Generate greedily from an Orthrus model; the text streams to stdout.
+    """Generate from an Orthrus model, greedily unless a temperature is given; the text streams to stdout.
 
     \b
     orthrus-triton generate ./orthrus "Write a haiku about rain."
     orthrus-triton generate ./orthrus --raw "def fibonacci(n):"
     orthrus-triton generate ./orthrus < question.txt > answer.txt
     orthrus-triton generate ./orthrus "Hello" --stats json | tail -n 1
-    orthrus-triton generate ./orthrus "Hello" --mode ar    # the same text
+    orthrus-triton generate ./orthrus "Hello" --mode ar    # the same text, sampled or not
+    orthrus-triton generate ./orthrus "Hello" --temperature 0.7 --top-p 0.9 --seed 1
     """
     with one_line_errors():
         prompt = _read_prompt(prompt)
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
-        network, tokenizer, _ = load_model(model, precision, where)
-        from orthrus_triton.modules import ConsensusDecoder
+        from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 
+        # out-of-range options are named before a model is loaded
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        network, tokenizer, _ = load_model(model, precision, where)
         input_ids = encode_prompt(tokenizer, prompt, chat, system)
         decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
-        output = decoder.generate(input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer))
+        output = decoder.generate(
+            input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), params=[params]
+        )
         report = {
             "mode": mode,
             "prompt_tokens": input_ids.shape[1],
@@ -94,7 +109,7 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is not None:
         return prompt
     if sys.stdin.isatty():
-        raise ValueError("PROMPT must be given, or piped to stdin")
+        raise ValueError("PROMPT must be given after MODEL, or piped to stdin")
     return require_text("stdin", sys.stdin.read().removesuffix("\n"))
 
 
