@@ -58,17 +58,6 @@ def mass(z, z_max):
     return mass_of(portable_exp(z - z_max))
 
 
-@triton.jit
-def mass_from(row_ptr, temperature, z_max, key_min, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Mass of the tokens whose key is at least key_min (int64, so that one beyond the largest key can be asked for)."""
-    total = tl.full((), 0, tl.int64)
-    for start in range(0, V, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        z = load_scaled(row_ptr, ids, temperature, V)
-        total += tl.sum(tl.where(order_key(z).to(tl.int64) >= key_min, mass(z, z_max), 0), axis=0)
-    return total
-
-
 def scaled_torch(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """logits [B, T, V] -> [B, T, V] fp32; the bits of `load_scaled`."""
     z = logits.to(torch.float32)

@@ -5,37 +5,21 @@ from __future__ import annotations
 
 import torch
 
-from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.ops._dispatch import require_same, resolve_impl
-from orthrus_triton.ops.gumbel import (
-    ACCEPT,
-    CHOICE,
-    gumbel,
-    gumbel_of_torch,
-    row_key,
-    row_key_torch,
-    uniform,
-    uniform_torch,
-)
+from orthrus_triton.ops.gumbel import ACCEPT, CHOICE, gumbel_of_torch, row_key_torch, uniform_torch
 from orthrus_triton.ops.logits_filter import (
     SamplingTensors,
     kept_reference,
-    load_scaled,
-    mass,
-    mass_from,
     mass_torch,
-    order_key,
     row_max_torch,
     scaled_torch,
     top_k_torch,
 )
-from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch, portable_log, portable_log_torch
-from orthrus_triton.ops.row_spans import launch_row_spans, row_top, span_constants, top_k_key
+from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
+from orthrus_triton.ops.rejection_kernels import launch_rejection_choice
 from orthrus_triton.ops.sample_torch import LISTED
 from orthrus_triton.ops.sampling import check_sampling
 from orthrus_triton.ops.void_rows import VOID
-
-BLOCK, NUM_WARPS = 2048, 8
 
 
 def rejection_choice(
@@ -101,109 +85,6 @@ def _top_p_floor(z: torch.Tensor, masses: torch.Tensor, top_p: torch.Tensor) -> 
         if not (kept[..., -1:] & limited).any():
             break
     return torch.where(limited, torch.where(kept, values, torch.inf).amin(-1, keepdim=True), -torch.inf)
-
-
-@triton.jit
-def kept_range(
-    row_ptr, row, top_ptr, top_id_ptr, digits_ptr, counts_ptr, temperature, top_k, top_p, min_p,
-    V: tl.constexpr, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(largest scaled logit, its id, smallest kept key by top-k and top-p, mass that all three filters keep)."""
-    z_max, best_id = row_top(top_ptr, top_id_ptr, row, SPANS, SPANS_PADDED)
-    key_min = top_k_key(digits_ptr, counts_ptr, row, top_k, V, SPANS, SPANS_PADDED).to(tl.int64)
-    if top_p < 1.0:
-        bound = top_p * mass_from(row_ptr, temperature, z_max, key_min, V, BLOCK).to(tl.float32)
-        low, high = key_min - 1, order_key(z_max).to(tl.int64)
-        while high - low > 1:
-            middle = (low + high) >> 1
-            enough = mass_from(row_ptr, temperature, z_max, middle + 1, V, BLOCK).to(tl.float32) < bound
-            high = tl.where(enough, middle, high)
-            low = tl.where(enough, low, middle)
-        key_min = high
-    total = tl.full((), 0, tl.int64)
-    for start in range(0, V, BLOCK):
-        z = load_scaled(row_ptr, start + tl.arange(0, BLOCK), temperature, V)
-        kept = (order_key(z).to(tl.int64) >= key_min) & (portable_exp(z - z_max) >= min_p)
-        total += tl.sum(tl.where(kept, mass(z, z_max), 0), axis=0)
-    return z_max, best_id, key_min, total.to(tl.float32)
-
-
-@triton.jit
-def kept_probs(row_ptr, ids, temperature, min_p, z_max, key_min, total, V: tl.constexpr):
-    """Probabilities of the tokens `ids` in a row with this `kept_range`."""
-    z = load_scaled(row_ptr, ids, temperature, V)
-    kept = (order_key(z).to(tl.int64) >= key_min) & (portable_exp(z - z_max) >= min_p)
-    masses = tl.where(kept, mass(z, z_max), 0).to(tl.float32)
-    return tl.div_rn(masses, tl.zeros_like(masses) + total)
-
-
-@triton.jit(do_not_specialize=["K"])
-def rejection_choice_kernel(
-    logits_ptr, draft_ptr, candidate_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
-    sequence_ptr, p_top_ptr, p_top_id_ptr, p_digits_ptr, p_counts_ptr, q_top_ptr, q_top_id_ptr, q_digits_ptr,
-    q_counts_ptr, out_ptr, K, REPLACE_STREAM: tl.constexpr, ACCEPT_STREAM: tl.constexpr, V: tl.constexpr,
-    SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    b, t = row // K, row % K
-    p_ptr = logits_ptr + row * V
-    temperature = tl.load(temperature_ptr + b)
-    top_k, top_p, min_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b), tl.load(min_p_ptr + b)
-    if temperature > 0:
-        seed, sequence, position = tl.load(seed_ptr + b), tl.load(sequence_ptr + b), tl.load(positions_ptr + row)
-        p_max, choice, p_key, p_total = kept_range(
-            p_ptr, row, p_top_ptr, p_top_id_ptr, p_digits_ptr, p_counts_ptr, temperature, top_k, top_p, min_p,
-            V, SPANS, SPANS_PADDED, BLOCK,
-        )  # fmt: skip
-        has_draft = t < K - 1
-        # the last row reads some row of q and drops it
-        q_row = b * (K - 1) + tl.minimum(t, K - 2)
-        q_ptr = draft_ptr + q_row * V
-        q_max, q_best, q_key, q_total = kept_range(
-            q_ptr, q_row, q_top_ptr, q_top_id_ptr, q_digits_ptr, q_counts_ptr, temperature, top_k, top_p, min_p,
-            V, SPANS, SPANS_PADDED, BLOCK,
-        )  # fmt: skip
-        drafted = tl.load(candidate_ptr + row + 1, mask=has_draft, other=0).to(tl.int32)
-        key0, key1 = row_key(seed, sequence, position, REPLACE_STREAM)
-        best = tl.full((), float("-inf"), tl.float32)
-        p_drafted, q_drafted = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-        for start in range(0, V, BLOCK):
-            ids = start + tl.arange(0, BLOCK)
-            p = kept_probs(p_ptr, ids, temperature, min_p, p_max, p_key, p_total, V)
-            q = kept_probs(q_ptr, ids, temperature, min_p, q_max, q_key, q_total, V)
-            q = tl.where(q_max > float("-inf"), q, 0.0)
-            p_drafted += tl.sum(tl.where(ids == drafted, p, 0.0), axis=0)
-            q_drafted += tl.sum(tl.where(ids == drafted, q, 0.0), axis=0)
-            rest = tl.where(has_draft, p - q, p)
-            score = portable_log(tl.where(rest > 0, rest, 1.0)) + gumbel(ids, key0, key1)
-            score = tl.where(rest > 0, score, float("-inf"))
-            tile_best = tl.max(score, axis=0)
-            tile_id = tl.min(tl.where(score == tile_best, ids, V), axis=0)
-            choice = tl.where(tile_best > best, tile_id, choice)
-            best = tl.maximum(best, tile_best)
-        accept_key0, accept_key1 = row_key(seed, sequence, position, ACCEPT_STREAM)
-        # a residual that is empty but for rounding means p is q
-        accepted = (uniform(accept_key0, accept_key1) * q_drafted < p_drafted) | (best == float("-inf"))
-        choice = tl.where(has_draft & accepted & (q_max > float("-inf")), drafted, choice)
-        choice = tl.where(p_max > float("-inf"), choice, -2)
-    else:
-        p_max, choice = row_top(p_top_ptr, p_top_id_ptr, row, SPANS, SPANS_PADDED)
-    tl.store(out_ptr + row, choice.to(tl.int64))
-
-
-def launch_rejection_choice(
-    logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence
-) -> torch.Tensor:
-    out = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    logits, draft_logits = logits.contiguous(), draft_logits.contiguous()
-    spans = [launch_row_spans(rows, temperature, top_k) for rows in (logits, draft_logits)]
-    rejection_choice_kernel[(out.numel(),)](
-        logits, draft_logits, candidate.contiguous(), positions.contiguous(), temperature, top_k, top_p, min_p, seed,
-        sequence, *spans[0], *spans[1], out, logits.shape[1],
-        REPLACE_STREAM=CHOICE, ACCEPT_STREAM=ACCEPT, BLOCK=BLOCK, num_warps=NUM_WARPS,
-        **span_constants(logits.shape[-1]), **EXACT_LAUNCH,
-    )  # fmt: skip
-    return out
 
 
 def rejection_choice_torch(

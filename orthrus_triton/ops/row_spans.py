@@ -12,6 +12,8 @@ from orthrus_triton.ops.logits_filter import load_scaled, order_key
 
 SPAN, BLOCK, NUM_WARPS = 8192, 1024, 8  # a span is a multiple of a block
 DIGITS = 4  # bytes of a key
+# a slot's own tensors begin anywhere in those of all slots: see `consensus`
+OF_A_SLOT = ("positions_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "sequence_ptr")
 
 
 class RowSpans(NamedTuple):
@@ -40,7 +42,7 @@ def row_top(top_ptr, top_id_ptr, row, SPANS: tl.constexpr, SPANS_PADDED: tl.cons
     return best, tl.min(tl.where(tops == best, ids, 2147483647), axis=0)
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["temperature_ptr"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=OF_A_SLOT)
 def row_tops_kernel(
     logits_ptr, temperature_ptr, top_ptr, top_id_ptr, T,
     V: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, BLOCK: tl.constexpr,
@@ -91,7 +93,7 @@ def top_k_key(
     return key
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=OF_A_SLOT)
 def top_k_digit_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, digits_ptr, counts_ptr, T,
     DIGIT: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr,

@@ -21,6 +21,7 @@ from orthrus_triton.ops.portable_math import portable_exp, portable_log
 from orthrus_triton.ops.row_spans import (
     BLOCK,
     NUM_WARPS,
+    OF_A_SLOT,
     SPAN,
     launch_row_spans,
     row_top,
@@ -73,10 +74,6 @@ def check_sampling(logits: torch.Tensor, positions: torch.Tensor, sampling: Samp
         require_same(name, tuple(tensor.shape), (logits.shape[0],), "shape")
         require_same(name, tensor.dtype, dtype, "dtype")
         require_same(name, tensor.device, logits.device, "device")
-
-
-# a slot's own tensors begin anywhere in those of all slots: see `consensus`
-OF_A_SLOT = ("positions_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "sequence_ptr")
 
 
 @triton.jit

@@ -152,7 +152,7 @@ def test_a_draft_without_a_token_changes_no_text(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rejection_without_a_draft_draws_from_the_ar_distribution(impl: str, monkeypatch) -> None:
     """As the bonus row does, which has no draft: the same logits and position as last row of a block."""
-    monkeypatch.setattr(ops.rejection, "BLOCK", 32)
+    monkeypatch.setattr(ops.rejection_kernels, "BLOCK", 32)
     n = 2 if impl == "triton" else 20
     logits = torch.randn(n, 2, VOCAB, generator=torch.Generator().manual_seed(1))
     fields = ((1.0, torch.float32), (0, torch.int32), (0.9, torch.float32), (0.0, torch.float32), (7, torch.int64))

@@ -11,8 +11,20 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from orthrus_triton import ops
-from orthrus_triton.ops import ProcessorTensors, filtered_probs, process_logits, rejection_choice, sample_choice
+from orthrus_triton.ops import (
+    ProcessorTensors,
+    filtered_probs,
+    kept_spans,
+    process_logits,
+    rejection_choice,
+    rejection_kernels,
+    row_spans,
+    sample_choice,
+)
 from orthrus_triton.ops.gumbel import ACCEPT, CHOICE, DRAFT, gumbel_torch, row_key_torch, uniform_torch
+from orthrus_triton.ops.kept_spans import launch_kept_spans
+from orthrus_triton.ops.logits_filter import mass_of_torch, scaled_torch
+from orthrus_triton.ops.portable_math import portable_exp_torch
 from orthrus_triton.ops.process_logits import IN_PROMPT
 from tests.ops.sampling_cases import DEVICE, make_logits, mixed_sampling, positions_of, sampling_of
 
@@ -22,24 +34,53 @@ def draft(logits: torch.Tensor, anchor: torch.Tensor, positions: torch.Tensor, h
     return torch.cat((anchor[:, None], drafted), dim=1)
 
 
+def use_spans(patch: pytest.MonkeyPatch, span: int, block: int) -> None:
+    for module in (row_spans, kept_spans, rejection_kernels):
+        patch.setattr(module, "SPAN", span)
+        patch.setattr(module, "BLOCK", block)
+    patch.setattr(kept_spans, "PASS_BLOCK", block)
+
+
 @pytest.mark.parametrize("span", [8192, 32])
 def test_triton_torch_and_definition_choose_alike(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.rejection, "BLOCK", 32)
-    monkeypatch.setattr(ops.row_spans, "SPAN", span)
-    monkeypatch.setattr(ops.row_spans, "BLOCK", 16)
+    use_spans(monkeypatch, span, 16)
     how = sampling_of(
-        4, temperature=[1.0, 0.0, 0.8, 1.5], top_k=[0, 0, 20, 0], top_p=[1, 1, 1, 0.8], min_p=[0, 0, 0.02, 0]
-    )
-    p, q = make_logits(1, 4, 3, 60), make_logits(2, 4, 2, 60)
-    q = p[:, :2] + 0.5 * q.nan_to_num(neginf=0.0)
-    positions = positions_of(4, 3)
-    candidate = draft(q, torch.zeros(4, dtype=torch.int64, device=DEVICE), positions, how)
+        8, temperature=[1.0, 0.0, 0.8, 1.5, 1.0, 1.0, 1.0, 1.0], top_k=[0, 0, 20, 0, 5, 3, 0, 30],
+        top_p=[1, 1, 1, 0.8, 1, 0.9, 0.7, 0.95], min_p=[0, 0, 0.02, 0, 0, 0, 0.1, 0],
+    )  # fmt: skip
+    p, q = make_logits(1, 8, 3, 60), make_logits(2, 8, 2, 60)
+    q = p[:, :2] + q.nan_to_num(neginf=0.0) - 3.0
+    positions = positions_of(8, 3)
+    candidate = draft(q, torch.zeros(8, dtype=torch.int64, device=DEVICE), positions, how)
     ids = {
         impl: rejection_choice(p, q, candidate, positions, how, impl=impl) for impl in ("triton", "torch", "reference")
     }
     assert torch.equal(ids["triton"], ids["torch"])
     assert torch.equal(ids["torch"], ids["reference"])
     assert (ids["torch"][:, :2] == candidate[:, 1:]).any() and (ids["torch"][:, :2] != candidate[:, 1:]).any()
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(1.5, 0.0), (3.0, 20.0), (9.0, -5.0), (1e-30, 0.0), (3e38, 0.0), (3.0, -1e7)]
+)
+def test_spans_keep_what_the_filters_keep(scale: float, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probabilities from the smallest kept key and the mass that the kernels find, to the bit: wide and crowded logits,
+    huge ones, and those on both sides of zero, where most keys are."""
+    logits = make_logits(9, 8, 1, 60, scale=scale) + shift
+    how = sampling_of(
+        8, temperature=[1.0, 1.0, 1.0, 0.7, 2.0, 1.0, 1.0, 1.0], top_k=[0, 0, 0, 20, 0, 9, 1, 0],
+        top_p=[0.3, 0.6, 0.9, 0.95, 1 - 2**-24, 1.0, 0.5, 1e-60], min_p=[0, 0, 0, 0, 0, 0.05, 0, 0],
+    )  # fmt: skip
+    use_spans(monkeypatch, 32, 16)
+    kept = launch_kept_spans(logits, *how[:4])
+    z = scaled_torch(logits, how.temperature)[:, 0]
+    bits = z.view(torch.int32).long()
+    keys = torch.where(bits < 0, -bits - 1, bits + 2**31)  # those of `order_key`
+    weight = portable_exp_torch(z - z.amax(-1, keepdim=True))
+    masses = torch.where((keys >= kept.keys[:, None]) & (weight >= how.min_p[:, None]), mass_of_torch(weight), 0)
+    assert torch.equal(masses.sum(-1), kept.masses.sum(-1))
+    probs = masses.to(torch.float32) / masses.sum(-1, keepdim=True).to(torch.float32)
+    assert torch.equal(probs, filtered_probs(logits, how)[:, 0])
 
 
 def test_every_decision_is_the_rule() -> None:
