@@ -7,7 +7,7 @@ from torch import nn
 
 from orthrus_triton.models.config import OrthrusConfig
 from orthrus_triton.models.rope import rotary_from_config
-from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
+from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer, run_layers
 from orthrus_triton.modules.draft_chain import DraftChain
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.rms_norm import RMSNorm
@@ -38,9 +38,7 @@ class OrthrusModel(nn.Module):
         """input_ids [B, T] through one view -> hidden states [B, T, H], normed."""
         hidden = self.embed(input_ids, view_pass)
         rope = self.rotary_emb(view_pass.positions, view_pass.prompt_len)
-        for layer, cache_layer in zip(self.layers, cache.layers):
-            hidden = layer(hidden, rope, cache_layer, view_pass)
-        return self.norm(hidden, impl=view_pass.impl)
+        return run_layers(self.layers, self.norm, hidden, rope, cache, view_pass)
 
     def embed(self, input_ids: torch.Tensor, view_pass: ViewPass) -> torch.Tensor:
         """input_ids [B, T] -> [B, T, H]. The mask token has an embedding of its own in a diffusion view that was given

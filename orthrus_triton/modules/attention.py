@@ -70,7 +70,9 @@ class DualViewAttention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         cache_layer: CacheLayer,
         view_pass: ViewPass,
-    ) -> torch.Tensor:
+        residual: torch.Tensor | None = None,
+        next_norm: RMSNorm | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Write this pass's K/V, attend, project.
 
         Args:
@@ -78,28 +80,28 @@ class DualViewAttention(nn.Module):
             rope: (cos, sin), each [B, T, head_dim // 2] fp32.
             cache_layer: this layer's buffers.
             view_pass: which view, where the rows stand and what they see.
+            residual, next_norm: [B, T, hidden_size] and the norm after it, for a projection that takes both along.
 
         Returns:
-            [B, T, hidden_size].
+            [B, T, hidden_size]; with `next_norm` (the norm of that plus `residual`, the sum).
         """
         if view_pass.parts:
-            return self._draft(hidden, rope, cache_layer, view_pass)
+            return self._draft(hidden, rope, cache_layer, view_pass, residual, next_norm)
         drafting = view_pass.view == "diffusion"
         impl, B, T = view_pass.impl, *hidden.shape[:2]
-        qkv = self._project_qkv(hidden, drafting, view_pass.linear_impl)
         k_block = v_block = None
         k_out, v_out = cache_layer.k, cache_layer.v
         if drafting:
             k_block, v_block = cache_layer.k_block[:, :T], cache_layer.v_block[:, :T]
             k_out, v_out = k_block.transpose(1, 2), v_block.transpose(1, 2)
-        q = ops.rope_cache(qkv, *rope, k_out, v_out, view_pass.slots, *self._norms(view_pass.view), impl=impl)
+        q = self._rotate_and_store(hidden, rope, k_out, v_out, view_pass.slots, view_pass)
         # prefill, and AR decoding with exact=False: where the library's product serves, so does its attention
         inexact = impl == "torch" and view_pass.linear_impl == "library"
         attended = ops.dual_view_attention(
             q, cache_layer.k, cache_layer.v, view_pass.key_limit, k_block, v_block,
             block_size=T if drafting else None, window=self.window, impl="library" if inexact else impl,
         ).view(B, T, -1)  # fmt: skip
-        return self._project_out(attended, drafting, view_pass.linear_impl)
+        return self._project_out(attended, view_pass, residual, next_norm)
 
     def _draft(
         self,
@@ -107,26 +109,46 @@ class DualViewAttention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         cache_layer: CacheLayer,
         view_pass: ViewPass,
-    ) -> torch.Tensor:
+        residual: torch.Tensor | None,
+        next_norm: RMSNorm | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """A whole draft in one attention; where the frozen view reads the anchor, by each row's own projections."""
         impl, parts = view_pass.impl, view_pass.parts
         widths = [part.positions.shape[1] for part in parts]
-        inputs = hidden.split(widths, dim=1)
+        inputs, angles = hidden.split(widths, dim=1), _split_rope(rope, widths)
+        residuals = [None] * len(parts) if residual is None else residual.split(widths, dim=1)
         if self.window is not None:
-            pieces = zip(inputs, _split_rope(rope, widths), parts)
-            return _join([self.forward(rows, angles, cache_layer, part) for rows, angles, part in pieces])
-        qkv = [self._project_qkv(rows, part.view == "diffusion", impl) for rows, part in zip(inputs, parts)]
+            pieces = zip(inputs, angles, parts, residuals)
+            return _join([self(rows, turn, cache_layer, part, rest, next_norm) for rows, turn, part, rest in pieces])
         k, v = cache_layer.k, cache_layer.v
         if self.qk_norm:  # each view has norms of its own
             q = _join([
-                ops.rope_cache(product, *angles, k, v, part.positions, *self._norms(part.view), impl=impl)
-                for product, angles, part in zip(qkv, _split_rope(rope, widths), parts)
+                self._rotate_and_store(rows, turn, k, v, part.positions, part)
+                for rows, turn, part in zip(inputs, angles, parts)
             ])  # fmt: skip
         else:
+            qkv = [self._project_qkv(rows, part.view == "diffusion", impl) for rows, part in zip(inputs, parts)]
             q = ops.rope_cache(_join(qkv), *rope, k, v, view_pass.slots, impl=impl)
         attended = ops.dual_view_attention(q, k, v, view_pass.key_limit, impl=impl).flatten(2)
-        outputs = zip(attended.split(widths, dim=1), parts)
-        return _join([self._project_out(rows, part.view == "diffusion", impl) for rows, part in outputs])
+        outputs = zip(attended.split(widths, dim=1), parts, residuals)
+        return _join([self._project_out(rows, part, rest, next_norm) for rows, part, rest in outputs])
+
+    def _rotate_and_store(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        k_out: torch.Tensor,
+        v_out: torch.Tensor,
+        slots: torch.Tensor,
+        view_pass: ViewPass,
+    ) -> torch.Tensor:
+        """hidden [B, T, hidden_size] -> q [B, T, HQ, D]; k and v to `slots`."""
+        drafting, impl = view_pass.view == "diffusion", view_pass.impl
+        where = (*rope, k_out, v_out, slots, *self._norms(view_pass.view))
+        if impl == view_pass.linear_impl and not (drafting and self.view_rank is not None):
+            projection = self.qkv_proj_diff if drafting else self.qkv_proj
+            return ops.qkv_rope_cache(hidden, projection.weight, projection.bias, *where, impl=impl)
+        return ops.rope_cache(self._project_qkv(hidden, drafting, view_pass.linear_impl), *where, impl=impl)
 
     def _norms(self, view: View) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
         """Weights of the view's q and k norm, and their epsilon."""
@@ -144,12 +166,18 @@ class DualViewAttention(nn.Module):
         deltas = (self.q_proj_diff, self.k_proj_diff, self.v_proj_diff)
         return torch.cat([delta(hidden, part, impl=impl) for delta, part in zip(deltas, frozen)], dim=-1)
 
-    def _project_out(self, attended: torch.Tensor, drafting: bool, impl: str) -> torch.Tensor:
-        if not drafting:
-            return self.o_proj(attended, impl=impl)
-        if self.view_rank is None:
-            return self.o_proj_diff(attended, impl=impl)
-        return self.o_proj_diff(attended, self.o_proj(attended, impl=impl), impl=impl)
+    def _project_out(
+        self, attended: torch.Tensor, view_pass: ViewPass, residual: torch.Tensor | None, next_norm: RMSNorm | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        drafting, impl, linear_impl = view_pass.view == "diffusion", view_pass.impl, view_pass.linear_impl
+        if drafting and self.view_rank is not None:
+            frozen = self.o_proj(attended, impl=linear_impl)
+            out = self.o_proj_diff(attended, frozen, impl=linear_impl)
+            return out if next_norm is None else next_norm(out, residual, impl=impl)
+        projection = self.o_proj_diff if drafting else self.o_proj
+        if next_norm is None:
+            return projection(attended, impl=linear_impl)
+        return projection.add_and_norm(attended, residual, next_norm, impl=impl, linear_impl=linear_impl)
 
     @torch.no_grad()
     def copy_ar_to_diffusion(self) -> None:
@@ -167,9 +195,13 @@ class DualViewAttention(nn.Module):
         )
 
 
-def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Pieces of rows [B, T, ...] as one."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+def _join(pieces: list) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Pieces of rows [B, T, ...] as one; of pairs of them, each of the pair."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if isinstance(pieces[0], tuple):
+        return tuple(torch.cat(of, dim=1) for of in zip(*pieces))
+    return torch.cat(pieces, dim=1)
 
 
 def _split_rope(rope: tuple[torch.Tensor, torch.Tensor], widths: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,7 +1,8 @@
-"""OrthrusDecoderLayer: dual-view attention and a SwiGLU MLP that both views share."""
+"""OrthrusDecoderLayer: dual-view attention and a SwiGLU MLP that both views share; and a stack of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from orthrus_triton import ops
 from orthrus_triton.modules.attention import DualViewAttention
-from orthrus_triton.modules.kv_cache import CacheLayer, ViewPass
+from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear
 from orthrus_triton.modules.rms_norm import RMSNorm
 
@@ -29,15 +30,23 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, impl: str = "auto", linear_impl: str = "auto"
-    ) -> torch.Tensor:
-        """x [B, T, H] -> [B, T, H], plus `residual`."""
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        next_norm: RMSNorm | None = None,
+        *,
+        impl: str = "auto",
+        linear_impl: str = "auto",
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x [B, T, H] -> [B, T, H], plus `residual`; with `next_norm` (the norm of that sum, the sum)."""
         gate_up = self.gate_up_proj
         if impl == linear_impl:
             activated = ops.linear_swiglu(x, gate_up.weight, gate_up.bias, impl=impl)
         else:  # a product that is not ours has no epilogue to put it in
             activated = ops.swiglu(gate_up(x, impl=linear_impl), impl=impl)
-        return self.down_proj(activated, residual, impl=linear_impl)
+        if next_norm is None:
+            return self.down_proj(activated, residual, impl=linear_impl)
+        return self.down_proj.add_and_norm(activated, residual, next_norm, impl=impl, linear_impl=linear_impl)
 
 
 class OrthrusDecoderLayer(nn.Module):
@@ -78,10 +87,38 @@ class OrthrusDecoderLayer(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         cache_layer: CacheLayer,
         view_pass: ViewPass,
-    ) -> torch.Tensor:
-        """The residual stream [B, T, hidden_size] through attention and MLP; arguments as in `DualViewAttention`."""
+        normed: torch.Tensor | None = None,
+        next_norm: RMSNorm | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream [B, T, hidden_size] through attention and MLP.
+
+        Args:
+            hidden, rope, cache_layer, view_pass: as in `DualViewAttention`.
+            normed: `input_layernorm(hidden)`, if the layer before has it already.
+            next_norm: the norm after this layer, which its last product then takes along.
+
+        Returns:
+            hidden; with `next_norm` (next_norm(hidden), hidden).
+        """
         impl, linear_impl = view_pass.impl, view_pass.linear_impl
-        normed = self.input_layernorm(hidden, impl=impl)
-        attended = self.self_attn(normed, rope, cache_layer, view_pass)
-        normed, hidden = self.post_attention_layernorm(attended, hidden, impl=impl)
-        return self.mlp(normed, hidden, impl=impl, linear_impl=linear_impl)
+        if normed is None:
+            normed = self.input_layernorm(hidden, impl=impl)
+        normed, hidden = self.self_attn(normed, rope, cache_layer, view_pass, hidden, self.post_attention_layernorm)
+        return self.mlp(normed, hidden, next_norm, impl=impl, linear_impl=linear_impl)
+
+
+def run_layers(
+    layers: Sequence[OrthrusDecoderLayer],
+    norm: RMSNorm,
+    hidden: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    cache: SharedKVCache,
+    view_pass: ViewPass,
+) -> torch.Tensor:
+    """hidden [B, T, hidden_size] through all layers and the final norm, every norm in the kernel of the product before
+    it. A model must run its layers either so or one by one: a norm may round differently in the two."""
+    normed = layers[0].input_layernorm(hidden, impl=view_pass.impl)
+    next_norms = [*(layer.input_layernorm for layer in layers[1:]), norm]
+    for layer, cache_layer, next_norm in zip(layers, cache.layers, next_norms):
+        normed, hidden = layer(hidden, rope, cache_layer, view_pass, normed, next_norm)
+    return normed

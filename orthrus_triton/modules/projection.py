@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from orthrus_triton import ops
+from orthrus_triton.modules.rms_norm import RMSNorm
 
 
 class Linear(nn.Module):
@@ -42,6 +43,16 @@ class Linear(nn.Module):
     ) -> torch.Tensor:
         """x [..., in] -> [..., out], plus `residual` [..., out]."""
         return ops.linear(x, self.weight, self.bias, residual, out_dtype=out_dtype, impl=impl)
+
+    def add_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm, *, impl: str = "auto", linear_impl: str = "auto"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of the sum, sum) of this projection of x [..., in] and `residual` [..., out]; in one op where both the
+        product (`linear_impl`) and the rest (`impl`) are ours."""
+        if impl == linear_impl:
+            return ops.linear_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps, impl=impl)
+        hidden = self(x, residual, impl=linear_impl)
+        return norm(hidden, impl=impl), hidden
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -5,10 +5,12 @@ from orthrus_triton.ops.consensus import consensus_
 from orthrus_triton.ops.dual_view_attention import dual_view_attention
 from orthrus_triton.ops.linear import linear
 from orthrus_triton.ops.linear_kl import HiddenTeacher, LabelTeacher, LinearKL, TopKTeacher, linear_kl
+from orthrus_triton.ops.linear_norm import linear_norm
 from orthrus_triton.ops.linear_swiglu import linear_swiglu
 from orthrus_triton.ops.lm_head import lm_head_choice
 from orthrus_triton.ops.logits_filter import SamplingTensors
 from orthrus_triton.ops.process_logits import ProcessorTensors, process_logits
+from orthrus_triton.ops.qkv_rope_cache import qkv_rope_cache
 from orthrus_triton.ops.rejection import filtered_probs, rejection_choice
 from orthrus_triton.ops.rms_norm import rms_norm
 from orthrus_triton.ops.rope_cache import rope_cache
@@ -33,9 +35,11 @@ __all__ = [
     "greedy_choice",
     "linear",
     "linear_kl",
+    "linear_norm",
     "linear_swiglu",
     "lm_head_choice",
     "process_logits",
+    "qkv_rope_cache",
     "rejection_choice",
     "rms_norm",
     "rope_cache",

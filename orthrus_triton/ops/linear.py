@@ -167,27 +167,42 @@ def launch_linear(
     N, K = weight.shape
     config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
     split_k = config["SPLIT_K"]
-    x, run, apart = _row_runs(x)
-    M = x.numel() // K
     out = x.new_empty(*x.shape[:-1], N, dtype=out_dtype)
-    partial = out if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
     residual = residual.contiguous() if residual is not None else None
     flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     bias_arg, residual_arg = out if bias is None else bias, out if residual is None else residual
-    grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), split_k)
-    linear_kernel[grid](
-        x, weight, bias_arg, residual_arg, out, partial, M, run, apart, N=N, K=K, PRECISION="ieee",
-        **flags, **config.constants, **config.launch, **EXACT_LAUNCH,
+    if split_k == 1:
+        _launch_product(x, weight, config, bias_arg, residual_arg, out, out, flags)
+        return out
+    partial = launch_partial(x, weight, config)
+    M = partial.shape[1]
+    combine_splits_kernel[(M, cdiv(N, COMBINE_BLOCK_N))](
+        partial, bias_arg, residual_arg, out, M, N=N, BLOCK_N=COMBINE_BLOCK_N, SPLIT_K=split_k,
+        num_warps=COMBINE_WARPS, **flags, **EXACT_LAUNCH,
     )  # fmt: skip
-    if split_k > 1:
-        combine_splits_kernel[(M, cdiv(N, COMBINE_BLOCK_N))](
-            partial, bias_arg, residual_arg, out, M, N=N, BLOCK_N=COMBINE_BLOCK_N, SPLIT_K=split_k,
-            num_warps=COMBINE_WARPS, **flags, **EXACT_LAUNCH,
-        )  # fmt: skip
     return out
 
 
-def _row_runs(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+def launch_partial(x: torch.Tensor, weight: torch.Tensor, config: KernelConfig) -> torch.Tensor:
+    """Partial sums [SPLIT_K, M, N] fp32 of a product whose depth is split, for a kernel that adds them in order."""
+    N, K = weight.shape
+    partial = x.new_empty(config["SPLIT_K"], x.numel() // K, N, dtype=torch.float32)
+    flags = {"HAS_BIAS": False, "HAS_RESIDUAL": False}
+    _launch_product(x, weight, config, partial, partial, partial, partial, flags)
+    return partial
+
+
+def _launch_product(x, weight, config, bias, residual, out, partial, flags) -> None:
+    N, K = weight.shape
+    x, run, apart = row_runs(x)
+    M = x.numel() // K
+    linear_kernel[(cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), config["SPLIT_K"])](
+        x, weight, bias, residual, out, partial, M, run, apart, N=N, K=K, PRECISION="ieee",
+        **flags, **config.constants, **config.launch, **EXACT_LAUNCH,
+    )  # fmt: skip
+
+
+def row_runs(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """x [..., K], how many rows lie together, and how many rows lie between the beginnings of such runs: x[:, i:j] of
     a [B, T, K] is taken as it is, anything else that is not contiguous is copied."""
     K = x.shape[-1]

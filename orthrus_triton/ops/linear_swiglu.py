@@ -11,7 +11,7 @@ from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve
 from orthrus_triton.ops.linear import (
     COMBINE_BLOCK_N,
     COMBINE_WARPS,
-    linear_kernel,
+    launch_partial,
     linear_reference,
     linear_torch,
     product_tile,
@@ -122,16 +122,11 @@ def launch_linear_swiglu(
     (N, K), intermediate = weight.shape, weight.shape[0] // 2
     config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
     split_k, has_bias = config["SPLIT_K"], bias is not None
-    x = x.contiguous()
     M = x.numel() // K
     out = x.new_empty(*x.shape[:-1], intermediate)
     bias = out if bias is None else bias
     if split_k > 1:
-        partial = x.new_empty(split_k, M, N, dtype=torch.float32)
-        linear_kernel[(cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), split_k)](
-            x, weight, bias, out, out, partial, M, max(M, 1), 0, N=N, K=K, HAS_BIAS=False, HAS_RESIDUAL=False,
-            PRECISION="ieee", **config.constants, **config.launch, **EXACT_LAUNCH,
-        )  # fmt: skip
+        partial = launch_partial(x, weight, config)
         combine_swiglu_kernel[(M, cdiv(intermediate, COMBINE_BLOCK_N))](
             partial, bias, out, M, INTERMEDIATE=intermediate, BLOCK_N=COMBINE_BLOCK_N, SPLIT_K=split_k,
             HAS_BIAS=has_bias, num_warps=COMBINE_WARPS, **EXACT_LAUNCH,
@@ -139,7 +134,7 @@ def launch_linear_swiglu(
         return out
     tiles = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     linear_swiglu_kernel[(cdiv(M, config["BLOCK_M"]), cdiv(intermediate, config["BLOCK_N"] // 2))](
-        x, weight, bias, out, M, INTERMEDIATE=intermediate, K=K, HAS_BIAS=has_bias, PRECISION="ieee",
+        x.contiguous(), weight, bias, out, M, INTERMEDIATE=intermediate, K=K, HAS_BIAS=has_bias, PRECISION="ieee",
         **tiles, **config.launch, **EXACT_LAUNCH,
     )  # fmt: skip
     return out

@@ -43,6 +43,18 @@ def rms_norm(
 
 
 @triton.jit
+def normed_row(x, weight_ptr, dtype: tl.constexpr, cols, mask, EPS: tl.constexpr, HIDDEN: tl.constexpr):
+    """The norm of a row in fp32, as `dtype`."""
+    mean_square = tl.sum(x * x, axis=0) / HIDDEN
+    scale = 1.0 / tl.sqrt(mean_square + EPS)
+    # normalised values are rounded before the weight is applied, as transformers does
+    y = (x * scale).to(dtype).to(tl.float32)
+    # [BLOCK]
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return (y * weight).to(dtype)
+
+
+@triton.jit
 def rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, hidden_ptr,
     EPS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -58,12 +70,8 @@ def rms_norm_kernel(
         x = x.to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + row * HIDDEN + cols, x, mask=mask)
         x = x.to(tl.float32)
-    mean_square = tl.sum(x * x, axis=0) / HIDDEN
-    scale = 1.0 / tl.sqrt(mean_square + EPS)
-    # normalised values are rounded before the weight is applied, as transformers does
-    y = (x * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * HIDDEN + cols, (y * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    normed = normed_row(x, weight_ptr, out_ptr.dtype.element_ty, cols, mask, EPS, HIDDEN)
+    tl.store(out_ptr + row * HIDDEN + cols, normed, mask=mask)
 
 
 def rms_norm_config(hidden_size: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
 from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.split_sum import split_sum
 
 
 def rope_cache(
@@ -43,7 +44,27 @@ def rope_cache(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    B, T, width = qkv.shape
+    check_rope_cache(tuple(qkv.shape), qkv.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
+    impl = resolve_impl(impl, qkv)
+    if runs_directly(impl):
+        compute = accumulate_dtype(qkv.dtype)
+        return rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, qkv.dtype, keep=True)
+    return torch.ops.orthrus_triton.rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl)
+
+
+def check_rope_cache(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    slots: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+) -> None:
+    """Raise what is wrong with the arguments beside a qkv of this shape [B, T, W] and dtype, by name."""
+    B, T, width = shape
     HKV, D = k_out.shape[1], k_out.shape[3]
     if width % D or width // D <= 2 * HKV:
         raise ValueError(f"qkv must have (HQ + 2 * {HKV}) * {D} columns with HQ >= 1, but got {width}")
@@ -56,18 +77,13 @@ def rope_cache(
     require_same("slots", slots.dtype, torch.int32, "dtype")
     require_same("v_out", tuple(v_out.shape), tuple(k_out.shape), "shape")
     require_same("k_out", k_out.shape[0], B, "batch size")
-    require_same("k_out", k_out.dtype, qkv.dtype, "dtype")
-    require_same("v_out", v_out.dtype, qkv.dtype, "dtype")
+    require_same("k_out", k_out.dtype, dtype, "dtype")
+    require_same("v_out", v_out.dtype, dtype, "dtype")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm must be given together: got only one of them")
     if q_norm is not None:
         require_same("q_norm", tuple(q_norm.shape), (D,), "shape")
         require_same("k_norm", tuple(k_norm.shape), (D,), "shape")
-    impl = resolve_impl(impl, qkv)
-    if runs_directly(impl):
-        compute = accumulate_dtype(qkv.dtype)
-        return rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, qkv.dtype, keep=True)
-    return torch.ops.orthrus_triton.rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl)
 
 
 @triton.jit
@@ -77,12 +93,21 @@ def _norm_weight(q_norm_ptr, k_norm_ptr, offsets, mask, is_query):
     return tl.where(is_query, of_query, of_key).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["T", "S", "stride_angle_b"])
+@triton.jit
+def _half_head(qkv_ptr, bias_ptr, token, cols, mask, rows, dtype: tl.constexpr, WIDTH: tl.constexpr,
+               SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """`cols` of a token's product, rounded to `dtype`, in fp32: SPLIT_K partial sums are added up, 0 is the product."""
+    if SPLIT_K == 0:
+        return tl.load(qkv_ptr + token * WIDTH + cols, mask=mask, other=0.0).to(tl.float32)
+    return split_sum(qkv_ptr, token, cols, mask, bias_ptr, rows, WIDTH, SPLIT_K, HAS_BIAS).to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "T", "S", "stride_angle_b"])
 def rope_cache_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, v_out_ptr, T, S,
+    qkv_ptr, bias_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, v_out_ptr, rows, T, S,
     stride_angle_b, stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
     EPS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    HAS_NORM: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)  # b * T + t
     head = tl.program_id(1)  # queries, then keys, then values
@@ -90,10 +115,11 @@ def rope_cache_kernel(
     half = tl.arange(0, BLOCK_HALF)
     mask = half < HALF
     dtype = q_out_ptr.dtype.element_ty
+    WIDTH: tl.constexpr = (HQ + 2 * HKV) * D
     # [BLOCK_HALF] each: the two halves of one head
-    head_ptr = qkv_ptr + token * ((HQ + 2 * HKV) * D) + head * D
-    low = tl.load(head_ptr + half, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(head_ptr + HALF + half, mask=mask, other=0.0).to(tl.float32)
+    cols = head * D + half
+    low = _half_head(qkv_ptr, bias_ptr, token, cols, mask, rows, dtype, WIDTH, SPLIT_K, HAS_BIAS)
+    high = _half_head(qkv_ptr, bias_ptr, token, HALF + cols, mask, rows, dtype, WIDTH, SPLIT_K, HAS_BIAS)
     if head < HQ + HKV:
         if HAS_NORM:
             mean_square = (tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D
@@ -135,19 +161,21 @@ def rope_cache_kernel(
 NUM_WARPS = 1
 
 
-def launch_rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps) -> torch.Tensor:
-    B, T, width = qkv.shape
-    HKV, S, D = k_out.shape[1:]
-    HQ = width // D - 2 * HKV
-    q = qkv.new_empty(B, T, HQ, D)
+def launch_rope_cache(
+    qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, bias=None, split_k: int = 0
+) -> torch.Tensor:  # fmt: skip
+    """qkv is [B, T, W]; or, with split_k, partial sums [split_k, B * T, W] fp32 of a product that lacks `bias`."""
+    (B, T), (HKV, S, D) = slots.shape, k_out.shape[1:]
+    HQ = qkv.shape[-1] // D - 2 * HKV
+    q = k_out.new_empty(B, T, HQ, D)
     if cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     rope_cache_kernel[(B * T, HQ + 2 * HKV)](
-        qkv.contiguous(), cos, sin, slots.contiguous(),
-        q if q_norm is None else q_norm, q if k_norm is None else k_norm, q, k_out, v_out, T, S, cos.stride(0),
+        qkv.contiguous(), q if bias is None else bias, cos, sin, slots.contiguous(),
+        q if q_norm is None else q_norm, q if k_norm is None else k_norm, q, k_out, v_out, B * T, T, S, cos.stride(0),
         *k_out.stride()[:3], *v_out.stride()[:3],
         EPS=float(eps), HQ=HQ, HKV=HKV, D=D, BLOCK_HALF=max(next_power_of_2(D // 2), 16), HAS_NORM=q_norm is not None,
-        num_warps=NUM_WARPS, **EXACT_LAUNCH,
+        SPLIT_K=split_k, HAS_BIAS=bias is not None, num_warps=NUM_WARPS, **EXACT_LAUNCH,
     )  # fmt: skip
     return q
 

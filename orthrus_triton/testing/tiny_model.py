@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from orthrus_triton import ops
-from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
+from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer, run_layers
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import Linear
 from orthrus_triton.modules.rms_norm import RMSNorm
@@ -61,9 +61,7 @@ class TinyDualViewModel(nn.Module):
         """input_ids [B, T] -> hidden [B, T, H], normed."""
         hidden = self.embed_tokens(input_ids)
         rope = self.rotary(view_pass.positions, view_pass.prompt_len)
-        for layer, cache_layer in zip(self.layers, cache.layers):
-            hidden = layer(hidden, rope, cache_layer, view_pass)
-        return self.norm(hidden, impl=view_pass.impl)
+        return run_layers(self.layers, self.norm, hidden, rope, cache, view_pass)
 
     def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
         """hidden [B, T, H] -> logits [B, T, V], fp32."""

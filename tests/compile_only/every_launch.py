@@ -20,8 +20,10 @@ from orthrus_triton.ops.dual_view_attention.launch import launch as launch_atten
 from orthrus_triton.ops.linear import launch_linear
 from orthrus_triton.ops.linear_kl.chunks import Target
 from orthrus_triton.ops.linear_kl.launch import launch_rows, launch_teacher
+from orthrus_triton.ops.linear_norm import launch_linear_norm
 from orthrus_triton.ops.linear_swiglu import launch_linear_swiglu
 from orthrus_triton.ops.lm_head import launch_lm_head_choice
+from orthrus_triton.ops.qkv_rope_cache import launch_qkv_rope_cache
 from orthrus_triton.ops.rms_norm import launch_rms_norm
 from orthrus_triton.ops.rope_cache import launch_rope_cache
 from orthrus_triton.ops.sample import launch_greedy_choice
@@ -66,6 +68,19 @@ def projections(family: str, dtype: torch.dtype) -> None:
 
 def fused_products(family: str, dtype: torch.dtype) -> None:
     bf16 = dtype == torch.bfloat16
+    # o of SmolLM2-135M, whose depth is whole, and down of Qwen3-8B, whose depth is split
+    for n, k in ((576, 576), (4096, 12288)):
+        launch_linear_norm(
+            meta(2, 8, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype), meta(2, 8, n, dtype=dtype),
+            meta(n, dtype=dtype), 1e-6, config("linear", dtype, family, N=n, K=k),
+        )  # fmt: skip
+    # qkv of Qwen3-8B
+    cache, angles = meta(2, 8, 512, 128, dtype=dtype), meta(2, 8, 64, dtype=torch.float32)
+    launch_qkv_rope_cache(
+        meta(2, 8, 4096, dtype=dtype), meta(6144, 4096, dtype=dtype), meta(6144, dtype=dtype), angles, angles, cache,
+        cache, meta(2, 8, dtype=torch.int32), meta(128, dtype=dtype), meta(128, dtype=dtype), 1e-6,
+        config("linear", dtype, family, N=6144, K=4096),
+    )  # fmt: skip
     # gate/up of Qwen3-32B, whose depth is whole on every chip, and of 0.6B, whose depth is split
     for n, k in ((51200, 5120), (6144, 1024))[: 1 + bf16]:
         shape = config("linear", dtype, family, N=n, K=k)

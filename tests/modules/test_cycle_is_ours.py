@@ -89,9 +89,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
         forward = decoder_layer.SwiGLU.forward
         monkeypatch.setattr(
             decoder_layer.SwiGLU, "forward",
-            lambda self, x, residual=None, *, impl, linear_impl: forward(
-                self, x, residual, impl=impl, linear_impl="library"
-            ),
+            lambda self, *arguments, impl, linear_impl: forward(self, *arguments, impl=impl, linear_impl="library"),
         )  # fmt: skip
 
     yield {

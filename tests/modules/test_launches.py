@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from orthrus_triton._triton import is_interpreted
+from orthrus_triton.autotune.defaults import RULES
+from orthrus_triton.autotune.store import forget
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.testing import TinyDualViewModel
 
+VOCAB = 61  # of the tiny model
+TILES = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
 # torch's own work on a device; views, allocations and metadata are free
 TORCH_KERNELS = {
     "aten::add", "aten::arange", "aten::cat", "aten::clamp", "aten::copy_", "aten::cos", "aten::embedding",
@@ -54,17 +58,29 @@ def cycle_launches(launches: Counter, num_layers: int, block_size: int, **model:
 
 
 @pytest.mark.parametrize(("block_size", "passes"), [(8, 2), (1, 1)])
-def test_a_layer_launches_what_the_table_lists(triton_launches: Counter, block_size: int, passes: int) -> None:
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_a_layer_launches_what_the_table_lists(
+    triton_launches: Counter, block_size: int, passes: int, split_k: int, request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the products are split: whatever comes after one takes its splits."""
+
+    def rule(*_: object, N: int, K: int) -> tuple[dict[str, int], dict[str, int]]:
+        return {**TILES, "SPLIT_K": 1 if N == VOCAB else split_k}, {"num_warps": 4}
+
+    monkeypatch.setitem(RULES, "linear", rule)
+    request.addfinalizer(forget)
+    forget()
     one, torch_one = cycle_launches(triton_launches, 1, block_size)
     three, torch_three = cycle_launches(triton_launches, 3, block_size)
     assert torch_one == torch_three  # a layer runs no torch kernel: no copy, no reshape, no addition
     layer = {name: (three[name] - one[name]) / 2 / passes for name in three}
-    combines = layer.pop("combine_splits_kernel")  # attention's, and of each product whose depth is split
+    combines = layer.pop("combine_splits_kernel")  # attention's alone
+    gate_up = {"linear_swiglu_kernel": 1} if split_k == 1 else {"combine_swiglu_kernel": 1}
     assert {name: count for name, count in layer.items() if count} == {
-        "rms_norm_kernel": 2, "linear_kernel": 3, "linear_swiglu_kernel": 1, "rope_cache_kernel": 1,
+        "linear_kernel": 3 if split_k == 1 else 4, "combine_norm_kernel": 2, "rope_cache_kernel": 1, **gate_up,
         "dual_view_attention_kernel": 1,
     }  # fmt: skip
-    assert 1 <= combines <= 4
+    assert combines == 1
 
 
 def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter) -> None:
@@ -76,8 +92,8 @@ def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter)
     (plain, plain_torch), (own, own_torch) = layers
     more = own - plain
     more.pop("combine_splits_kernel", None)
-    assert more == {"linear_kernel": 2, "rope_cache_kernel": 1}
-    assert own_torch - plain_torch == {"aten::cat": 2}  # in a batch, too
+    assert more == {"linear_kernel": 2, "rope_cache_kernel": 1, "combine_norm_kernel": 1}
+    assert own_torch - plain_torch == {"aten::cat": 3}  # in a batch, too
 
 
 @pytest.mark.parametrize(("block_size", "anchor_rows", "passes", "most"), [(8, 0, 2, 34), (8, 1, 2, 55), (1, 0, 1, 12)])

@@ -1,4 +1,5 @@
-"""What is fused behind a product has the bits of the two ops it stands for: SwiGLU, and the LM head's choice."""
+"""What is fused behind a product has the bits of the ops it stands for: SwiGLU, the norm after the residual, rotation
+and K/V write, and the LM head's choice."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orthrus_triton import ops
+from orthrus_triton._triton import is_interpreted
 from orthrus_triton.autotune.store import KernelConfig
 from orthrus_triton.testing import assert_within_budget
 from tests.ops.attention_cases import DTYPES
@@ -40,6 +42,83 @@ def test_swiglu_is_the_unfused_pair(seed, dtype, rows, width, k, split_k, bias) 
     assert torch.equal(fused, ops.swiglu(ops.linear(x, weight, bias_vector, **options), impl="triton"))
     row = seed % rows
     assert torch.equal(ops.linear_swiglu(x[row : row + 1], weight, bias_vector, **options)[0], fused[row])
+
+
+@given(
+    seed=seeds, dtype=dtypes, rows=st.integers(1, 9), width=st.integers(1, 90), k=st.integers(1, 70),
+    split_k=st.sampled_from([1, 2, 3]), bias=st.booleans(), skip=st.integers(0, 2),
+)  # fmt: skip
+def test_norm_is_the_unfused_pair(seed, dtype, rows, width, k, split_k, bias, skip) -> None:
+    """The residual is rows of a longer block, two sequences of it, as where a draft's parts are projected apart."""
+    x, weight = randn(seed, 2, rows, k, dtype=dtype), randn(seed + 1, width, k, dtype=dtype)
+    residual = randn(seed + 2, 2, rows + skip, width, dtype=dtype)[:, skip:]
+    norm, bias = randn(seed + 3, width, dtype=dtype), randn(seed + 4, width, dtype=dtype) if bias else None
+    options = {"impl": "triton", "config": config(split_k)}
+    normed, hidden = ops.linear_norm(x, weight, bias, residual, norm, 1e-6, **options)
+    unfused = ops.linear(x, weight, bias, residual, **options)
+    assert torch.equal(hidden, unfused)
+    expected = ops.rms_norm(unfused, norm, 1e-6, impl="triton")
+    if is_interpreted():
+        assert torch.equal(normed, expected)
+    else:  # on a GPU the squares of a row may be added in another order
+        torch.testing.assert_close(normed, expected)
+    row = seed % rows
+    alone = ops.linear_norm(
+        x[1:, row : row + 1], weight, bias, residual[1:, row : row + 1], norm, 1e-6, **options
+    )  # fmt: skip
+    assert torch.equal(alone[0][0, 0], normed[1, row]) and torch.equal(alone[1][0, 0], hidden[1, row])
+
+
+@given(
+    seed=seeds, dtype=dtypes, rows=st.integers(1, 6), head_dim=st.sampled_from([16, 80]), k=st.integers(1, 70),
+    split_k=st.sampled_from([1, 2, 3]), bias=st.booleans(), norm=st.booleans(),
+)  # fmt: skip
+def test_rotation_is_the_unfused_pair(seed, dtype, rows, head_dim, k, split_k, bias, norm) -> None:
+    width = 4 * head_dim  # two query heads, one of keys, one of values
+    x, weight = randn(seed, 2, rows, k, dtype=dtype), randn(seed + 1, width, k, dtype=dtype)
+    bias = randn(seed + 2, width, dtype=dtype) if bias else None
+    angles = randn(seed + 3, 2, rows, head_dim // 2, dtype=torch.float32)
+    norms = [randn(seed + 4 + i, head_dim, dtype=dtype) if norm else None for i in range(2)]
+    slots = torch.arange(3, 3 + rows, dtype=torch.int32, device=DEVICE).expand(2, rows)
+    options = {"impl": "triton", "config": config(split_k)}
+    caches = torch.zeros(3, 2, 2, 1, 16, head_dim, dtype=dtype, device=DEVICE)
+
+    def rope(cache: torch.Tensor, of: slice = slice(None)) -> tuple:
+        return angles[:, of].cos(), angles[:, of].sin(), *cache, slots[:, of], *norms
+
+    fused = ops.qkv_rope_cache(x, weight, bias, *rope(caches[0]), **options)
+    unfused = ops.rope_cache(ops.linear(x, weight, bias, **options), *rope(caches[1]), impl="triton")
+    if is_interpreted() or not norm:
+        assert torch.equal(fused, unfused) and torch.equal(caches[0], caches[1])
+    else:  # on a GPU the squares of a head may be added in another order
+        torch.testing.assert_close(fused, unfused)
+        torch.testing.assert_close(caches[0], caches[1])
+    row = seed % rows
+    one = slice(row, row + 1)
+    alone = ops.qkv_rope_cache(x[:, one], weight, bias, *rope(caches[2], one), **options)
+    assert torch.equal(alone[:, 0], fused[:, row])
+    assert torch.equal(caches[2][..., 3 + row, :], caches[0][..., 3 + row, :])
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_and_rotation_are_near_the_reference(dtype: torch.dtype, impl: str) -> None:
+    """Through the registered ops too, with whatever configuration is looked up."""
+    x, weight, bias = randn(1, 2, 3, 48, dtype=dtype), randn(2, 256, 48, dtype=dtype) / 7, randn(3, 256, dtype=dtype)
+    residual, norm = randn(4, 2, 3, 256, dtype=dtype), randn(5, 256, dtype=dtype)
+    double = [tensor.double() for tensor in (x, weight, bias, residual, norm)]
+    expected = ops.linear_norm(*double, 1e-6, impl="reference")
+    got = ops.linear_norm(x, weight, bias, residual, norm, 1e-6, impl=impl)
+    plain = torch.nn.functional.linear(x, weight, bias) + residual
+    assert_within_budget(got[1], plain, expected[1], what="hidden")
+    assert_within_budget(got[0], torch.nn.functional.rms_norm(plain, (256,), norm, 1e-6), expected[0], what="norm")
+    angles = randn(6, 2, 3, 32, dtype=torch.float32)
+    slots = torch.arange(3, dtype=torch.int32, device=DEVICE).expand(2, 3)
+    cache = torch.zeros(2, 2, 2, 1, 8, 64, dtype=dtype, device=DEVICE)
+    q = ops.qkv_rope_cache(x, weight, bias, angles.cos(), angles.sin(), *cache[0], slots, impl=impl)
+    product = ops.linear(x, weight, bias, impl=impl)
+    assert torch.equal(q, ops.rope_cache(product, angles.cos(), angles.sin(), *cache[1], slots, impl=impl))
+    assert torch.equal(cache[0], cache[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,6 +242,18 @@ def test_many_column_tiles_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -
         (lambda x: ops.linear_swiglu(x, torch.ones(5, 8)), "weight must have an even number of rows"),
         (lambda x: ops.linear_swiglu(x, torch.ones(6, 8), torch.ones(3)), r"bias must have shape \(6,\)"),
         (lambda x: ops.linear_swiglu(x, torch.ones(6, 8), impl="torch", config=config()), "config belongs to"),
+        (
+            lambda x: ops.linear_norm(x, torch.ones(6, 8), None, torch.ones(3, 6), torch.ones(6), 1e-6),
+            r"residual must have shape \(2, 6\), but got \(3, 6\)",
+        ),
+        (
+            lambda x: ops.linear_norm(x, torch.ones(6, 8), None, torch.ones(2, 6), torch.ones(5), 1e-6),
+            r"norm_weight must have shape \(6,\)",
+        ),
+        (
+            lambda x: ops.linear_norm(x, torch.ones(6, 8), torch.ones(6).half(), torch.ones(2, 6), torch.ones(6), 1e-6),
+            "bias must have dtype torch.float32",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, message: str) -> None:
@@ -180,6 +271,21 @@ def test_swiglu_on_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert torch.equal(fused, ops.swiglu(ops.linear(x, weight, impl="triton"), impl="triton"))
     for rows in (1, 8, 33, 128):
         assert torch.equal(ops.linear_swiglu(x[:rows], weight, impl="triton"), fused[:rows]), rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1024, 2048), (2048, 6144), (4096, 12288)], ids=str)
+def test_norm_on_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """o of Qwen3-0.6B, down of 1.7B and 8B with their default configurations."""
+    x, weight = randn(1, 128, shape[1], dtype=dtype), randn(2, *shape, dtype=dtype) * shape[1] ** -0.5
+    residual, norm = randn(3, 128, shape[0], dtype=dtype), randn(4, shape[0], dtype=dtype)
+    normed, hidden = ops.linear_norm(x, weight, None, residual, norm, 1e-6, impl="triton")
+    assert torch.equal(hidden, ops.linear(x, weight, None, residual, impl="triton"))
+    torch.testing.assert_close(normed, ops.rms_norm(hidden, norm, 1e-6, impl="triton"))
+    for rows in (1, 8, 33):
+        some = ops.linear_norm(x[:rows], weight, None, residual[:rows], norm, 1e-6, impl="triton")
+        assert torch.equal(some[0], normed[:rows]) and torch.equal(some[1], hidden[:rows]), rows
 
 
 @pytest.mark.gpu

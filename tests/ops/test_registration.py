@@ -26,6 +26,11 @@ def arguments() -> dict[str, tuple]:
         "swiglu": (randn(2, 3, 32),),
         "linear": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), torch.float32),
         "linear_swiglu": (randn(2, 3, 32), randn(20, 32), randn(20)),
+        "linear_norm": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), randn(20), 1e-6),
+        "qkv_rope_cache": (
+            randn(1, 2, 48), randn(5 * 64, 48), randn(5 * 64), randn(1, 2, 32), randn(1, 2, 32), cache[0], cache[1],
+            ints(0, 1)[None], randn(64), randn(64), 1e-6,
+        ),
         "lm_head_choice": (randn(2, 3, 32), randn(50, 32)),
         "greedy_choice": (randn(2, 3, 50),),
         "rope_cache": (

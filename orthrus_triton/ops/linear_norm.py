@@ -1,0 +1,146 @@
+"""A product, its residual and the norm after it. Where the product's depth is split, the kernel that adds the splits
+does the rest too, which saves a launch and a round trip through memory."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
+from orthrus_triton.autotune.store import KernelConfig, lookup
+from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.linear import launch_linear, launch_partial, linear_reference, linear_torch, row_runs
+from orthrus_triton.ops.rms_norm import normed_row, rms_norm_config, rms_norm_reference, rms_norm_torch
+from orthrus_triton.ops.split_sum import split_sum
+
+
+def linear_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    *,
+    impl: str = "auto",
+    config: KernelConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h = x @ weight.T + bias + residual`, the bits of `linear`, and its root-mean-square norm.
+
+    The norm rounds where `rms_norm` does, but may add the squares of a row in another order: rows that must agree, such
+    as those of both decoding modes, must come from the same one of the two.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16.
+        weight: [N, K], the dtype of `x`, contiguous.
+        bias: [N] or None, the dtype of `x`.
+        residual: [..., N], the dtype of `x`.
+        norm_weight: [N], the dtype of `x`.
+        eps: added to the mean square, in fp32.
+        impl: "auto", "triton", "torch" or "reference".
+        config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
+
+    Returns:
+        (norm [..., N], h [..., N]); h is the next residual.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+    """
+    N = weight.shape[0]
+    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
+    require_same("residual", tuple(residual.shape), (*x.shape[:-1], N), "shape")
+    vectors = {"norm_weight": norm_weight} | ({} if bias is None else {"bias": bias})
+    for name, vector in vectors.items():
+        require_same(name, tuple(vector.shape), (N,), "shape")
+    for name, tensor in {"weight": weight, "residual": residual, **vectors}.items():
+        require_same(name, tensor.dtype, x.dtype, "dtype")
+    impl = resolve_impl(impl, x)
+    if config is not None:
+        if impl != "triton":
+            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
+        return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, config)
+    if runs_directly(impl):
+        return linear_norm_torch(x, weight, bias, residual, norm_weight, eps)
+    return torch.ops.orthrus_triton.linear_norm(x, weight, bias, residual, norm_weight, eps, impl)
+
+
+@triton.jit(do_not_specialize=["M", "run", "apart"])
+def combine_norm_kernel(
+    partial_ptr, bias_ptr, residual_ptr, weight_ptr, out_ptr, hidden_ptr, M, run, apart,
+    EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows). As in `linear_kernel`, the residual may be runs of rows."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < N
+    dtype = out_ptr.dtype.element_ty
+    # [BLOCK] each
+    product = split_sum(partial_ptr, row, cols, mask, bias_ptr, M, N, SPLIT_K, HAS_BIAS)
+    residual_row = row // run * apart + row % run
+    residual = tl.load(residual_ptr + residual_row * N + cols, mask=mask, other=0.0).to(tl.float32)
+    hidden = (product.to(dtype).to(tl.float32) + residual).to(dtype)
+    tl.store(hidden_ptr + row * N + cols, hidden, mask=mask)
+    normed = normed_row(hidden.to(tl.float32), weight_ptr, dtype, cols, mask, EPS, N)
+    tl.store(out_ptr + row * N + cols, normed, mask=mask)
+
+
+def launch_linear_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    config: KernelConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the kernels with `linear`'s configuration of this weight shape."""
+    N, K = weight.shape
+    config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
+    split_k = config["SPLIT_K"]
+    if split_k == 1:  # a tile of the product has no whole row to norm
+        product, bias = launch_linear(x, weight, bias, None, x.dtype, config), None
+    else:
+        product = launch_partial(x, weight, config)
+    hidden = x.new_empty(*x.shape[:-1], N)
+    out = torch.empty_like(hidden)
+    residual, run, apart = row_runs(residual)
+    M = x.numel() // K
+    block, num_warps = rms_norm_config(N)
+    combine_norm_kernel[(M,)](
+        product, out if bias is None else bias, residual, norm_weight, out, hidden, M, run, apart,
+        EPS=float(eps), N=N, BLOCK=block, SPLIT_K=split_k, HAS_BIAS=bias is not None, num_warps=num_warps,
+        **EXACT_LAUNCH,
+    )  # fmt: skip
+    return out, hidden
+
+
+def linear_norm_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Any device."""
+    hidden = linear_torch(x, weight, bias, residual.contiguous(), x.dtype)
+    return rms_norm_torch(hidden, norm_weight, eps), hidden
+
+
+@torch.library.custom_op(
+    "orthrus_triton::linear_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, float eps, str impl) "
+    "-> (Tensor, Tensor)",
+)
+def _linear_norm_op(x, weight, bias, residual, norm_weight, eps, impl):
+    if impl == "triton":
+        return launch_linear_norm(x, weight, bias, residual, norm_weight, eps)
+    if impl == "torch":
+        return linear_norm_torch(x, weight, bias, residual, norm_weight, eps)
+    hidden = linear_reference(x, weight, bias).to(x.dtype) + residual
+    return rms_norm_reference(hidden, norm_weight, eps).to(x.dtype), hidden
+
+
+@_linear_norm_op.register_fake
+def _(x, weight, bias, residual, norm_weight, eps, impl):
+    return x.new_empty(residual.shape), x.new_empty(residual.shape)

@@ -1,0 +1,96 @@
+"""The fused qkv product and `rope_cache` on it: the same bits. Where the product's depth is split, the kernel that
+rotates adds the splits itself, which saves a launch and a round trip through memory."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton.autotune.store import KernelConfig, lookup
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.linear import launch_linear, launch_partial, linear_reference, linear_torch
+from orthrus_triton.ops.rope_cache import check_rope_cache, launch_rope_cache, rope_cache_torch
+
+
+def qkv_rope_cache(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    slots: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    impl: str = "auto",
+    config: KernelConfig | None = None,
+) -> torch.Tensor:
+    """`rope_cache(linear(x, weight, bias), cos, sin, k_out, ...)`.
+
+    Args:
+        x: [B, T, K], fp32, fp16 or bf16.
+        weight: [(HQ + 2 * HKV) * D, K]: queries, then keys, then values; the dtype of `x`, contiguous.
+        bias: [(HQ + 2 * HKV) * D] or None, the dtype of `x`.
+        cos, sin, k_out, v_out, slots, q_norm, k_norm, eps: as in `rope_cache`.
+        impl: "auto", "triton", "torch" or "reference".
+        config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
+
+    Returns:
+        q: [B, T, HQ, D].
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+    """
+    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
+    require_same("weight", weight.dtype, x.dtype, "dtype")
+    if bias is not None:
+        require_same("bias", tuple(bias.shape), (weight.shape[0],), "shape")
+        require_same("bias", bias.dtype, x.dtype, "dtype")
+    check_rope_cache((*x.shape[:-1], weight.shape[0]), x.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
+    impl = resolve_impl(impl, x)
+    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+    if config is not None:
+        if impl != "triton":
+            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
+        return launch_qkv_rope_cache(x, weight, bias, *rope, config)
+    if runs_directly(impl):
+        qkv = linear_torch(x, weight, bias, None, x.dtype)
+        return rope_cache_torch(qkv, *rope, accumulate_dtype(x.dtype), x.dtype, keep=True)
+    return torch.ops.orthrus_triton.qkv_rope_cache(x, weight, bias, *rope, impl)
+
+
+def launch_qkv_rope_cache(
+    x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, config: KernelConfig | None = None
+) -> torch.Tensor:
+    """Run the kernels with `linear`'s configuration of this weight shape."""
+    N, K = weight.shape
+    config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
+    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+    if config["SPLIT_K"] == 1:  # a tile of the product is no whole number of heads
+        return launch_rope_cache(launch_linear(x, weight, bias, None, x.dtype, config), *rope)
+    return launch_rope_cache(launch_partial(x, weight, config), *rope, bias, config["SPLIT_K"])
+
+
+@torch.library.custom_op(
+    "orthrus_triton::qkv_rope_cache",
+    mutates_args=("k_out", "v_out"),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor cos, Tensor sin, Tensor(a!) k_out, Tensor(b!) v_out, "
+    "Tensor slots, Tensor? q_norm, Tensor? k_norm, float eps, str impl) -> Tensor",
+)
+def _qkv_rope_cache_op(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
+    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+    if impl == "triton":
+        return launch_qkv_rope_cache(x, weight, bias, *rope)
+    if impl == "torch":
+        qkv = linear_torch(x, weight, bias, None, x.dtype)
+        return rope_cache_torch(qkv, *rope, accumulate_dtype(x.dtype), x.dtype).contiguous()
+    qkv = linear_reference(x, weight, bias).to(x.dtype)
+    return rope_cache_torch(qkv, *rope, torch.float64, torch.float64).contiguous()
+
+
+@_qkv_rope_cache_op.register_fake
+def _(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
+    HKV, D = k_out.shape[1], k_out.shape[3]
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // D - 2 * HKV, D)
