@@ -50,11 +50,11 @@ def middle_keys(low, high, z_max, PASS, WAYS: tl.constexpr):
 @triton.jit
 def range_after(
     ranges_ptr, found_ptr, row, top_p, z_max, PASS,
-    PASSES: tl.constexpr, WAYS: tl.constexpr, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr,
+    WAYS: tl.constexpr, SPANS: tl.constexpr, SPANS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """(low, high, mass above `high`, mass of the row) after a pass: top-p drops the key `low`, if there is one, and
     keeps `high`."""
-    at = row * PASSES + PASS
+    at = row * 2 + PASS % 2
     low, high = tl.load(ranges_ptr + at * 4), tl.load(ranges_ptr + at * 4 + 1)
     above_high, total = tl.load(ranges_ptr + at * 4 + 2), tl.load(ranges_ptr + at * 4 + 3)
     if (PASS == 0) | (high - low > 1):
@@ -76,7 +76,7 @@ def range_after(
 def top_p_pass_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, top_ptr, top_id_ptr, digits_ptr, counts_ptr, ranges_ptr,
     found_ptr, T, PASS,
-    PASSES: tl.constexpr, WAYS: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr,
+    WAYS: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr,
     SPANS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, SPANS), PASSES times: how much mass of the span is above each of the middle keys."""
@@ -84,7 +84,8 @@ def top_p_pass_kernel(
     temperature, top_p = tl.load(temperature_ptr + row // T), tl.load(top_p_ptr + row // T)
     z_max, _top_id = row_top(top_ptr, top_id_ptr, row, SPANS, SPANS_PADDED)
     if (temperature > 0) & (top_p < 1.0) & (z_max > float("-inf")):
-        at = row * PASSES + PASS
+        # odd and even passes apart: one reads what the one before it wrote
+        at = row * 2 + PASS % 2
         if PASS == 0:
             key_min = top_k_key(digits_ptr, counts_ptr, row, tl.load(top_k_ptr + row // T), V, SPANS, SPANS_PADDED)
             low = tl.maximum(key_min.to(tl.int64), order_key(z_max - 28.0).to(tl.int64)) - 1
@@ -92,7 +93,7 @@ def top_p_pass_kernel(
             above_high, total = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
         else:
             low, high, above_high, total = range_after(
-                ranges_ptr, found_ptr, row, top_p, z_max, PASS - 1, PASSES, WAYS, SPANS, SPANS_PADDED
+                ranges_ptr, found_ptr, row, top_p, z_max, PASS - 1, WAYS, SPANS, SPANS_PADDED
             )
         if span == 0:
             tl.store(ranges_ptr + at * 4, low)
@@ -128,7 +129,7 @@ def kept_mass_kernel(
     if (temperature > 0) & (z_max > float("-inf")):
         if top_p < 1.0:
             _low, key_min, _above, _total = range_after(
-                ranges_ptr, found_ptr, row, top_p, z_max, PASSES - 1, PASSES, WAYS, SPANS, SPANS_PADDED
+                ranges_ptr, found_ptr, row, top_p, z_max, PASSES - 1, WAYS, SPANS, SPANS_PADDED
             )
         else:
             key_min = top_k_key(
@@ -154,15 +155,16 @@ def launch_kept_spans(
     B, T, V = logits.shape
     constants = span_constants(V)
     spans = constants["SPANS"]
-    launch = {**constants, "PASSES": PASSES, "WAYS": WAYS, "SPAN": SPAN, "num_warps": NUM_WARPS, **EXACT_LAUNCH}
+    launch = {**constants, "WAYS": WAYS, "SPAN": SPAN, "num_warps": NUM_WARPS, **EXACT_LAUNCH}
     of_row = launch_row_spans(logits, temperature, top_k)
-    sizes = ((PASSES, 4), (PASSES, spans, WAYS), (), (spans,))
+    sizes = ((2, 4), (2, spans, WAYS), (), (spans,))
     ranges, found, keys, masses = (logits.new_empty(B * T, *size, dtype=torch.int64) for size in sizes)
     for number in range(PASSES):
         top_p_pass_kernel[(B * T, spans)](
             logits, temperature, top_k, top_p, *of_row, ranges, found, T, number, BLOCK=PASS_BLOCK, **launch
         )
     kept_mass_kernel[(B * T, spans)](
-        logits, temperature, top_k, top_p, min_p, *of_row, ranges, found, keys, masses, T, BLOCK=BLOCK, **launch
-    )
+        logits, temperature, top_k, top_p, min_p, *of_row, ranges, found, keys, masses, T,
+        PASSES=PASSES, BLOCK=BLOCK, **launch,
+    )  # fmt: skip
     return KeptSpans(of_row.tops, of_row.top_ids, keys, masses)
