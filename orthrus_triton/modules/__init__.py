@@ -4,7 +4,7 @@ from orthrus_triton.modules.attention import DualViewAttention
 from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
 from orthrus_triton.modules.decode_run import DecodeRun
 from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats, first_difference
-from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
+from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer, run_layers
 from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear
 from orthrus_triton.modules.rms_norm import RMSNorm
@@ -30,4 +30,5 @@ __all__ = [
     "SharedKVCache",
     "ViewPass",
     "first_difference",
+    "run_layers",
 ]
