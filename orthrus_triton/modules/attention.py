@@ -130,6 +130,9 @@ class DualViewAttention(nn.Module):
             qkv = [self._project_qkv(rows, part.view == "diffusion", impl) for rows, part in zip(inputs, parts)]
             q = ops.rope_cache(_join(qkv), *rope, k, v, view_pass.slots, impl=impl)
         attended = ops.dual_view_attention(q, k, v, view_pass.key_limit, impl=impl).flatten(2)
+        if next_norm is not None and impl == "torch":  # one norm of all rows is less work, and the same
+            pieces = zip(attended.split(widths, dim=1), parts)
+            return next_norm(_join([self._project_out(rows, part) for rows, part in pieces]), residual, impl=impl)
         outputs = zip(attended.split(widths, dim=1), parts, residuals)
         return _join([self._project_out(rows, part, rest, next_norm) for rows, part, rest in outputs])
 
@@ -167,7 +170,11 @@ class DualViewAttention(nn.Module):
         return torch.cat([delta(hidden, part, impl=impl) for delta, part in zip(deltas, frozen)], dim=-1)
 
     def _project_out(
-        self, attended: torch.Tensor, view_pass: ViewPass, residual: torch.Tensor | None, next_norm: RMSNorm | None
+        self,
+        attended: torch.Tensor,
+        view_pass: ViewPass,
+        residual: torch.Tensor | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         drafting, impl, linear_impl = view_pass.view == "diffusion", view_pass.impl, view_pass.linear_impl
         if drafting and self.view_rank is not None:

@@ -117,8 +117,8 @@ def run_layers(
 ) -> torch.Tensor:
     """hidden [B, T, hidden_size] through all layers and the final norm, every norm in the kernel of the product before
     it. A model must run its layers either so or one by one: a norm may round differently in the two."""
-    normed = layers[0].input_layernorm(hidden, impl=view_pass.impl)
-    next_norms = [*(layer.input_layernorm for layer in layers[1:]), norm]
-    for layer, cache_layer, next_norm in zip(layers, cache.layers, next_norms):
+    first, *others = [layer.input_layernorm for layer in layers]
+    normed = first(hidden, impl=view_pass.impl)
+    for layer, cache_layer, next_norm in zip(layers, cache.layers, [*others, norm], strict=True):
         normed, hidden = layer(hidden, rope, cache_layer, view_pass, normed, next_norm)
     return normed

@@ -51,8 +51,7 @@ class Linear(nn.Module):
         product (`linear_impl`) and the rest (`impl`) are ours."""
         if impl == linear_impl:
             return ops.linear_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps, impl=impl)
-        hidden = self(x, residual, impl=linear_impl)
-        return norm(hidden, impl=impl), hidden
+        return norm(self(x, impl=linear_impl), residual, impl=impl)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -24,7 +24,7 @@ def linear_norm(
     impl: str = "auto",
     config: KernelConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`h = x @ weight.T + bias + residual`, the bits of `linear`, and its root-mean-square norm.
+    """`h = x @ weight.T + bias + residual`, as `linear` rounds it, and its root-mean-square norm.
 
     The norm rounds where `rms_norm` does, but may add the squares of a row in another order: rows that must agree, such
     as those of both decoding modes, must come from the same one of the two.

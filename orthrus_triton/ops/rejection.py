@@ -109,7 +109,7 @@ def _accept_or_replace(logits, p, q, candidate, positions, sampling) -> torch.Te
     score[at] = portable_log_torch(rest[at]) + gumbel_of_torch(at[2][:, None], key0, key1)[:, 0]
     best, choice = score.max(dim=-1)
     u = uniform_torch(*row_key_torch(seed, sequence, positions[:, :-1], ACCEPT))
-    drafted = candidate[:, 1:, None]
+    drafted = candidate[:, 1:, None].clamp(min=0)  # VOID, where the draft had none
     accepted = u * q.gather(-1, drafted)[..., 0] < p[:, :-1].gather(-1, drafted)[..., 0]
     accepted |= best[:, :-1] == -torch.inf
     choice[:, :-1] = torch.where(accepted & drafts, candidate[:, 1:], choice[:, :-1])

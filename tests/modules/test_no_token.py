@@ -161,7 +161,7 @@ def test_rejection_without_a_draft_draws_from_the_ar_distribution(impl: str, mon
     )
     positions = torch.tensor([[9, 10]], dtype=torch.int32).repeat(n, 1)
     nothing = torch.full((n, 1, VOCAB), torch.nan)
-    candidate = torch.zeros(n, 2, dtype=torch.int64)
+    candidate = torch.tensor([[0, ops.VOID]]).repeat(n, 1)
     choice = ops.rejection_choice(logits, nothing, candidate, positions, how, impl=impl)
     turned = ops.rejection_choice(logits.flip(1), nothing, candidate, positions.flip(1), how, impl=impl)
     assert torch.equal(choice, turned.flip(1)) and choice[:, 0].any()
