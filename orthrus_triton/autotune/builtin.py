@@ -14,6 +14,7 @@ from orthrus_triton.ops.dual_view_attention.launch import launch as launch_atten
 from orthrus_triton.ops.dual_view_attention.reference import attention_reference
 from orthrus_triton.ops.dual_view_attention.torch_impl import attention_torch
 from orthrus_triton.ops.linear import launch_linear
+from orthrus_triton.ops.linear_norm import launch_linear_norm
 from orthrus_triton.ops.linear_swiglu import launch_linear_swiglu
 from orthrus_triton.ops.lm_head import launch_lm_head_choice
 from orthrus_triton.ops.sample import launch_greedy_choice
@@ -36,13 +37,19 @@ def _product(inputs: Inputs, config: KernelConfig) -> torch.Tensor:
     return launch_linear(x, weight, None, None, x.dtype, config)
 
 
+def _normed(inputs: Inputs, config: KernelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    x, residual, weight, norm = inputs
+    return launch_linear_norm(x, weight, None, residual, norm, 1e-6, config)
+
+
 def _logits(inputs: Inputs, config: KernelConfig) -> torch.Tensor:
     x, weight = inputs
     return launch_linear(x, weight, None, None, torch.float32, config)
 
 
 class Linear(TunableOp):
-    """x @ weight.T, and what a model fuses behind it: SwiGLU behind gate/up, the choice behind the LM head."""
+    """x @ weight.T, and what a model fuses behind it: SwiGLU behind gate/up, the choice behind the LM head, and behind
+    all others a kernel that takes the product's splits: the norm stands for it, and for the rotation behind qkv."""
 
     space, home = SPACES["linear"], __name__
 
@@ -64,6 +71,13 @@ class Linear(TunableOp):
                     same_as=lambda i, c: launch_swiglu(_product(i, c)),
                 )
             )  # fmt: skip
+        if "followed" in problem.uses:
+            found.append(
+                Variant(
+                    "linear_norm", self._with_norm(problem, inputs), lambda i, c: torch.cat(_normed(i, c), dim=-1),
+                    lambda i, start, stop: (*(rows[start:stop] for rows in i[:2]), *i[2:]), slices,
+                )
+            )  # fmt: skip
         if "head" in problem.uses:
             found.append(
                 Variant(
@@ -80,13 +94,18 @@ class Linear(TunableOp):
             run = lambda i, c: launch_linear_swiglu(*i, None, c)  # noqa: E731
         elif "head" in problem.uses:
             run = lambda i, c: launch_lm_head_choice(*i, c)  # noqa: E731
+        elif "followed" in problem.uses:
+            run = lambda i, c: _normed(i, c)[1]  # noqa: E731
         _, weight = self._inputs(problem, 1, device)
         weights = [weight, *(weight.clone() for _ in range(copies_beyond_cache(weight.nbytes, device) - 1))]
         loads = []
         for rows in TIMED_ROWS:
             x, _ = self._inputs(problem, rows, device, with_weight=False)
             result = 8 * rows if "head" in problem.uses else rows * weight.shape[0] * x.itemsize
-            loads.append(Load(f"rows={rows}", run, [(x, w) for w in weights], weight.nbytes + x.nbytes + result))
+            copies = [(x, w) for w in weights]
+            if "followed" in problem.uses:
+                copies, result = [self._with_norm(problem, inputs) for inputs in copies], 3 * result
+            loads.append(Load(f"rows={rows}", run, copies, weight.nbytes + x.nbytes + result))
         return loads
 
     def launch_all(self, problem: Problem, config: KernelConfig, device: torch.device, every: bool = True) -> None:
@@ -98,6 +117,8 @@ class Linear(TunableOp):
             _product((x, weight), config)
         if "gate_up" in problem.uses:
             launch_linear_swiglu(x, weight, None, config)
+        if "followed" in problem.uses:
+            _normed(self._with_norm(problem, (x, weight)), config)
         if "head" in problem.uses:
             if every:
                 _logits((x, weight), config)
@@ -107,6 +128,13 @@ class Linear(TunableOp):
         N, K, dtype = problem.shape["N"], problem.shape["K"], DTYPES[problem.dtype]
         x = _randn(1, device, dtype, rows, K)
         return x, (_randn(2, device, dtype, N, K) * K**-0.5 if with_weight else None)
+
+    def _with_norm(self, problem: Problem, inputs: Inputs) -> Inputs:
+        x, weight = inputs
+        residual, norm = (
+            _randn(seed, x.device, x.dtype, *rows, problem.shape["N"]) for seed, rows in ((3, (len(x),)), (4, ()))
+        )
+        return x, residual, weight, norm
 
 
 class Attention(TunableOp):

@@ -56,8 +56,8 @@ def problems_of(model: str | Path | Mapping[str, Any], dtype: str | None = None)
         raise ValueError(f"num_key_value_heads must divide num_attention_heads={heads}, but got {kv_heads}")
     weights = {
         (vocab, hidden): "head", (2 * intermediate, hidden): "gate_up",
-        (hidden, intermediate): "product", ((heads + 2 * kv_heads) * head_dim, hidden): "product",
-        (hidden, heads * head_dim): "product",
+        (hidden, intermediate): "followed", ((heads + 2 * kv_heads) * head_dim, hidden): "followed",
+        (hidden, heads * head_dim): "followed",
     }  # fmt: skip
     if rank := config.get("view_rank"):
         rank = _integer(config, "view_rank")

@@ -15,7 +15,7 @@ from orthrus_triton.autotune.builtin import OPS
 from orthrus_triton.autotune.config import Problem
 
 PROBLEMS = (
-    Problem.of("linear", "bf16", ("gate_up", "head"), N=1536, K=576),
+    Problem.of("linear", "bf16", ("followed", "gate_up", "head"), N=1536, K=576),
     Problem.of("dual_view_attention", "fp16", head_dim=128, group=4),
 )
 

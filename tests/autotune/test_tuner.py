@@ -61,7 +61,7 @@ def test_a_wrong_result_is_rejected():
 @pytest.mark.parametrize(
     "problem",
     [
-        Problem.of("linear", "bf16", ("gate_up", "head"), N=64, K=96),
+        Problem.of("linear", "bf16", ("followed", "gate_up", "head"), N=64, K=96),
         Problem.of("dual_view_attention", "fp32", head_dim=64, group=2),
     ],
     ids=str,
