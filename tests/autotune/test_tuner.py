@@ -73,7 +73,7 @@ def test_the_built_in_ops_pass_the_gate(problem: Problem):
     gate = Gate.of(OPS[problem.op], problem, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     default = space.default(problem.dtype, "sm90", problem.shape)
     assert gate.problems(default) == []
-    assert len(gate.variants) == (3 if problem.op == "linear" else 2)
+    assert len(gate.variants) == (4 if problem.op == "linear" else 2)
 
 
 # --- the pipeline
