@@ -80,7 +80,8 @@ class DraftChain(nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         """Draft row by row, each row knowing what the one before it drafted.
 
-        All pairs of the candidates of neighbouring rows are scored at once; what is left to do in order is looking up.
+        All pairs of the candidates of neighbouring rows are scored at once. What is left is looking up along the rows,
+        which takes as many steps as it takes doublings to reach the last of them.
 
         Args:
             hidden: [B, T, H], final hidden states of T masks in a row.
@@ -103,11 +104,12 @@ class DraftChain(nn.Module):
         # [B, T, C before, C]
         scores = scores[:, :, None] + (correction @ F.embedding(candidates, head).transpose(-1, -2)).float()
         best = (scores if noise is None else noise.perturb(scores, candidates)).argmax(dim=-1)
-        which, drafted = torch.zeros_like(own)[:, None], []
-        for t in range(logits.shape[1]):
-            which = best[:, t].gather(1, which)
-            drafted.append(candidates[:, t].gather(1, which))
-        return torch.cat(drafted, dim=1)
+        # best[t] maps the candidate before row t to its own; after a step each map goes twice as far back
+        step = 1
+        while step < best.shape[1]:
+            best = torch.cat((best[:, :step], best[:, step:].gather(-1, best[:, :-step])), dim=1)
+            step *= 2
+        return candidates.gather(-1, best[..., :1])[..., 0]
 
 
 def _top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
