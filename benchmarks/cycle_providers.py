@@ -14,6 +14,7 @@ import torch
 from benchmarks import shapes
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams
+from orthrus_triton.modules.sampling_params import SamplingRule
 
 WARM_UP = 3
 SAMPLED = SamplingParams(temperature=0.6, top_k=20, top_p=0.95)  # what Qwen3's own generation config asks for
@@ -42,13 +43,16 @@ class Workload:
     official: Path | None = None
 
 
-def ours(load: Workload, mode: str = "consensus", params: SamplingParams = SamplingParams(), **options: Any) -> Cycles:
+def ours(
+    load: Workload, mode: str = "consensus", params: SamplingParams = SamplingParams(), rule: SamplingRule = "coupled",
+    **options: Any,
+) -> Cycles:  # fmt: skip
     """Our cycle: on a GPU one graph replay, and the host a step behind."""
     batch, context = load.prompts.shape
     decoder = ConsensusDecoder(load.model, mode=mode, **options)
     # random drafts are rarely accepted, and a limit is there to be out of reach
     tokens = 16 * (load.cycles + WARM_UP + 2)
-    run = decoder.open(batch, context + tokens, eos_token_id=[], choosing=Choosing.of([params]))
+    run = decoder.open(batch, context + tokens, eos_token_id=[], choosing=Choosing.of([params], rule))
     for b, prompt in enumerate(load.prompts):  # compiles and loads what the time to the first token should not hold
         run.admit(b, prompt, 1, params)
         run.poll(lag=0)
@@ -156,6 +160,7 @@ PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours": ours,
     "ours-ar": lambda load: ours(load, "ar"),
     "ours-sampled": lambda load: ours(load, params=SAMPLED),
+    "ours-rejection": lambda load: ours(load, params=SAMPLED, rule="rejection"),
     "ours-ar-sampled": lambda load: ours(load, "ar", SAMPLED),
     "ours-ar-inexact": lambda load: ours(load, "ar", exact=False),
     "official": official,

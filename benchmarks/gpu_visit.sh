@@ -62,7 +62,7 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         cycle) run cycle "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 $official --out "$out" ;;
         # what temperature, top-k and top-p add
         sampled) run sampled "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1,8 --cycles 20 \
-            --providers ours,ours-sampled,ours-ar,ours-ar-sampled --out "$out/sampled" ;;
+            --providers ours,ours-sampled,ours-rejection,ours-ar,ours-ar-sampled --out "$out/sampled" ;;
         # 2k to 32k, who keeps up
         context) run context "$python" -m benchmarks.cycle --shape "$shape" --context 2048,8192,32768 --batch 1 --cycles 20 \
             --providers ours,ours-ar,official $official --out "$out/context" ;;

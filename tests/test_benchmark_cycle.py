@@ -25,7 +25,7 @@ def run(*arguments: str, ok: bool = True):
 
 
 def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
-    providers = "ours,ours-ar,ours-sampled,ours-ar-sampled,ours-ar-inexact,official,hf,hf-compiled"
+    providers = "ours,ours-ar,ours-sampled,ours-rejection,ours-ar-sampled,ours-ar-inexact,official,hf,hf-compiled"
     result = run(
         "--context", "40", "--batch", "1,2", "--cycles", "3", "--providers", providers, "--tokens-per-cycle", "4",
         "--out", str(tmp_path),
@@ -39,13 +39,14 @@ def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
         "ours",
         "ours-ar",
         "ours-sampled",
+        "ours-rejection",
         "ours-ar-sampled",
         "ours-ar-inexact",
         "hf",
     }
     for row in timed:
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and int(row["samples"]) >= 3
-        assumed = 4 if row["provider"] in ("ours", "ours-sampled") else 1
+        assumed = 4 if row["provider"] in ("ours", "ours-sampled", "ours-rejection") else 1
         tokens_s = 1000 * int(row["batch"]) * assumed / float(row["p50_ms"])
         assert float(row["tokens_s"]) == pytest.approx(tokens_s, rel=0.01)
         assert float(row["ttft_s"]) > 0
