@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One visit to a GPU, part by part; each prints its table last and keeps all in OUTPUT_FOLDER.
+# One visit to a GPU, part by part; each prints its table last and keeps all in OUTPUT_FOLDER and OUTPUT_FOLDER.tgz.
 #   benchmarks/gpu_visit.sh PART[:SECONDS]... OUTPUT_FOLDER     a part is cut off after SECONDS, by default 530
-# Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tune_1 tune_2 linear attention cycle sampled
-#        context batch profile prefill training
+# Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tests_timing tune_1 tune_2 linear attention
+#        cycle compiled sampled context batch profile prefill training
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
-# What to ask of 12 minutes: facts:30 tests_ops:150 tests_modules:120 cycle:150 sampled:60, then tune_1:200.
+# What to ask of 13 minutes: facts:60 tests_ops:150 tests_modules:120 cycle:110 sampled:90, then tune_1:200.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,13 +18,13 @@ out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
 shape=${SHAPE:-qwen3-8b}
 official=${OFFICIAL:+--official $OFFICIAL}
-export PYTHONPATH=. TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 status=0
 
-run() { # NAME COMMAND...: at most $seconds, output kept and its end shown
+run() { # NAME COMMAND...: at most $seconds, output kept and its end shown. Ctrl-C is what pytest reports after
     local name=$1 started=$SECONDS
     shift
-    timeout --kill-after=10 "$seconds" "$@" >"$out/$name.log" 2>&1
+    timeout --signal=INT --kill-after=20 "$seconds" "$@" >"$out/$name.log" 2>&1
     local rc=$?
     tail -n 40 "$out/$name.log"
     echo "== $name: exit $rc after $((SECONDS - started)) s, full output in $name.log"
@@ -36,7 +36,8 @@ gpu_tests() { # WORKERS PATH...: what failed and what took long, also of a part 
     local workers=$1
     shift
     ((workers > 1)) && "$python" -c "import xdist" 2>/dev/null && set -- -n "$workers" "$@"
-    run "$part" "$python" -m pytest -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider -m gpu "$@"
+    run "$part" "$python" -m pytest -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider \
+        --continue-on-collection-errors -m gpu "$@"
 }
 
 for part in "${parts[@]}"; do
@@ -49,17 +50,22 @@ from benchmarks.common import copy_bandwidth, environment
 device = torch.device('cuda')
 print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         tests_ops) gpu_tests "${WORKERS:-8}" tests/ops tests/gpu/test_ops_once.py ;;
-        tests_modules) gpu_tests "${WORKERS:-8}" tests/modules tests/models tests/training ;;
+        tests_modules) gpu_tests "${WORKERS:-8}" tests/modules ;;
         tests_layers) gpu_tests 1 tests/gpu/test_layer_shapes.py ;;
         tests_exact) gpu_tests 1 tests/gpu/test_thousand_prompts.py ;;
         tests_tune) gpu_tests 1 tests/autotune ;;
-        # the first run is timed; the second says whether the winners are the same. The user's files stay as they are.
+        tests_timing) gpu_tests 1 tests/test_kernel_benchmarks.py ;;
+        # The first run is timed; the second says whether the winners are the same. The user's files stay as they are.
+        # Its own budget ends before it would be cut off, for only then is there a table.
         tune_1 | tune_2) ORTHRUS_TRITON_CONFIG_DIR=$out/configs run "$part" "$python" -m orthrus_triton.cli autotune \
-            --shape "$shape" --dtype bf16 --budget 5m --repeat 3 --export "$out/tuned.json" ;;
+            --shape "$shape" --dtype bf16 --budget "$((seconds > 340 ? 300 : seconds - 40))s" --repeat 3 --export "$out/tuned.json" ;;
         linear) run linear "$python" -m benchmarks.linear --out "$out" ;;
         attention) run attention "$python" -m benchmarks.attention --out "$out" ;;
         # one context, everybody
-        cycle) run cycle "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 $official --out "$out" ;;
+        cycle) run cycle "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 \
+            --providers ours,ours-ar,official,hf $official --out "$out" ;;
+        compiled) run compiled "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 \
+            --providers ours-ar,hf-compiled --out "$out/compiled" ;;
         # what temperature, top-k and top-p add
         sampled) run sampled "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1,8 --cycles 20 \
             --providers ours,ours-sampled,ours-rejection,ours-ar,ours-ar-sampled --out "$out/sampled" ;;
@@ -78,4 +84,5 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         *) echo "unknown part $part" >&2; status=2 ;;
     esac
 done
+tar czf "$out.tgz" -C "$(dirname "$out")" "$(basename "$out")" && echo "all of it: $out.tgz"
 exit $status

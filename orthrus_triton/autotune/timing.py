@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from orthrus_triton._capture import capture
+
 WARM_UP = 3
 MIN_SAMPLES = 5
 MOST_COPIES = 16
@@ -96,7 +98,7 @@ def _captured(steps: Sequence[Step]) -> Step:
                 step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         for step in steps:
             step()
     return graph.replay

@@ -175,8 +175,9 @@ class ConsensusDecoder(DecodeCycle):
                     f"but prompt + max_new_tokens - 1 is {max_len}"
                 )
             max_len = self.max_cache_len
-        last, last_cache = self.run, self.cache
-        self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids))
+        last = [] if self.run is None else self.run.slots
+        last = [Slot(slot.prompt, tokens=slot.tokens, failed=slot.failed) for slot in last]
+        kept = self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids))
         self._state.reset(eos_ids, choosing, self.model.vocab_size)
         self.choosing = choosing
         forget_changed()
@@ -187,8 +188,8 @@ class ConsensusDecoder(DecodeCycle):
         lag = 1 if runner.captures_steps else 0
         rule = self._block_rule(option, batch_size)
         self.run = DecodeRun(self, self.cache, self._state, runner, rule, impl, lag, choosing)
-        if last is not None and last_cache is self.cache:
-            self.run.slots = [Slot(slot.prompt, tokens=slot.tokens, failed=slot.failed) for slot in last.slots]
+        if kept and last:
+            self.run.slots = last
         self.run.prepare()
         return self.run
 
@@ -202,14 +203,15 @@ class ConsensusDecoder(DecodeCycle):
             cycle = self._compiled[key]
         cycle(cache, state, block_size, impl)
 
-    def _reserve(self, batch_size: int, max_len: int, block_size: int, eos_count: int) -> None:
-        """Buffers for a run: the ones there are if they are large enough, else new ones and no captures of the old."""
+    def _reserve(self, batch_size: int, max_len: int, block_size: int, eos_count: int) -> bool:
+        """Buffers for a run: the ones there are if they are large enough (True), else new ones and no captures of the
+        old."""
         cache, state = self.cache, self._state
         if (
             cache is not None and cache.batch_size == batch_size and cache.capacity >= max_len
             and cache.block_size >= block_size and state.eos_ids.numel() >= eos_count
         ):  # fmt: skip
-            return
+            return True
         # free the old buffers and what was captured over them before the new ones are made
         self.run = self.cache = self._state = self._runner = cache = state = None
         self._compiled.clear()
@@ -221,6 +223,7 @@ class ConsensusDecoder(DecodeCycle):
             self.model.mask_token_id, device,
         )  # fmt: skip
         self._runner = StepRunner(self._new_capture(device), self._state.idle)
+        return False
 
     def _new_capture(self, device: torch.device) -> Callable | None:
         """What captures steps on `device`, or None to run them eagerly."""

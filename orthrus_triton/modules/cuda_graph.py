@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from orthrus_triton._capture import capture
+
 Step = Callable[[], None]
 WARM_UP_RUNS = 2  # the first compiles kernels and loads them, which a capture must not do
 
@@ -27,12 +29,13 @@ class CudaGraphCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        # one stream for all: memory is shared within a pool and a stream
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, step: Step) -> Step:
         """Run `step` to warm up, then capture it. Everything it changes must bear to be run two times more."""
         with on_device(self.device):
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            current, side = torch.cuda.current_stream(), self._stream
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP_RUNS):
@@ -40,7 +43,7 @@ class CudaGraphCapture:
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # other threads may go on allocating
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            with capture(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 step()
         return graph.replay
 

@@ -3,11 +3,14 @@ On a GPU the real ones: a capture happened, nothing waits for the device, and th
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
 import torch
 
+from orthrus_triton._capture import capture
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.cuda_graph import StepRunner, weight_addresses
 from orthrus_triton.modules.decode_run import AR_STEPS
@@ -42,6 +45,32 @@ class StandInGraphs(ConsensusDecoder):
     @property
     def captures(self) -> int:
         return self._runner.captures
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_collected_during_a_capture(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector may find an old graph, and destroying it would break the capture."""
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    was_enabled = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(KeyError), capture(None, pool=None):
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
+
+
+def test_old_buffers_are_gone_before_larger_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    decoder = ConsensusDecoder(model)
+    prompt = prompts_of(1, [5])[0]
+    decoder.generate([prompt], max_new_tokens=3)
+    old, new_cache, freed = weakref.ref(decoder.cache.layers[0].k), model.new_cache, []
+    monkeypatch.setattr(model, "new_cache", lambda *sizes: (freed.append(old() is None), new_cache(*sizes))[1])
+    decoder.generate([prompt], max_new_tokens=CAPACITY_QUANTUM)
+    assert freed == [True]
 
 
 def test_each_key_is_captured_once_and_idle() -> None:
