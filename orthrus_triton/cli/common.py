@@ -97,7 +97,7 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} asks for a GPU, but torch sees {torch.cuda.device_count()} here")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, but got {name!r}")
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where kernels are launched
     return device
 

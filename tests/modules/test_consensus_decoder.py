@@ -18,7 +18,7 @@ VOCAB = 61
 
 def make_model(dtype: torch.dtype = torch.float32, **options) -> TinyDualViewModel:
     torch.manual_seed(3)
-    model = TinyDualViewModel(vocab_size=VOCAB, **options).to(DEVICE, dtype)
+    model = TinyDualViewModel(**{"vocab_size": VOCAB} | options).to(DEVICE, dtype)
     for layer in model.layers:  # larger weights than a fresh model's, so that the text is not one repeated token
         layer.self_attn.o_proj.weight.data *= 8
         layer.self_attn.copy_ar_to_diffusion()
