@@ -96,11 +96,14 @@ def test_steps_of_one_sample_are_averaged_and_taken_in_turns() -> None:
 
 @pytest.mark.gpu
 def test_gpu_times_the_device_and_not_the_host() -> None:
-    """A copy of 1 GiB takes as long captured as eager, and twice the bytes take twice as long."""
+    """A kernel over 1 GiB takes as long captured as eager, and twice the bytes take twice as long. Not a copy: one in a
+    graph is no kernel, and takes half as long again (0.78 ms for 0.51 on an H200)."""
     device = torch.device("cuda")
     one, two = (torch.empty(nbytes, dtype=torch.int8, device=device) for nbytes in (2**29, 2**30))
     targets = torch.empty_like(one), torch.empty_like(two)
-    steps = {"one": [lambda: targets[0].copy_(one)], "two": [lambda: targets[1].copy_(two)]}
+    steps = {
+        "one": [lambda: torch.bitwise_not(one, out=targets[0])], "two": [lambda: torch.bitwise_not(two, out=targets[1])],
+    }  # fmt: skip
     captured = common.measure(steps, device, samples=20)
     eager = common.measure(steps, device, samples=20, graph=False)
     assert captured["two"].p50 == pytest.approx(2 * captured["one"].p50, rel=0.1)

@@ -39,11 +39,7 @@ def linear(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
-    require_same("weight", weight.dtype, x.dtype, "dtype")
-    if bias is not None:
-        require_same("bias", tuple(bias.shape), (weight.shape[0],), "shape")
-        require_same("bias", bias.dtype, x.dtype, "dtype")
+    check_product(x, weight, bias)
     out_dtype = out_dtype or x.dtype
     if residual is not None:
         require_same("residual", tuple(residual.shape), (*x.shape[:-1], weight.shape[0]), "shape")
@@ -58,6 +54,15 @@ def linear(
     if runs_directly(impl):
         return linear_torch(x, weight, bias, residual, out_dtype)
     return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl)
+
+
+def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise what does not agree between the factors [..., K] and [N, K] of a product and its bias [N], by name."""
+    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
+    require_same("weight", weight.dtype, x.dtype, "dtype")
+    if bias is not None:
+        require_same("bias", tuple(bias.shape), (weight.shape[0],), "shape")
+        require_same("bias", bias.dtype, x.dtype, "dtype")
 
 
 @triton.jit

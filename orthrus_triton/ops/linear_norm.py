@@ -8,7 +8,14 @@ import torch
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
-from orthrus_triton.ops.linear import launch_linear, launch_partial, linear_reference, linear_torch, row_runs
+from orthrus_triton.ops.linear import (
+    check_product,
+    launch_linear,
+    launch_partial,
+    linear_reference,
+    linear_torch,
+    row_runs,
+)
 from orthrus_triton.ops.rms_norm import normed_row, rms_norm_config, rms_norm_reference, rms_norm_torch
 from orthrus_triton.ops.split_sum import split_sum
 
@@ -45,13 +52,10 @@ def linear_norm(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
+    check_product(x, weight, bias)
     N = weight.shape[0]
-    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
-    require_same("residual", tuple(residual.shape), (*x.shape[:-1], N), "shape")
-    vectors = {"norm_weight": norm_weight} | ({} if bias is None else {"bias": bias})
-    for name, vector in vectors.items():
-        require_same(name, tuple(vector.shape), (N,), "shape")
-    for name, tensor in {"weight": weight, "residual": residual, **vectors}.items():
+    for name, tensor, shape in (("residual", residual, (*x.shape[:-1], N)), ("norm_weight", norm_weight, (N,))):
+        require_same(name, tuple(tensor.shape), shape, "shape")
         require_same(name, tensor.dtype, x.dtype, "dtype")
     impl = resolve_impl(impl, x)
     if config is not None:

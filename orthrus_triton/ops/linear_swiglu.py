@@ -7,10 +7,11 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import accumulate_dtype, resolve_impl, runs_directly
 from orthrus_triton.ops.linear import (
     COMBINE_BLOCK_N,
     COMBINE_WARPS,
+    check_product,
     launch_partial,
     linear_reference,
     linear_torch,
@@ -42,13 +43,9 @@ def linear_swiglu(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
-    require_same("weight", weight.dtype, x.dtype, "dtype")
+    check_product(x, weight, bias)
     if weight.shape[0] % 2:
         raise ValueError(f"weight must have an even number of rows, gate and up, but got shape {tuple(weight.shape)}")
-    if bias is not None:
-        require_same("bias", tuple(bias.shape), (weight.shape[0],), "shape")
-        require_same("bias", bias.dtype, x.dtype, "dtype")
     impl = resolve_impl(impl, x)
     if config is not None:
         if impl != "triton":

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
-from orthrus_triton.ops.linear import launch_linear, launch_partial, linear_reference, linear_torch
+from orthrus_triton.ops._dispatch import accumulate_dtype, resolve_impl, runs_directly
+from orthrus_triton.ops.linear import check_product, launch_linear, launch_partial, linear_reference, linear_torch
 from orthrus_triton.ops.rope_cache import check_rope_cache, launch_rope_cache, rope_cache_torch
 
 
@@ -43,11 +43,7 @@ def qkv_rope_cache(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
-    require_same("weight", weight.dtype, x.dtype, "dtype")
-    if bias is not None:
-        require_same("bias", tuple(bias.shape), (weight.shape[0],), "shape")
-        require_same("bias", bias.dtype, x.dtype, "dtype")
+    check_product(x, weight, bias)
     check_rope_cache((*x.shape[:-1], weight.shape[0]), x.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     impl = resolve_impl(impl, x)
     rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
