@@ -102,8 +102,9 @@ def test_gpu_times_the_device_and_not_the_host() -> None:
     one, two = (torch.empty(nbytes, dtype=torch.int8, device=device) for nbytes in (2**29, 2**30))
     targets = torch.empty_like(one), torch.empty_like(two)
     steps = {
-        "one": [lambda: torch.bitwise_not(one, out=targets[0])], "two": [lambda: torch.bitwise_not(two, out=targets[1])],
-    }  # fmt: skip
+        "one": [lambda: torch.bitwise_not(one, out=targets[0])],
+        "two": [lambda: torch.bitwise_not(two, out=targets[1])],
+    }
     captured = common.measure(steps, device, samples=20)
     eager = common.measure(steps, device, samples=20, graph=False)
     assert captured["two"].p50 == pytest.approx(2 * captured["one"].p50, rel=0.1)
