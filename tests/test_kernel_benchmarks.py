@@ -71,6 +71,38 @@ def test_a_wrong_result_is_never_timed(module, tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+
+    def stops_at_the_third(*arguments, **options):
+        timed.append(arguments)
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        return common.measure(*arguments, **options)
+
+    monkeypatch.setattr(attention, "measure", stops_at_the_third)
+    result = run(attention, *OPTIONS[attention], "--out", tmp_path)
+    assert result.exit_code != 0 and result.output.count("| tiny |") == 2
+    (path,) = tmp_path.glob("*/attention_fp32.csv")
+    assert len(path.read_text().splitlines()) == 1 + 2
+
+
+def test_flex_attention_is_compiled_once_for_all_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, compile = [], torch.compile
+
+    def counted(function, **options):
+        return compile(function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    attention._compiled_flex.cache_clear()
+    for rows in (1, 32):
+        for context in (700, 1100, 1500):
+            load = attention.make_pass(attention.SHAPES["tiny"], context, rows, torch.float32, torch.device("cpu"))
+            torch.testing.assert_close(attention.flex(load)(), attention.sdpa(load)())
+    assert len(graphs) == 2
+    attention._compiled_flex.cache_clear()
+
+
 def test_bad_options_are_one_line() -> None:
     for module in OPTIONS:
         for options, fragment in ((("--dtype", "int8"), "--dtype must be one of"), (("--shape", "9b"), "--shape must")):
