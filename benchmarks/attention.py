@@ -81,11 +81,8 @@ def flex(load: Pass) -> Attention:
     from torch._dynamo import mark_static
 
     q, k, v = load.q.transpose(1, 2).contiguous(), load.k[:, :, : load.seen], load.v[:, :, : load.seen]
-    for tensor, fixed in (
-        (q, (0, 1, 2, 3)),
-        (k, (0, 1, 3)),
-        (v, (0, 1, 3)),
-    ):  # few fixed rows have a kernel of their own
+    # few fixed rows of fixed heads have a kernel of their own
+    for tensor, fixed in ((q, (0, 1, 2, 3)), (k, (0, 1, 3)), (v, (0, 1, 3))):
         for dim in fixed:
             mark_static(tensor, dim)
     attend, mask = _compiled_flex(q.shape[2]), _flex_mask(load.context, q.shape[2], q.device)
@@ -94,11 +91,25 @@ def flex(load: Pass) -> Attention:
 
 @cache
 def _compiled_flex(rows: int) -> Callable:
-    from torch._inductor import config
+    import torch._dynamo
+    import torch._inductor.config
     from torch.nn.attention.flex_attention import flex_attention
 
-    config.compile_threads = 1  # for one kernel, starting a pool of compilers takes longer
-    return torch.compile(flex_attention, dynamic=True)
+    torch._inductor.config.compile_threads = 1  # for one kernel, starting a pool of compilers takes longer
+    torch._dynamo.config.recompile_limit = 64
+    ways = [torch.compile(flex_attention, dynamic=dynamic) for dynamic in (True, False)]
+
+    def attend(*arguments: object, **options: object) -> torch.Tensor:
+        try:
+            return ways[0](*arguments, **options)
+        except Exception as error:  # not every version of torch can, for any length
+            if len(ways) == 1:
+                raise
+            print(f"flex, {rows} rows: compiled for each length, since {error}"[:500], file=sys.stderr)
+            del ways[0]
+            return ways[0](*arguments, **options)
+
+    return attend
 
 
 @lru_cache(maxsize=1)

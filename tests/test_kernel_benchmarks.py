@@ -103,6 +103,17 @@ def test_flex_attention_is_compiled_once_for_all_contexts(monkeypatch: pytest.Mo
     attention._compiled_flex.cache_clear()
 
 
+def test_flex_attention_is_compiled_for_each_context_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_static(function, dynamic):
+        return (lambda *_, **__: 1 / 0) if dynamic else (lambda q, *_, **__: q)
+
+    monkeypatch.setattr(torch, "compile", only_static)
+    attention._compiled_flex.cache_clear()
+    load = attention.make_pass(attention.SHAPES["tiny"], 200, 3, torch.float32, torch.device("cpu"))
+    assert torch.equal(attention.flex(load)(), load.q)
+    attention._compiled_flex.cache_clear()
+
+
 def test_bad_options_are_one_line() -> None:
     for module in OPTIONS:
         for options, fragment in ((("--dtype", "int8"), "--dtype must be one of"), (("--shape", "9b"), "--shape must")):
