@@ -13,7 +13,9 @@ import torch
 
 from benchmarks import shapes
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams
+from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams, SharedKVCache
+from orthrus_triton.modules.decode_state import DecodeState
+from orthrus_triton.modules.kv_cache import ViewPass
 from orthrus_triton.modules.sampling_params import SamplingRule
 
 WARM_UP = 3
@@ -43,13 +45,31 @@ class Workload:
     official: Path | None = None
 
 
+class LibraryProducts(ConsensusDecoder):
+    """The same cycle with the library's products (cuBLAS, BLAS) and what ours take along in kernels of its own. Its
+    rows have no bits to rely on: for the price of those that do."""
+
+    def run_cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
+        library = _LibraryPasses.__new__(_LibraryPasses)  # the cache there is, planning other passes
+        library.__dict__.update(cache.__dict__)
+        super().run_cycle(library, state, block_size, impl)
+
+
+class _LibraryPasses(SharedKVCache):
+    def view_pass(self, *arguments: Any, **options: Any) -> ViewPass:
+        return super().view_pass(*arguments, **options | {"linear_impl": "library"})
+
+    def draft_pass(self, *arguments: Any, **options: Any) -> ViewPass:
+        return super().draft_pass(*arguments, **options)._replace(linear_impl="library")
+
+
 def ours(
     load: Workload, mode: str = "consensus", params: SamplingParams = SamplingParams(), rule: SamplingRule = "coupled",
-    **options: Any,
+    decoder_type: type[ConsensusDecoder] | None = None, **options: Any,
 ) -> Cycles:  # fmt: skip
     """Our cycle: on a GPU one graph replay, and the host a step behind."""
     batch, context = load.prompts.shape
-    decoder = ConsensusDecoder(load.model, mode=mode, **options)
+    decoder = (decoder_type or ConsensusDecoder)(load.model, mode=mode, **options)
     # random drafts are rarely accepted, and a limit is there to be out of reach
     tokens = 16 * (load.cycles + WARM_UP + 2)
     run = decoder.open(batch, context + tokens, eos_token_id=[], choosing=Choosing.of([params], rule))
@@ -162,6 +182,7 @@ PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours-sampled": lambda load: ours(load, params=SAMPLED),
     "ours-rejection": lambda load: ours(load, params=SAMPLED, rule="rejection"),
     "ours-ar-sampled": lambda load: ours(load, "ar", SAMPLED),
+    "ours-inexact": lambda load: ours(load, decoder_type=LibraryProducts),
     "ours-ar-inexact": lambda load: ours(load, "ar", exact=False),
     "official": official,
     "hf": hf,
