@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks import shapes
+from benchmarks.library_products import LibraryProducts
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams, SharedKVCache
-from orthrus_triton.modules.decode_state import DecodeState
-from orthrus_triton.modules.kv_cache import ViewPass
+from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.sampling_params import SamplingRule
 
 WARM_UP = 3
@@ -43,24 +42,6 @@ class Workload:
     prompts: torch.Tensor
     cycles: int
     official: Path | None = None
-
-
-class LibraryProducts(ConsensusDecoder):
-    """The same cycle with the library's products (cuBLAS, BLAS) and what ours take along in kernels of its own. Its
-    rows have no bits to rely on: for the price of those that do."""
-
-    def run_cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
-        library = _LibraryPasses.__new__(_LibraryPasses)  # the cache there is, planning other passes
-        library.__dict__.update(cache.__dict__)
-        super().run_cycle(library, state, block_size, impl)
-
-
-class _LibraryPasses(SharedKVCache):
-    def view_pass(self, *arguments: Any, **options: Any) -> ViewPass:
-        return super().view_pass(*arguments, **options | {"linear_impl": "library"})
-
-    def draft_pass(self, *arguments: Any, **options: Any) -> ViewPass:
-        return super().draft_pass(*arguments, **options)._replace(linear_impl="library")
 
 
 def ours(

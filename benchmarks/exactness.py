@@ -3,20 +3,28 @@ would be found. `python -m benchmarks.exactness` takes half an hour on two CPU c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+import queue
+import signal
+import time
+import traceback
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 
 from benchmarks.common import Report
-from orthrus_triton.cli.common import DtypeOption, one_line_errors, resolve_device, resolve_dtype, status_console
-from orthrus_triton.cli.load import ModelOption, load_model
+from benchmarks.library_products import LibraryProducts
+from orthrus_triton.cli.common import DtypeOption, one_line_errors, resolve_device, resolve_dtype
+from orthrus_triton.cli.load import DEMO_NAME, ModelOption, load_model
 from orthrus_triton.modules import ConsensusDecoder, first_difference
 
+OURS, CONTROL = "cycles, AR", "control"
 TEMPLATES = [
     "Explain {} to a child.", "Write a short story about {}.", "What are three facts about {}?",
     "Write a Python function that has to do with {}.", "Give me a recipe that involves {}.",
@@ -36,7 +44,10 @@ SUBJECTS = [
     "steel", "language", "bicycles", "the desert", "batteries", "cats", "probability", "rivers", "bees", "silence",
 ]  # fmt: skip
 # the modes run at different batch sizes too: a sequence's tokens may not depend on its neighbours
-CONSENSUS_BATCH, AR_BATCH = 40, 125
+AR_BATCH, CONSENSUS_BATCH = 125, 25
+# one at a time, the library multiplies one row in AR decoding and a block in a cycle
+CONTROL_BATCH = 1
+GPU_PROCESSES = 8  # short prompts are prefilled at the speed of the host: each process takes a share of them
 
 
 def thousand_prompts(tokenizer: Any) -> list[torch.Tensor]:
@@ -50,18 +61,134 @@ def thousand_prompts(tokenizer: Any) -> list[torch.Tensor]:
     ]
 
 
-def answers(
-    decoder: ConsensusDecoder, prompts: Sequence[torch.Tensor], batch_size: int, tokens: int,
-    on_batch: Callable[[int], None] = lambda count: None,
-) -> list[list[int]]:  # fmt: skip
+class Share(NamedTuple):
+    """What one process compares: the model and dtype by name, the numbers of its prompts and of those of the control,
+    tokens of an answer."""
+
+    model: str | None
+    dtype: str
+    numbers: list[int]
+    control: list[int]
+    tokens: int
+
+
+class Part(NamedTuple):
+    """The first difference between two answers to each of some prompts, None where there is none."""
+
+    compared: str
+    differences: list[int | None]
+
+
+def compare(share: Share) -> Iterator[Part]:
+    """Both modes on a share of the prompts, then the control: the same with the library's products."""
+    device = resolve_device("auto")
+    network, tokenizer, _ = load_model(share.model, resolve_dtype(share.dtype, device), device)
+    prompts = thousand_prompts(tokenizer)
+    longest = max(map(len, prompts)) + share.tokens - 1
+    for what, decoder_type, numbers, ar_batch, batch in (
+        (OURS, ConsensusDecoder, share.numbers, AR_BATCH, CONSENSUS_BATCH),
+        (CONTROL, LibraryProducts, share.control, CONTROL_BATCH, CONTROL_BATCH),
+    ):
+        if not numbers:
+            continue
+        consensus, ar = (decoder_type(network, mode=mode, max_cache_len=longest) for mode in ("consensus", "ar"))
+        for group in _batches([prompts[n] for n in numbers], ar_batch):
+            theirs = iter(_answers(ar, group, share.tokens))
+            for some in _batches(group, batch):
+                yield Part(
+                    what, [first_difference(ours, next(theirs)) for ours in _answers(consensus, some, share.tokens)]
+                )
+
+
+def _batches(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _answers(decoder: ConsensusDecoder, prompts: list[torch.Tensor], tokens: int) -> list[list[int]]:
     """So many tokens for every prompt, stop tokens or not."""
-    said = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        output = decoder.generate(batch, max_new_tokens=tokens, eos_token_id=[])
-        said += [sequence[len(prompt) :].tolist() for sequence, prompt in zip(output.sequences, batch)]
-        on_batch(len(batch))
-    return said
+    sequences = decoder.generate(prompts, max_new_tokens=tokens, eos_token_id=[]).sequences
+    return [sequence[len(prompt) :].tolist() for sequence, prompt in zip(sequences, prompts, strict=True)]
+
+
+def compare_all(shares: list[Share]) -> Iterator[Part]:
+    """`compare` of every share, each in a process of its own if there are several, as parts get ready.
+
+    Raises:
+        RuntimeError: a process failed, with what it said.
+    """
+    if len(shares) == 1:
+        yield from compare(shares[0])
+        return
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(share, len(shares), results), daemon=True) for share in shares
+    ]  # fmt: skip
+    for worker in workers:
+        worker.start()
+    running = len(workers)
+    try:
+        while running:
+            try:
+                part = results.get(timeout=2)
+            except queue.Empty:
+                if any(worker.exitcode for worker in workers):
+                    raise RuntimeError("a process ended without a word: out of memory?") from None
+                continue
+            if isinstance(part, str):
+                raise RuntimeError(part)
+            if part is None:
+                running -= 1
+            else:
+                yield part
+    finally:
+        for worker in workers:
+            worker.terminate()
+
+
+def _work(share: Share, processes: int, results: multiprocessing.Queue) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the others
+    torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
+    try:
+        for part in compare(share):
+            results.put(part)
+        results.put(None)
+    except BaseException:
+        results.put(traceback.format_exc())
+
+
+class Count:
+    """How many answers were the same, as parts come in."""
+
+    def __init__(self, name: str, tokens: int) -> None:
+        self.name, self.tokens = name, tokens
+        self.differences: dict[str, list[int | None]] = {}
+
+    def add(self, part: Part) -> None:
+        self.differences.setdefault(part.compared, []).extend(part.differences)
+
+    def identical(self, compared: str) -> int:
+        return self.differences.get(compared, []).count(None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each comparison, for a report."""
+        rows = []
+        for compared, differences in self.differences.items():
+            parts = [at for at in differences if at is not None]
+            rows.append({
+                "model": self.name, "compared": compared, "prompts": len(differences), "tokens_each": self.tokens,
+                "identical": len(differences) - len(parts), "median_first_difference": median(parts) if parts else "",
+            })  # fmt: skip
+        return rows
+
+
+def shares_of(model: str | None, dtype: str, limit: int, control: int, tokens: int, processes: int) -> list[Share]:
+    """`limit` of the prompts and `control` of these, evenly spread, in as many shares as there are processes."""
+    total = len(TEMPLATES) * len(SUBJECTS)
+    numbers = [n * total // limit for n in range(limit)]
+    checked = [numbers[n * limit // control] for n in range(control)]
+    processes = min(processes, limit)
+    return [Share(model, dtype, numbers[n::processes], checked[n::processes], tokens) for n in range(processes)]
 
 
 def main(
@@ -70,55 +197,45 @@ def main(
     limit: Annotated[int, typer.Option(help="Take so many of the prompts, evenly spread.")] = 1000,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
     control: Annotated[int, typer.Option(help="Prompts of the control, evenly spread; 0 leaves it out.")] = 100,
+    processes: Annotated[int, typer.Option(help="0: 8 on a GPU, 1 on a CPU.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures.")] = None,
 ) -> None:
     """Decode every prompt in both modes and count how many answers have the same token ids.
 
     The control is the library's products in place of ours: one row in AR decoding, a block in the cycle. Exits with
-    code 1 if an answer of ours differs, or if the control finds no difference.
+    code 1 if an answer of ours differs, or if the control finds no difference. What is compared is written at once:
+    Ctrl-C leaves the count so far.
     """
     with one_line_errors():
-        for option, value, least in (("--limit", limit, 1), ("--tokens", tokens, 1), ("--control", control, 0)):
-            if value < least:
-                raise ValueError(f"{option} must be >= {least}, but got {value}")
-        device = resolve_device("auto")
-        network, tokenizer, name = load_model(model, resolve_dtype(dtype, device), device)
-    prompts = thousand_prompts(tokenizer)
-    prompts = [prompts[n * len(prompts) // limit] for n in range(limit)]
-    checked = [n * limit // control for n in range(control)]
-    longest = max(map(len, prompts)) + tokens - 1
-
-    def say(what: str, of: Sequence[torch.Tensor], batch_size: int, **options: Any) -> list[list[int]]:
-        from rich.progress import Progress
-
-        with Progress(console=status_console) as progress:
-            bar = progress.add_task(what, total=len(of))
-            decoder = ConsensusDecoder(network, max_cache_len=longest, **options)
-            return answers(decoder, of, batch_size, tokens, lambda count: progress.advance(bar, count))
-
-    report = Report(f"exactness_{dtype}", device, out)
-
-    def compare(what: str, ours: list[list[int]], theirs: list[list[int]]) -> int:
-        parts = [at for a, b in zip(ours, theirs) if (at := first_difference(a, b)) is not None]
-        report.add(
-            model=name, compared=what, prompts=len(ours), tokens_each=tokens, identical=len(ours) - len(parts),
-            median_first_difference=median(parts) if parts else "",
-        )  # fmt: skip
-        return len(parts)
-
-    consensus = say("dual-view cycles", prompts, CONSENSUS_BATCH)
-    wrong = compare("cycles, AR", consensus, say("AR", prompts, AR_BATCH, mode="ar"))
-    found = 1
-    if control:
-        some, library = [prompts[n] for n in checked], {"impl": "torch", "exact": False}
-        # on a CPU the torch implementation of a cycle is ours
-        cycles = (
-            say("control, cycles", some, 1, **library) if device.type == "cuda" else [consensus[n] for n in checked]
+        least = (
+            ("--limit", limit, 1),
+            ("--tokens", tokens, 1),
+            ("--control", control, 0),
+            ("--processes", processes, 0),
         )
-        found = compare("control", cycles, say("control, AR", some, 1, mode="ar", **library))
-    typer.echo(report.markdown())
-    report.write_csv()
-    raise typer.Exit(int(wrong > 0 or found == 0))
+        for option, value, smallest in least:
+            if value < smallest:
+                raise ValueError(f"{option} must be >= {smallest}, but got {value}")
+        if limit > len(TEMPLATES) * len(SUBJECTS):
+            raise ValueError(f"--limit must be at most {len(TEMPLATES) * len(SUBJECTS)}, but got {limit}")
+        device = resolve_device("auto")
+    processes = processes or (GPU_PROCESSES if device.type == "cuda" else 1)
+    report = Report(f"exactness_{dtype}", device, out)
+    count = Count(model or f"{DEMO_NAME}, shipped view", tokens)
+    started = time.monotonic()
+    try:
+        with one_line_errors():
+            for part in compare_all(shares_of(model, dtype, limit, min(control, limit), tokens, processes)):
+                count.add(part)
+                report.rows = count.rows()
+                report.write_csv()
+                so_far = ", ".join(f"{row['compared']}: {row['identical']} of {row['prompts']}" for row in report.rows)
+                typer.echo(f"{time.monotonic() - started:.0f} s, the same text in {so_far}", err=True)
+    finally:
+        if report.rows:
+            typer.echo(report.markdown())
+    same_control = count.identical(CONTROL) == min(control, limit) > 0
+    raise typer.Exit(int(count.identical(OURS) < limit or same_control))
 
 
 if __name__ == "__main__":
