@@ -2,15 +2,16 @@
 # One visit to a GPU, part by part; each prints its table last and keeps all in OUTPUT_FOLDER and OUTPUT_FOLDER.tgz.
 #   benchmarks/gpu_visit.sh PART[:SECONDS]... OUTPUT_FOLDER     a part is cut off after SECONDS, by default 530
 # Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tests_timing tune_1 tune_2 linear attention
-#        cycle compiled sampled context batch profile prefill training
+#        cycle tax compiled sampled context batch profile prefill exact training
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
-# What to ask of 13 minutes: facts:60 tests_ops:150 tests_modules:120 cycle:110 sampled:90, then tune_1:200.
+# What to ask of 13 minutes: facts:60 tests_ops:150 tests_modules:120 cycle:110 sampled:90, then tune_1:200;
+# of what has not run yet: attention:90 tests_layers:100 tax:80 prefill:95 tests_timing:100 exact:110.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-(($# >= 2)) || { sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}"; exit 2; }
+(($# >= 2)) || { sed -n '2,10s/^# //p' "${BASH_SOURCE[0]}"; exit 2; }
 parts=("${@:1:$#-1}")
 out=${*: -1}
 mkdir -p "$out"
@@ -35,7 +36,7 @@ gpu_tests() { # WORKERS PATH...: what failed and what took long, also of a part 
     # kernels compile on the CPU, which is most of the small tests' time and shared well
     local workers=$1
     shift
-    ((workers > 1)) && "$python" -c "import xdist" 2>/dev/null && set -- -n "$workers" "$@"
+    ((workers > 1)) && "$python" -c "import xdist" 2>/dev/null && set -- -n "$workers" --dist loadgroup "$@"
     run "$part" "$python" -m pytest -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider \
         --continue-on-collection-errors -m gpu "$@"
 }
@@ -51,10 +52,10 @@ device = torch.device('cuda')
 print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         tests_ops) gpu_tests "${WORKERS:-8}" tests/ops tests/gpu/test_ops_once.py ;;
         tests_modules) gpu_tests "${WORKERS:-8}" tests/modules ;;
-        tests_layers) gpu_tests 1 tests/gpu/test_layer_shapes.py ;;
+        tests_layers) gpu_tests 9 tests/gpu/test_layer_shapes.py ;; # one process for each shape and dtype
         tests_exact) gpu_tests 1 tests/gpu/test_thousand_prompts.py ;;
         tests_tune) gpu_tests 1 tests/autotune ;;
-        tests_timing) gpu_tests 1 tests/test_kernel_benchmarks.py ;;
+        tests_timing) gpu_tests 1 tests/test_kernel_benchmarks.py tests/autotune ;; # what wants the GPU for itself
         # The first run is timed; the second says whether the winners are the same. The user's files stay as they are.
         # Its own budget ends before it would be cut off, for only then is there a table.
         tune_1 | tune_2) ORTHRUS_TRITON_CONFIG_DIR=$out/configs run "$part" "$python" -m orthrus_triton.cli autotune \
@@ -64,6 +65,9 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         # one context, everybody
         cycle) run cycle "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 \
             --providers ours,ours-ar,official,hf $official --out "$out" ;;
+        # what exactness costs of a cycle: the same one with the library's products
+        tax) run tax "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1,4 --cycles 30 \
+            --providers ours,ours-inexact --out "$out/tax" ;;
         compiled) run compiled "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 \
             --providers ours-ar,hf-compiled --out "$out/compiled" ;;
         # what temperature, top-k and top-p add
@@ -78,9 +82,10 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
             run "profile_$mode" "$python" -m benchmarks.kernel_list --shape "$shape" --mode $mode --out "$out"
         done ;;
         training) run training "$python" -m benchmarks.training --out "$out" ;;
-        # time to first token of long prompts: the ttft_s column
-        prefill) run prefill "$python" -m benchmarks.cycle --shape "$shape" --context 8192,65536,131072 --batch 1 --cycles 8 \
-            --providers ours --out "$out/prefill" ;;
+        # time to first token of long prompts, and the price of batch-invariant products
+        prefill) run prefill "$python" -m benchmarks.prefill --shape "$shape" --out "$out" ;;
+        # 1,000 prompts of real weights in both modes; the test tests_exact is the same run
+        exact) run exact "$python" -m benchmarks.exactness --control 24 --out "$out" ;;
         *) echo "unknown part $part" >&2; status=2 ;;
     esac
 done

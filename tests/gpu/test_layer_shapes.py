@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -27,6 +28,15 @@ CONTEXTS = [32_000, 0, 1, 511, 512, 513, 4095, 8192]
 PROMPTS = {"long": [32_000], "ragged": [1, 300, 497, 511, 512, 513, 2000, 9000]}
 
 
+def of_every_model(test: Callable) -> Callable:
+    """Run for each shape and dtype; one process compiles the kernels of one model, for they are most of the time."""
+    models = [
+        pytest.param(shape, dtype, marks=pytest.mark.xdist_group(f"{shape}-{dtype}"), id=f"{shape}-{dtype}")
+        for dtype in DTYPES for shape in SHAPES
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("shape", "dtype"), models)(test)
+
+
 @cache
 def build(shape: str, dtype: torch.dtype) -> TinyDualViewModel:
     """Two random layers of this shape, with weights large enough for a text that moves."""
@@ -42,15 +52,13 @@ def build(shape: str, dtype: torch.dtype) -> TinyDualViewModel:
     return model
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@of_every_model
 @pytest.mark.parametrize("batch", [1, 8])
 def test_verify_rows_are_decode_rows(batch: int, shape: str, dtype: torch.dtype) -> None:
     assert_verify_rows_are_decode_rows(build(shape, dtype), CONTEXTS[:batch], BLOCK_SIZE, impl="triton")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@of_every_model
 @pytest.mark.parametrize("lengths", PROMPTS)
 def test_consensus_is_ar(lengths: str, shape: str, dtype: torch.dtype) -> None:
     """The view's own drafts, replayed as graphs, and scripted ones of every acceptance, against AR mode."""
