@@ -11,6 +11,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.library_products import LibraryProducts
 from orthrus_triton._triton import is_interpreted
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder, DecodeRun, SamplingParams
@@ -57,15 +58,17 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-def open_run(choosing: Choosing, mode: str = "consensus", batch_size: int = 3, **options) -> DecodeRun:
+def open_run(
+    choosing: Choosing, mode: str = "consensus", batch_size: int = 3, decoder_type: type = ConsensusDecoder, **options
+) -> DecodeRun:  # fmt: skip
     base = build_base(base_config("qwen3", eos_token_id=None, head_dim=64), torch.bfloat16)
     model = OrthrusForCausalLM.from_base(base, block_size=5, **options).to(DEVICE)
-    return ConsensusDecoder(model, impl="triton", mode=mode).open(batch_size, 64, choosing=choosing)
+    return decoder_type(model, impl="triton", mode=mode).open(batch_size, 64, choosing=choosing)
 
 
 def one_cycle(run: DecodeRun, block_size: int) -> Counter:
     with torch.no_grad(), OnlyThere() as watch:
-        run._decoder.cycle(run.cache, run.state, block_size, "triton")
+        run._decoder.run_cycle(run.cache, run.state, block_size, "triton")
         run.state.write_report()
     return watch.seen
 
@@ -98,6 +101,16 @@ def test_a_cycle_never_asks_the_host(model: str, choosing: str, batch_size: int,
 @pytest.mark.parametrize("choosing", ["greedy", "coupled", "processed"])
 def test_a_pass_of_ar_never_asks_the_host(choosing: str) -> None:
     assert one_cycle(open_run(CHOOSING[choosing], "ar"), 1)["orthrus_triton::dual_view_attention"] == 2
+
+
+@pytest.mark.parametrize(("mode", "block_size"), [("consensus", 5), ("ar", 1)])
+def test_a_cycle_with_the_librarys_products_never_asks_the_host(
+    mode: str, block_size: int, launched: set[str]
+) -> None:  # fmt: skip
+    """So it can be captured, and what exactness costs is measured between two graphs."""
+    seen = one_cycle(open_run(Choosing(), mode, decoder_type=LibraryProducts), block_size)
+    assert seen["orthrus_triton::dual_view_attention"] == (4 if mode == "consensus" else 2)
+    assert "dual_view_attention_kernel" in launched and not launched & {"linear_kernel", "lm_head_kernel"}
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, read) -> DecodeRun:
