@@ -230,6 +230,8 @@ def main(
                     row |= {"provider": provider, "copy_gb_s": round(bandwidth / 1e9, 1)}
                     report.add(**row, **_timed(make, loads, where, samples, bandwidth))
                     report.write_csv()  # what is measured stays, whatever happens to the rest
+                    said = report.rows[-1]["p50_us"] or report.rows[-1]["note"]
+                    print(f"{provider}, context {length}, {count} rows: {said}", file=sys.stderr, flush=True)
         finally:
             _publish(report)
 

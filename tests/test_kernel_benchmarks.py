@@ -48,7 +48,7 @@ def test_it_runs_from_end_to_end(module, tmp_path: Path) -> None:
         # the share is of the very figures beside it
         assert float(row["of_copy"]) == pytest.approx(float(row["gb_s"]) / float(row["copy_gb_s"]), rel=0.1, abs=0.02)
         assert row["torch"] == torch.__version__ and row["git_sha"] and row["device"].endswith("threads")
-    table = result.output.split("\n\n")[0].splitlines()
+    table = result.stdout.split("\n\n")[0].splitlines()
     assert len(table) == CELLS[module] + 2 and sum("| ours |" in line for line in table) == CELLS[module] // 2
     assert path.with_suffix(".md").read_text().startswith(table[0])
     assert path.with_suffix(".png").exists() == bool(importlib.util.find_spec("matplotlib"))
