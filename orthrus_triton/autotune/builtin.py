@@ -20,6 +20,7 @@ from orthrus_triton.ops.lm_head import launch_lm_head_choice
 from orthrus_triton.ops.sample import launch_greedy_choice
 from orthrus_triton.ops.swiglu import launch_swiglu
 
+MANY_ROWS = 160
 CHECKED_COLUMNS = 1024  # of a wide weight, for the fp64 reference
 WINDOW = 2048  # of the draft that is checked
 VERIFY = (None, None, None, None)  # no block keys, no window
@@ -39,7 +40,7 @@ def _product(inputs: Inputs, config: KernelConfig) -> torch.Tensor:
 
 def _normed(inputs: Inputs, config: KernelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     x, residual, weight, norm = inputs
-    return launch_linear_norm(x, weight, None, residual, norm, 1e-6, config)
+    return launch_linear_norm(x, weight, None, residual, norm, 1e-6, config=config)
 
 
 def _logits(inputs: Inputs, config: KernelConfig) -> torch.Tensor:
@@ -56,8 +57,10 @@ class Linear(TunableOp):
     def variants(self, problem: Problem, device: torch.device) -> list[Variant]:
         """The product against fp64; what is fused against the two ops it stands for."""
         N = problem.shape["N"]
-        inputs, some = self._inputs(problem, ROWS, device), slice(None, None, max(N // CHECKED_COLUMNS, 1))
-        cut, slices = _cut_rows, row_slices(ROWS)
+        # many rows run in larger tiles
+        rows = MANY_ROWS if device.type == "cuda" else ROWS
+        inputs, some = self._inputs(problem, rows, device), slice(None, None, max(N // CHECKED_COLUMNS, 1))
+        cut, slices = _cut_rows, row_slices(rows)
         found = [
             Variant(
                 "linear", inputs, _product, cut, slices, exact=lambda i: i[0].double() @ i[1][some].double().T,

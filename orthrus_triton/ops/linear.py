@@ -9,6 +9,7 @@ from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._cpu_product import library_product, tiled_product
 from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
 
 
 def linear(
@@ -111,7 +112,8 @@ def product_tile(
 def linear_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, M, run, apart,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr, K_PER_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # row tiles vary fastest, so that the programs that share a weight tile run side by side
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -119,7 +121,6 @@ def linear_kernel(
     split = tl.program_id(2)
     row_mask = rows < M
     col_mask = cols < N
-    K_PER_SPLIT: tl.constexpr = (K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
     # x may be runs of rows, the beginnings of which lie `apart`: one part of every sequence's rows
     x_rows = rows // run * apart + rows % run
     accumulator = product_tile(
@@ -168,7 +169,8 @@ def launch_linear(
     out_dtype: torch.dtype,
     config: KernelConfig | None = None,
 ) -> torch.Tensor:
-    """Run the kernel. The row count M reaches the grid and the masks, never the configuration."""
+    """Run the kernel. The row count M reaches the grid, the masks and the tiles of rows and columns, never the order
+    along K."""
     N, K = weight.shape
     config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
     split_k = config["SPLIT_K"]
@@ -201,9 +203,10 @@ def _launch_product(x, weight, config, bias, residual, out, partial, flags) -> N
     N, K = weight.shape
     x, run, apart = row_runs(x)
     M = x.numel() // K
-    linear_kernel[(cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), config["SPLIT_K"])](
-        x, weight, bias, residual, out, partial, M, run, apart, N=N, K=K, PRECISION="ieee",
-        **flags, **config.constants, **config.launch, **EXACT_LAUNCH,
+    tiles = tiles_for_rows(config, M, weight)
+    linear_kernel[(cdiv(M, tiles["BLOCK_M"]), cdiv(N, tiles["BLOCK_N"]), tiles["SPLIT_K"])](
+        x, weight, bias, residual, out, partial, M, run, apart, N=N, K=K, K_PER_SPLIT=depth_per_split(config, K),
+        PRECISION="ieee", **flags, **tiles.constants, **tiles.launch, **EXACT_LAUNCH,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from orthrus_triton.ops.linear import (
     linear_torch,
     product_tile,
 )
+from orthrus_triton.ops.row_tiles import tiles_for_rows
 from orthrus_triton.ops.swiglu import silu_times, swiglu_formula
 
 
@@ -129,6 +130,7 @@ def launch_linear_swiglu(
             HAS_BIAS=has_bias, num_warps=COMBINE_WARPS, **EXACT_LAUNCH,
         )  # fmt: skip
         return out
+    config = tiles_for_rows(config, M, weight)
     tiles = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     linear_swiglu_kernel[(cdiv(M, config["BLOCK_M"]), cdiv(intermediate, config["BLOCK_N"] // 2))](
         x.contiguous(), weight, bias, out, M, INTERMEDIATE=intermediate, K=K, HAS_BIAS=has_bias, PRECISION="ieee",

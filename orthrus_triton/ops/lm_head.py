@@ -9,6 +9,7 @@ from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._dispatch import require_same, resolve_impl
 from orthrus_triton.ops.linear import launch_linear, linear_reference, linear_torch, product_tile
+from orthrus_triton.ops.row_tiles import tiles_for_rows
 from orthrus_triton.ops.sample import greedy_choice_reference, greedy_choice_torch, launch_greedy_choice
 
 
@@ -101,6 +102,7 @@ def launch_lm_head_choice(
         return launch_greedy_choice(launch_linear(hidden, weight, None, None, torch.float32, config))
     hidden = hidden.contiguous()
     M = hidden.numel() // H
+    config = tiles_for_rows(config, M, weight)
     num_tiles = cdiv(V, config["BLOCK_N"])
     tile_best = hidden.new_empty(M, num_tiles, dtype=torch.float32)
     tile_id = hidden.new_empty(M, num_tiles, dtype=torch.int32)
