@@ -39,6 +39,14 @@ def distill_data(
         Path | None,
         typer.Option(metavar="DIR", help="With --builtin: WordNet's index.noun and text files to ask about, too."),
     ] = None,
+    package: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="With --builtin: another package whose docstrings to read; may be repeated."),
+    ] = None,
+    phrasings: Annotated[int, typer.Option(help="With --builtin: ways of putting each of our own tasks.")] = 1,
+    prompts_only: Annotated[
+        bool, typer.Option("--prompts-only", help="Write the prompts to OUT, a .jsonl file for --prompts, and stop.")
+    ] = False,
     held_out: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Prompts for evaluation: leave out what repeats them; may be repeated."),
@@ -70,9 +78,16 @@ def distill_data(
     orthrus-triton distill-data ./data --prompts questions.txt
     orthrus-triton distill-data ./data --builtin --held-out examples/prompts/code.txt
     orthrus-triton distill-data ./data --model ./orthrus --prompts chats.jsonl --max-new-tokens 512
+    orthrus-triton distill-data prompts.jsonl --builtin --package torch --phrasings 4 --prompts-only   # for elsewhere
     """  # fmt: skip
     with one_line_errors():
-        questions = _gather(prompts, builtin, corpus, held_out, limit, seed)
+        questions = _gather(prompts, builtin, corpus, package or [], phrasings, held_out, limit, seed)
+        if prompts_only:
+            from orthrus_triton.training.prompts import write_prompts
+
+            write_prompts(questions, folder)
+            status_console.print(f"{folder}: {len(questions)} prompts", highlight=False)
+            return
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         require_impl(impl, where)
@@ -127,6 +142,8 @@ def _gather(
     files: list[Path] | None,
     builtin: bool,
     corpus: Path | None,
+    packages: list[str],
+    phrasings: int,
     held_out: list[Path] | None,
     limit: int | None,
     seed: int,
@@ -136,15 +153,15 @@ def _gather(
 
     if bool(files) == builtin:
         raise ValueError("prompts must come from --prompts FILE or from --builtin, one of them")
-    if corpus is not None and not builtin:
-        raise ValueError("--corpus goes with --builtin, but --prompts was given")
+    if not builtin and (corpus is not None or packages or phrasings != 1):
+        raise ValueError("--corpus, --package and --phrasings go with --builtin, but --prompts was given")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be >= 1, but got {limit}")
     if builtin:
         from orthrus_triton.training.prompts_builtin import builtin_prompts
 
         with status_console.status("Reading docstrings of installed packages"):
-            questions = builtin_prompts(seed, corpus)
+            questions = builtin_prompts(seed, corpus, packages, phrasings)
     else:
         questions = [prompt for file in files or [] for prompt in read_prompts(file)]
     if held_out:

@@ -4,6 +4,7 @@ What evaluation reads and what distillation answers."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -48,6 +49,22 @@ def read_prompts(path: str | PathLike[str]) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"prompts must hold at least one prompt, but {path} holds none")
     return prompts
+
+
+def write_prompts(prompts: Sequence[Prompt], path: str | PathLike[str]) -> None:
+    """As a `.jsonl` file that `read_prompts` reads; under its name when it is complete.
+
+    Raises:
+        ValueError: the name does not end in .jsonl.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise ValueError(f"prompts must be written to a .jsonl file, but got {str(path)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".tmp")
+    lines = ({"prompt": prompt.text, "domain": prompt.domain, "chat": prompt.chat} for prompt in prompts)
+    staged.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    staged.replace(path)
 
 
 def encode(tokenizer: Any, prompt: Prompt, system: str | None = None) -> list[int]:

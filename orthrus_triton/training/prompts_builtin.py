@@ -37,23 +37,32 @@ def _third_person(verb: str) -> str:
 THIRD_PERSON = {_third_person(verb) for verb in tables.VERBS}
 
 
-def builtin_prompts(seed: int = 0, corpus: str | PathLike[str] | None = None) -> list[Prompt]:
+def builtin_prompts(
+    seed: int = 0, corpus: str | PathLike[str] | None = None, packages: Sequence[str] = (), phrasings: int = 1
+) -> list[Prompt]:
     """Code, chat and docs prompts in an order of which any beginning is a fair sample.
 
     Args:
         seed: of phrasings and order.
         corpus: a folder with more to ask about: WordNet's `index.noun`, and text files (.txt, .rst, .md) whose
             openings are to be continued, as prose.
+        packages: more packages whose docstrings are read.
+        phrasings: in how many ways each of our own tasks is put.
 
     Raises:
         ImportError: a package whose docstrings are needed is not installed.
         NotADirectoryError: `corpus` is not a folder.
+        ValueError: a package is held out for evaluation, or phrasings is below 1.
     """
+    if held_out := sorted(set(packages) & set(HELD_OUT_PACKAGES)):
+        raise ValueError(f"packages must not be held out for evaluation, but got {', '.join(held_out)}")
+    if phrasings < 1:
+        raise ValueError(f"phrasings must be >= 1, but got {phrasings}")
     rng = random.Random(seed)
-    templates, (docstrings, passages) = template_tasks(), read_docstrings(_training_roots())
+    templates, (docstrings, passages) = template_tasks(), read_docstrings(_training_roots(packages))
     rng.shuffle(templates)
     rng.shuffle(docstrings)
-    tasks = [task for pair in zip_longest(templates, docstrings) for task in pair if task is not None]
+    tasks = [task for pair in zip_longest(templates * phrasings, docstrings) for task in pair if task is not None]
     code = [Prompt(_phrase_task(task, rng), "code", chat=True) for task in tasks]
     questions = [phrasing.format(subject) for subject, phrasing in product(tables.SUBJECTS, tables.CHAT_PHRASINGS)]
     openings = [Prompt(text, "docs", chat=False) for text in passages]
@@ -173,8 +182,8 @@ def _parsed_modules(roots: Sequence[Path]) -> Iterator[ast.Module]:
                 continue
 
 
-def _training_roots() -> list[Path]:
-    return [Path(sysconfig.get_paths()["stdlib"]), *map(_package_folder, PACKAGES)]
+def _training_roots(packages: Sequence[str] = ()) -> list[Path]:
+    return [Path(sysconfig.get_paths()["stdlib"]), *map(_package_folder, dict.fromkeys((*PACKAGES, *packages)))]
 
 
 def _package_folder(name: str) -> Path:
