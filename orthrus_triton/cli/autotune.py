@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from orthrus_triton.cli.common import DeviceOption, one_line_errors, resolve_device, status_console
+from orthrus_triton.cli.common import DeviceOption, one_line_errors, parse_seconds, resolve_device, status_console
 
 if TYPE_CHECKING:
     from orthrus_triton.autotune.config import Problem
@@ -107,20 +106,6 @@ def autotune(
             _export(export, gpu.name, gpu.family, gpu.capability, entries)
     if not all(outcome.entry for outcome in result.outcomes):
         raise typer.Exit(1)
-
-
-def parse_seconds(text: str) -> float | None:
-    """ "300s", "5m", "1h" as seconds; "none" as None.
-
-    Raises:
-        ValueError: another form.
-    """
-    if text == "none":
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"--budget must be a time like 300s, 5m or 1h, or none, but got {text!r}")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _problems(

@@ -3,6 +3,7 @@ Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -168,3 +169,17 @@ def text_streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def parse_seconds(text: str) -> float | None:
+    """ "300s", "5m", "1h" as seconds; "none" as None.
+
+    Raises:
+        ValueError: another form.
+    """
+    if text == "none":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"--budget must be a time like 300s, 5m or 1h, or none, but got {text!r}")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

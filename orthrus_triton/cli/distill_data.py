@@ -14,6 +14,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     ImplOption,
     one_line_errors,
+    parse_seconds,
     require_impl,
     resolve_device,
     resolve_dtype,
@@ -63,6 +64,7 @@ def distill_data(
     max_prompt_tokens: Annotated[int, typer.Option(help="Longer raw prompts are cut, longer chats left out.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Answers generated side by side.")] = 64,
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard.")] = 256,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Stop after 300s, 5m, 1h; none: when done.")] = "none",
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts only.")] = None,
     seed: Annotated[int, typer.Option(help="Of the built-in prompts' phrasings and order.")] = 0,
     dtype: DtypeOption = "auto",
@@ -88,6 +90,7 @@ def distill_data(
             write_prompts(questions, folder)
             status_console.print(f"{folder}: {len(questions)} prompts", highlight=False)
             return
+        seconds = parse_seconds(budget)
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         require_impl(impl, where)
@@ -106,7 +109,7 @@ def distill_data(
             try:
                 manifest = distill(
                     network, tokenizer, questions, folder, max_new_tokens=max_new_tokens, impl=impl,
-                    max_prompt_tokens=max_prompt_tokens, batch_size=batch_size, shard_rows=shard_rows,
+                    max_prompt_tokens=max_prompt_tokens, batch_size=batch_size, shard_rows=shard_rows, seconds=seconds,
                     on_row=meter.row, on_plan=meter.plan,
                 )  # fmt: skip
             except KeyboardInterrupt:

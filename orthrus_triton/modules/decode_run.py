@@ -4,7 +4,7 @@ The host enqueues cycles and looks at what they did a step later, so that the de
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,7 @@ from orthrus_triton.modules.sampling_params import GREEDY_PARAMS, Choosing, Samp
 from orthrus_triton.ops import VOID
 
 if TYPE_CHECKING:
+    from orthrus_triton.modules.batch_prefill import BatchPrefill
     from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
 
 AR_STEPS = 8  # passes per replay in AR mode: one pass is too short to hide the host's work behind
@@ -145,6 +146,25 @@ class DecodeRun:
         self.slots[b].failed = False
         self.state.write_report()
         self._post(0, 0)
+
+    @_device_work
+    def admit_together(
+        self, slots: Sequence[int], prompts: Sequence[torch.Tensor], max_new_tokens: int, prefill: BatchPrefill
+    ) -> None:
+        """As `admit`, greedily, into several free slots with few passes for all of them. A prompt's K/V may then
+        differ in their last bits from what it would have alone, and so may a token where two are equally likely.
+
+        Raises:
+            ValueError: a slot is taken, or a sequence is too long for the cache.
+        """
+        for b, prompt in zip(slots, prompts, strict=True):
+            needed = tokens_to_cache(prompt.numel(), max_new_tokens)
+            if not self.slots[b].finished or needed > self.cache.capacity:
+                raise ValueError(f"slot {b} must be free and have room for {needed} tokens of {self.cache.capacity}")
+        self._require_current()
+        prefill(slots, prompts, self.cache, self.state, max_new_tokens, self.impl)
+        for b, prompt in zip(slots, prompts):
+            self.slots[b] = Slot(prompt, max_new_tokens, finished=False, born=self._posted)
 
     def cached_prefix(self, b: int, prompt: torch.Tensor) -> int:
         """How many of `prompt`'s first tokens have their K/V in slot `b`: at most all but the last."""

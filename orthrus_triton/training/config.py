@@ -56,10 +56,16 @@ class ViewTrainingArguments(TrainingArguments):
     loss: Loss = _option("kl", "kl: the frozen model's probabilities; ce: its own tokens.")
     position_decay: float | None = _option(4.0, "Row i of a block weighs exp(-i / decay); null: all alike.")
     anchor_focus: float = _option(
-        0.0, "Share of the anchors drawn where the frozen model was unsure, as decoding does; needs cache_dir."
+        0.0, "Share of the anchors drawn where the frozen model was unsure, as decoding does."
     )
     domain_weights: dict[str, float] | str | None = _option(None, "Share of the rows by domain; null: as in the data.")
     teacher_top_k: int = _option(32, "Teacher probabilities kept per position in the cache.")
+    compile_layers: bool = _option(False, "Run the trained view's layers through torch.compile: for GPUs.")
+    max_seconds: float | None = _option(
+        None,
+        "Stop after so many seconds of steps, the first not counted, with the schedule of the learning rate finished: "
+        "it goes by the clock where that is ahead of the steps.",
+    )
     eval_anchors: int = _option(8, "Blocks per held-out row.")
     frozen_dtype: str = _option(
         "auto",
@@ -94,8 +100,7 @@ class ViewTrainingArguments(TrainingArguments):
         _require(self.position_decay is None or self.position_decay > 0, "position_decay", "> 0 or null",
                  self.position_decay)  # fmt: skip
         _require(0 <= self.anchor_focus < 1, "anchor_focus", "in [0, 1)", self.anchor_focus)
-        _require(not self.anchor_focus or self.cache_dir is not None, "anchor_focus", "0 without cache_dir",
-                 self.anchor_focus)  # fmt: skip
+        _require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "> 0 or null", self.max_seconds)
         if self.frozen_dtype == "auto":
             self.frozen_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         _require(self.frozen_dtype in ("float32", "bfloat16", "float16"), "frozen_dtype",

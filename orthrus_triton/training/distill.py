@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from os import PathLike
@@ -15,6 +17,7 @@ import torch
 from orthrus_triton.models.modeling import OrthrusForCausalLM
 from orthrus_triton.models.view import fingerprint
 from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.training.prompts import Prompt, encode
 from orthrus_triton.training.shards import Question, ShardFolder
 
@@ -32,6 +35,8 @@ def distill(
     batch_size: int = 64,
     shard_rows: int = 256,
     impl: str = "auto",
+    prefill_batch: int | None = None,
+    seconds: float | None = None,
     on_row: Callable[[int], None] = lambda tokens: None,
     on_plan: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -52,6 +57,9 @@ def distill(
         batch_size: answers generated side by side; may differ from run to run.
         shard_rows: rows of a shard. A shard appears under its name when it is complete.
         impl: "auto", "triton" or "torch".
+        prefill_batch: free slots are waited for until there are so many, and their prompts read in one pass; by default
+            1 on a CPU, and on a GPU a quarter of the slots.
+        seconds: stop after so long, with the answers that are whole by then.
         on_row: called with the tokens of each new answer.
         on_plan: called once with the rows there already and the rows in all.
 
@@ -88,9 +96,14 @@ def distill(
     on_plan(len(questions) - len(pending), len(questions))
     with closing(output):
         decoder = ConsensusDecoder(model, mode="ar", exact=False, impl=impl)
-        for n, answer in _answers(decoder, questions, pending, max_new_tokens, batch_size):
+        if prefill_batch is None:
+            prefill_batch = batch_size // 4 if model.device.type == "cuda" else 1
+        started = time.perf_counter()
+        for n, answer in _answers(decoder, questions, pending, max_new_tokens, batch_size, max(prefill_batch, 1)):
             output.add(n, answer)
             on_row(len(answer))
+            if seconds is not None and time.perf_counter() - started > seconds:
+                break
     return output.manifest
 
 
@@ -108,30 +121,38 @@ def _encode(tokenizer: Any, prompts: Sequence[Prompt], longest: int) -> tuple[li
 
 
 def _answers(
-    decoder: ConsensusDecoder, questions: Sequence[Question], pending: Sequence[int], max_new_tokens: int, slots: int
+    decoder: ConsensusDecoder,
+    questions: Sequence[Question],
+    pending: Sequence[int],
+    max_new_tokens: int,
+    slots: int,
+    prefill_batch: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """(question, answer) as answers end; every free slot takes the next question."""
+    """(question, answer) as answers end; free slots take the next questions."""
     if not pending:
         return
     longest = max(len(questions[n].ids) for n in pending)
     run = decoder.open(min(slots, len(pending)), longest + max_new_tokens - 1)
-    waiting, occupant = iter(pending), {}
-
-    def admit_next(slot: int) -> None:
-        if (n := next(waiting, None)) is not None:
-            occupant[slot] = n
-            run.admit(slot, torch.tensor(questions[n].ids), max_new_tokens)
-
-    for slot in range(len(run.slots)):
-        admit_next(slot)
-    while occupant:
+    prefill = BatchPrefill(decoder.model, longest, prefill_batch) if prefill_batch > 1 else None
+    waiting, free, occupant = deque(pending), list(range(len(run.slots))), {}
+    while waiting or occupant:
+        if waiting and (len(free) >= prefill_batch or not occupant or len(waiting) <= len(free)):
+            count = min(len(free), len(waiting))
+            taken, free = free[:count], free[count:]
+            occupant |= {slot: waiting.popleft() for slot in taken}
+            prompts = [torch.tensor(questions[occupant[slot]].ids) for slot in taken]
+            if prefill is not None:
+                run.admit_together(taken, prompts, max_new_tokens, prefill)
+            else:
+                for slot, prompt in zip(taken, prompts):
+                    run.admit(slot, prompt, max_new_tokens)
         for progress in run.advance():
             if progress.finished:
                 n, slot = occupant.pop(progress.slot), run.slots[progress.slot]
                 if slot.failed:
                     raise ValueError(f"model must give finite logits, but gave NaN or infinity for prompt {n}")
+                free.append(progress.slot)
                 yield n, list(slot.tokens)
-                admit_next(progress.slot)
 
 
 def _hash_prompts(questions: Sequence[Question]) -> str:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -133,21 +132,6 @@ class FrozenCache:
             tokens = self.kv[self.starts[row] : self.starts[row] + length]
             out[b, :, :, :, :length] = tokens.permute(1, 2, 3, 0, 4)
         return out
-
-
-def surprise(cache: FrozenCache, rows: Sequence[TextRow]) -> list[np.ndarray]:
-    """For each row [L]: 1 - the frozen model's probability of each answer token (1 for the first of each row's
-    anchors, the prompt's last token, and for tokens outside the kept top k; 0 elsewhere in prompts)."""
-    values = []
-    for row, start in zip(rows, cache.starts):
-        unlikely, ids = np.zeros(len(row.ids)), torch.tensor(row.ids)
-        for first, end in row.answers:
-            before = slice(start + first - 1, start + end - 1)
-            taken = cache.teacher_ids[before] == ids[first:end, None]
-            unlikely[first:end] = 1 - (cache.teacher_probs[before] * taken).sum(dim=-1).double().numpy()
-            unlikely[first - 1] = 1
-        values.append(unlikely)
-    return values
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@ Gradients reach the view's own weights alone; the keys and values of the frozen 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,18 +33,30 @@ class BlockLayer(nn.Module):
     def __init__(self, layer: OrthrusDecoderLayer) -> None:
         super().__init__()
         self.layer = layer
+        self.compiled: Callable | None = None
 
     def forward(
         self, hidden: torch.Tensor, rope: Rope, context: LayerContext, how: BlockPass | ViewPass
     ) -> torch.Tensor:
         """hidden [B, T, H] -> [B, T, H]: the layer's own inference pass with a ViewPass, else the training pass."""
-        layer = self.layer
         if isinstance(how, ViewPass):
-            return layer(hidden, rope, context, how)
-        hidden = hidden + _attention(layer.self_attn, _norm(hidden, layer.input_layernorm), rope, context, how)
-        normed = _norm(hidden, layer.post_attention_layernorm)
-        gate, up = _project(normed, layer.mlp.gate_up_proj).chunk(2, dim=-1)
-        return hidden + _project(F.silu(gate) * up, layer.mlp.down_proj)
+            return self.layer(hidden, rope, context, how)
+        # evaluation has other shapes and is not worth compiling for
+        run = _train_layer if self.compiled is None or not torch.is_grad_enabled() else self.compiled
+        return run(self.layer, hidden, *rope, *context[:2], how.key_limit, how.block_size)
+
+
+def _train_layer(
+    layer: OrthrusDecoderLayer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_context: torch.Tensor,
+    v_context: torch.Tensor, key_limit: torch.Tensor, block_size: int,
+) -> torch.Tensor:  # fmt: skip
+    attended = _attention(
+        layer.self_attn, _norm(hidden, layer.input_layernorm), cos, sin, k_context, v_context, key_limit, block_size
+    )
+    hidden = hidden + attended
+    normed = _norm(hidden, layer.post_attention_layernorm)
+    gate, up = _project(normed, layer.mlp.gate_up_proj).chunk(2, dim=-1)
+    return hidden + _project(F.silu(gate) * up, layer.mlp.down_proj)
 
 
 class BlockStudent(nn.Module):
@@ -62,6 +74,13 @@ class BlockStudent(nn.Module):
         self.draft_chain_diff = model.model.draft_chain_diff
         self.mask_token_id, self.anchor_rows = model.mask_token_id, model.anchor_rows
         self.new_cache = model.new_cache
+
+    def compile_layers(self) -> None:
+        """Run the training pass of every layer through torch.compile: one graph for all layers of a kind, in which
+        what stands between the products and the attention is a few kernels instead of a hundred."""
+        compiled = torch.compile(_train_layer, dynamic=False)
+        for layer in self.layers:
+            layer.compiled = compiled
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -138,18 +157,19 @@ class BlockStudent(nn.Module):
 
 
 def _attention(
-    attention: DualViewAttention, x: torch.Tensor, rope: Rope, context: LayerContext, how: BlockPass
-) -> torch.Tensor:
+    attention: DualViewAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_context: torch.Tensor,
+    v_context: torch.Tensor, key_limit: torch.Tensor, block_size: int,
+) -> torch.Tensor:  # fmt: skip
     heads, kv_heads, D = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    parts = _project_qkv(attention, x).split([heads * D, kv_heads * D, kv_heads * D], dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, D)) for part in parts)
+    qk, v = _project_qkv(attention, x).unflatten(-1, (-1, D)).split([heads + kv_heads, kv_heads], dim=2)
     if attention.qk_norm:
-        q, k = _norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff)
-    q, k = _rotate(q, *rope).to(v.dtype), _rotate(k, *rope).to(v.dtype)
-    k_context, v_context = (states.to(v.dtype) for states in context[:2])
+        q, k = qk.split([heads, kv_heads], dim=2)
+        qk = torch.cat((_norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff)), dim=2)
+    q, k = _rotate(qk, cos, sin).to(v.dtype).split([heads, kv_heads], dim=2)
     attended = ops.block_attention(
-        q, k_context, v_context, how.key_limit, k, v, block_size=how.block_size, window=attention.window
-    )
+        q, k_context.to(v.dtype), v_context.to(v.dtype), key_limit, k, v, block_size=block_size,
+        window=attention.window,
+    )  # fmt: skip
     return _project_out(attention, attended.flatten(2))
 
 

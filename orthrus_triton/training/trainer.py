@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -24,11 +25,14 @@ from orthrus_triton.models.view_checkpoint import checkpoint_metadata, load_chec
 from orthrus_triton.training.acceptance import acceptance
 from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
+from orthrus_triton.training.clock import TrainingClock
 from orthrus_triton.training.config import ViewTrainingArguments
 from orthrus_triton.training.data import TextRow
-from orthrus_triton.training.frozen_cache import FrozenCache, surprise
+from orthrus_triton.training.frozen_cache import FrozenCache
+from orthrus_triton.training.surprise import read_surprise, surprise
 
 STATE, STAGING = "trainer_state.json", ".checkpoint-being-written"
+WATCHED, NEVER = ("loss", "gradient's norm"), 1 << 62
 
 
 class ViewTrainer(Trainer):
@@ -70,7 +74,7 @@ class ViewTrainer(Trainer):
                 cache = FrozenCache.open_or_build(args.cache_dir, model, everything, args.teacher_top_k)
         examples = AnchorExamples(
             rows, args.max_steps * per_step, args.num_anchors, args.domain_weights, args.seed,
-            surprise(cache, rows) if args.anchor_focus else None, args.anchor_focus, model.anchor_rows,
+            _surprise(model, args, rows, cache), args.anchor_focus, model.anchor_rows,
         )  # fmt: skip
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("_diff" in name)
@@ -80,10 +84,18 @@ class ViewTrainer(Trainer):
         self.orthrus = model
         self.domains = list(dict.fromkeys(row.domain for row in everything))
         self._domain_ids = torch.tensor([self.domains.index(row.domain) for row in everything])
-        self._matched = torch.zeros(2)
+        self._matched, self._blocks = torch.zeros(()), 0
+        # first steps with a loss and a gradient that were not finite, on a GPU
+        self._broken = torch.full((len(WATCHED),), NEVER, dtype=torch.int64)
         self._staging: Path | None = None
+        distillation = ViewDistillation(model, block_size, args.loss, args.position_decay)
+        if args.compile_layers:
+            distillation.student.compile_layers()
+        if args.max_seconds is not None:
+            self.clock = TrainingClock(args.max_seconds)
+            options["callbacks"] = [*(options.get("callbacks") or []), self.clock]
         super().__init__(
-            ViewDistillation(model, block_size, args.loss, args.position_decay),
+            distillation,
             args,
             data_collator=BlockCollator(everything, cache, block_size, args.loss, model.anchor_rows),
             train_dataset=examples,
@@ -118,25 +130,47 @@ class ViewTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        loss = outputs["loss"].detach()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._not_finite("loss", loss.item()))
+        self._watch("loss", outputs["loss"].detach())
         if model.training:
             leading = 1.0 + self.orthrus.anchor_rows + outputs["matches"].cumprod(dim=-1).sum(dim=-1)
-            self._matched += torch.tensor([leading.sum().item(), leading.numel()])
+            # on a GPU nothing waits for these numbers before they are logged
+            self._matched = self._matched.to(leading.device) + leading.sum()
+            self._blocks += leading.numel()
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        if not math.isfinite(norm):
-            raise FloatingPointError(self._not_finite("gradient's norm", float(norm)))
+        self._watch("gradient's norm", norm)
         return norm
 
-    def _not_finite(self, what: str, value: float) -> str:
-        return (
-            f"the {what} is {value} in step {self.state.global_step + 1}: lower learning_rate, or resume from an "
-            f"earlier checkpoint in {self.args.output_dir}; the weights are those of step {self.state.global_step}"
-        )
+    def _watch(self, what: str, value: torch.Tensor | float) -> None:
+        """Stop the run at a number that is not finite; on a GPU, which nobody waits for here, at the next look."""
+        step = self.state.global_step + 1
+        if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {what} is {float(value)} in step {step}: {self._advice()}; the weights are those of step "
+                    f"{step - 1}"
+                )
+            return
+        self._broken = self._broken.to(value.device)
+        first = self._broken[WATCHED.index(what)]
+        first.copy_(torch.where(torch.isfinite(value), first, first.clamp(max=step)))
+
+    def _require_finite(self) -> None:
+        """Raise what `_watch` found on a GPU; before numbers are logged and before a checkpoint is written."""
+        for what, step in zip(WATCHED, self._broken.tolist()):
+            if step != NEVER:
+                raise FloatingPointError(f"the {what} was not finite in step {step}: {self._advice()}")
+
+    def _advice(self) -> str:
+        return f"lower learning_rate, or resume from an earlier checkpoint in {self.args.output_dir}"
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.max_seconds is not None:
+            self.clock.drive(scheduler, num_training_steps)
+        return scheduler
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -150,10 +184,11 @@ class ViewTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """The Trainer's logs, with this process's tokens per cycle on training blocks since the last one."""
-        tokens, blocks = self._matched.tolist()
-        if "loss" in logs and blocks:
-            logs["tokens_per_cycle"] = round(tokens / blocks, 4)
+        if "loss" in logs and self._blocks:
+            self._require_finite()
+            logs["tokens_per_cycle"] = round(self._matched.item() / self._blocks, 4)
             self._matched.zero_()
+            self._blocks = 0
         super().log(logs, *args, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -189,6 +224,7 @@ class ViewTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Into a staging folder; a rename makes it a checkpoint."""
+        self._require_finite()
         run = Path(self._get_output_dir(trial))
         self._staging = run / STAGING
         name = f"checkpoint-{self.state.global_step}"
@@ -215,6 +251,17 @@ class ViewTrainer(Trainer):
             for old in _checkpoints(run)[:-kept] if kept else []:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+def _surprise(
+    model: OrthrusForCausalLM, args: ViewTrainingArguments, rows: Sequence[TextRow], cache: FrozenCache | None
+) -> list[np.ndarray] | None:
+    if not args.anchor_focus:
+        return None
+    if cache is not None:
+        return surprise(cache, rows)
+    model.to(args.device)
+    return read_surprise(model, rows)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from orthrus_triton.autotune.config import Problem
 from orthrus_triton.autotune.run import Outcome, Result
 from orthrus_triton.autotune.tuner import MODEL_ORIGIN, DryOutcome, tune_dry
 from orthrus_triton.autotune.worker import compiler_environment
-from orthrus_triton.cli.autotune import _print, parse_seconds
+from orthrus_triton.cli.autotune import _print
+from orthrus_triton.cli.common import parse_seconds
 from tests.autotune.conftest import interpreted
 from tests.cli_models import assert_bad_input, run
 

@@ -16,7 +16,7 @@ from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.training.data import read_rows
 from orthrus_triton.training.distill import distill
-from orthrus_triton.training.prompts import Prompt, encode
+from orthrus_triton.training.prompts import Prompt, encode, read_prompts
 from orthrus_triton.training.shards import ShardFolder
 from tests.models.tiny_bases import base_config, build_base, tiny_tokenizer
 
@@ -69,6 +69,22 @@ def test_rows_are_the_models_own_answers(model, tokenizer, prompts, unbroken):
         assert row["prompt_ids"] + row["answer_ids"] == alone.tolist()
     lengths = {len(row["answer_ids"]) for row in rows}
     assert max(lengths) == NEW and len(lengths) > 1  # some ended early, and their slots were taken again
+
+
+@pytest.mark.parametrize(("batch_size", "prefill_batch"), [(5, 2), (4, 4), (11, 3), (40, 40)])
+def test_prompts_read_together_get_the_same_answers(
+    model, tokenizer, prompts, unbroken, tmp_path, batch_size, prefill_batch
+):
+    options = {**SETTINGS, "batch_size": batch_size}
+    distill(model, tokenizer, prompts, tmp_path, **options, prefill_batch=prefill_batch)
+    assert rows_of(tmp_path) == rows_of(unbroken[0])
+
+
+def test_a_time_limit_leaves_whole_answers(model, tokenizer, prompts, unbroken, tmp_path):
+    manifest = distill(model, tokenizer, prompts, tmp_path, **SETTINGS, seconds=0)
+    assert not manifest["complete"] and manifest["finished_rows"] < len(prompts)
+    distill(model, tokenizer, prompts, tmp_path, **SETTINGS)
+    assert rows_of(tmp_path) == rows_of(unbroken[0])
 
 
 def test_shards_and_manifest_agree(unbroken, prompts):
@@ -210,6 +226,18 @@ def test_command(model_folder, tmp_path):
     assert "1 prompts repeat held-out ones" in result.stderr and result.stdout == ""
 
 
+def test_prompts_written_for_another_machine(model_folder, tmp_path):
+    (tmp_path / "code.txt").write_text("w30 w31 w32 w33 w34\nw40 w41\u2028w42 w43 w44\nw50\n")
+    (tmp_path / "held.txt").write_text("W40, w41 w42 w43 w44?\n")
+    options = ("--prompts", tmp_path / "code.txt", "--held-out", tmp_path / "held.txt", "--prompts-only")
+    result = run(model_folder, tmp_path / "carried.jsonl", *options)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    carried = read_prompts(tmp_path / "carried.jsonl")
+    assert carried == [Prompt("w30 w31 w32 w33 w34", "code"), Prompt("w50", "code")]
+    result = run(model_folder, tmp_path / "carried.txt", *options)
+    assert result.exit_code == 2 and ".jsonl" in result.stderr
+
+
 def test_command_stopped_by_hand(model_folder, tmp_path, monkeypatch):
     (tmp_path / "q.txt").write_text("w30\nw40\n")
 
@@ -228,7 +256,10 @@ def test_command_names_bad_input(model_folder, tmp_path):
         ((), "--prompts"),
         (("--prompts", tmp_path / "q.txt", "--builtin"), "one of them"),
         (("--prompts", tmp_path / "q.txt", "--corpus", tmp_path), "--corpus"),
+        (("--prompts", tmp_path / "q.txt", "--package", "rich"), "--package"),
+        (("--builtin", "--package", "numpy"), "held out"),
         (("--prompts", tmp_path / "q.txt", "--limit", 0), "--limit"),
+        (("--prompts", tmp_path / "q.txt", "--budget", "soon"), "--budget"),
         (("--prompts", tmp_path / "missing.txt"), "missing.txt"),
         (("--prompts", tmp_path / "q.txt", "--held-out", tmp_path / "q.txt"), "--held-out"),
         (("--prompts", tmp_path / "q.txt", "--batch-size", 0), "batch_size"),

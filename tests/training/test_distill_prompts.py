@@ -38,7 +38,7 @@ def make_package(folder, name: str, text: str) -> None:
 def test_builtin_prompts_come_from_docstrings_tables_and_a_corpus(tmp_path, monkeypatch):
     opening = "This module is about many things. " * 20
     make_package(tmp_path, "lib", f'"""{opening}"""\ndef f():\n    """Count the leaves of a given tree."""\n')
-    monkeypatch.setattr(prompts_builtin, "_training_roots", lambda: [tmp_path / "lib"])
+    monkeypatch.setattr(prompts_builtin, "_training_roots", lambda packages=(): [tmp_path / "lib"])
     prompts = prompts_builtin.builtin_prompts(seed=1)
     assert prompts == prompts_builtin.builtin_prompts(seed=1) != prompts_builtin.builtin_prompts(seed=2)
     assert len(set(prompts)) == len(prompts)
@@ -76,7 +76,7 @@ def test_held_out_prompts_are_of_other_sources(tmp_path, monkeypatch):
     make_package(tmp_path, "lib", same)
     make_package(tmp_path, "numpy", same + 'def g():\n    """Return the inverse of a square array."""\n')
     make_package(tmp_path, "pip", 'def h():\n    """Remove every package that nobody needs."""\n')
-    monkeypatch.setattr(prompts_builtin, "_training_roots", lambda: [tmp_path / "lib"])
+    monkeypatch.setattr(prompts_builtin, "_training_roots", lambda packages=(): [tmp_path / "lib"])
     monkeypatch.setattr(prompts_builtin, "_package_folder", lambda name: tmp_path / name)
     assert prompts_builtin.held_out_prompts(5) == [
         Prompt("Write a Python function that returns the inverse of a square array.", "code: numpy", chat=True),

@@ -14,9 +14,10 @@ from orthrus_triton.training.acceptance import acceptance
 from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
 from orthrus_triton.training.data import TextRow
-from orthrus_triton.training.frozen_cache import FrozenCache, surprise
+from orthrus_triton.training.frozen_cache import FrozenCache
 from orthrus_triton.training.objective import position_weights
 from orthrus_triton.training.student import BlockStudent
+from orthrus_triton.training.surprise import surprise
 from orthrus_triton.training.trainer import ViewTrainer
 from tests.models.tiny_bases import base_config, build_base, randomise_view
 from tests.training.view_runs import K, make_args, make_model, make_trainer, own_rows

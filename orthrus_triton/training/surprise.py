@@ -1,0 +1,64 @@
+"""How unlikely the frozen model found each token of its own text: where cycles end, and anchors should be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from orthrus_triton.models.modeling import OrthrusForCausalLM
+from orthrus_triton.training.data import TextRow
+from orthrus_triton.training.frozen_cache import FrozenCache
+
+TOKENS_PER_PASS = 16384  # of text; their logits exist for a sixteenth of them at a time
+
+
+def surprise(cache: FrozenCache, rows: Sequence[TextRow]) -> list[np.ndarray]:
+    """For each row [L]: 1 - the frozen model's probability of each answer token (1 for the first of each row's
+    anchors, the prompt's last token, and for tokens outside the kept top k; 0 elsewhere in prompts)."""
+    values = []
+    for row, start in zip(rows, cache.starts):
+        unlikely, ids = np.zeros(len(row.ids)), torch.tensor(row.ids)
+        for first, end in row.answers:
+            before = slice(start + first - 1, start + end - 1)
+            taken = cache.teacher_ids[before] == ids[first:end, None]
+            unlikely[first:end] = 1 - (cache.teacher_probs[before] * taken).sum(dim=-1).double().numpy()
+            unlikely[first - 1] = 1
+        values.append(unlikely)
+    return values
+
+
+@torch.no_grad()
+def read_surprise(model: OrthrusForCausalLM, rows: Sequence[TextRow]) -> list[np.ndarray]:
+    """The same without a cache, by reading every row with the frozen view, rows of like length together."""
+    values: list[np.ndarray] = [np.zeros(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
+    while order:
+        length = len(rows[order[-1]].ids)
+        batch = [order.pop() for _ in range(min(len(order), max(TOKENS_PER_PASS // length, 1)))]
+        for n, unlikely in zip(batch, _read(model, [rows[n] for n in batch], length)):
+            values[n] = unlikely
+    return values
+
+
+def _read(model: OrthrusForCausalLM, rows: Sequence[TextRow], length: int) -> list[np.ndarray]:
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    for n, row in enumerate(rows):
+        ids[n, : len(row.ids)] = torch.tensor(row.ids)
+    ids = ids.to(model.device)
+    buffers = model.new_cache(len(rows), length, 1)
+    buffers.prompt_len.copy_(torch.tensor([row.prompt_len for row in rows]))
+    view_pass = buffers.view_pass("ar", length, linear_impl="library")
+    hidden = model.forward_view(ids, buffers, view_pass)[:, :-1].flatten(0, 1)
+    parts = zip(hidden.split(TOKENS_PER_PASS // 16), ids[:, 1:].flatten().split(TOKENS_PER_PASS // 16))
+    likely = [model.compute_logits(part, "library").softmax(-1).gather(1, of[:, None]) for part, of in parts]
+    unlikely = (1 - torch.cat(likely)).view(len(rows), length - 1).double().cpu().numpy()
+    values = []
+    for row, of_row in zip(rows, unlikely):
+        value = np.zeros(len(row.ids))
+        for first, end in row.answers:
+            value[first:end] = of_row[first - 1 : end - 1]
+            value[first - 1] = 1
+        values.append(value)
+    return values
