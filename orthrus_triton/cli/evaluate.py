@@ -23,7 +23,7 @@ from orthrus_triton.cli.common import (
     resolve_dtype,
     status_console,
 )
-from orthrus_triton.cli.load import ModelOption, load_model
+from orthrus_triton.cli.load import ModelOption, load_demo, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,9 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="With --builtin: text files, N openings of which to continue.")
     ] = None,
     model: ModelOption = None,
+    view: Annotated[
+        str, typer.Option(help="Of the demo model: shipped, copy for an untrained one, or a view file.")
+    ] = "shipped",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens per prompt.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
     block_size: Annotated[
@@ -85,7 +88,10 @@ def evaluate(
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
-        network, tokenizer, name = load_model(model, precision, where)
+        if model is not None and view != "shipped":
+            raise ValueError("--view is of the demo model, but --model was given: it has its own")
+        loaded = load_demo(view, precision, where) if model is None else load_model(model, precision, where)
+        network, tokenizer, name = loaded
         from orthrus_triton.training.evaluate import evaluate as measure
         from orthrus_triton.training.prompts import encode
 

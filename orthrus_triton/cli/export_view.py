@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from orthrus_triton.cli.common import one_line_errors, status_console
+
+if TYPE_CHECKING:
+    from orthrus_triton.models import OrthrusForCausalLM
 
 
 def export_view(
@@ -40,34 +43,45 @@ def export_view(
     with one_line_errors():
         if target.suffix != ".safetensors":
             raise ValueError(f"OUT must end in .safetensors, but got {str(target)!r}")
-        import torch
-
         with status_console.status(f"Reading {source}"):
-            from orthrus_triton.models import OrthrusForCausalLM
-            from orthrus_triton.models.demo import load_demo_model
             from orthrus_triton.models.view import save_view
-            from orthrus_triton.models.view_checkpoint import adopt_form, load_checkpoint_view, read_checkpoint_metadata
 
-            if (source / "config.json").is_file():
-                model = OrthrusForCausalLM.from_pretrained(source, dtype=torch.float32)
-                _require_same_block(model.block_size, block_size)
-            elif (source / "model.safetensors").is_file():
-                weights = source / "model.safetensors"
-                about = read_checkpoint_metadata(weights)
-                if "block_size" in about:
-                    _require_same_block(about["block_size"], block_size)
-                block_size = about.get("block_size", block_size)
-                if block_size is None:
-                    raise ValueError(f"--block-size must be given, for {source} does not name its own")
-                model, _ = load_demo_model(block_size=block_size, view="copy", mask_embedding=about["mask_embedding"])
-                adopt_form(model, about)
-                load_checkpoint_view(model, weights)
-            else:
-                raise FileNotFoundError(f"MODEL must be a folder with model.safetensors, but {source} has none")
+            model = read_trained(source, block_size)
         with status_console.status(f"Writing {target}"):
             size = save_view(model, target, rank=rank, storage=storage, max_bytes=int(max_mb * 1e6))
         kept = "full rank" if rank is None else f"rank {rank}"
         status_console.print(f"{target}: {size / 1e6:.2f} MB, {kept}, {storage}", highlight=False)
+
+
+def read_trained(source: Path, block_size: int | None = None) -> OrthrusForCausalLM:
+    """A trained model's folder, or a checkpoint of the demo model over its base, in fp32.
+
+    Raises:
+        FileNotFoundError: it is neither. ValueError: a block size that is missing, or is not the view's own.
+    """
+    import torch
+
+    from orthrus_triton.models import OrthrusForCausalLM
+    from orthrus_triton.models.demo import load_demo_model
+    from orthrus_triton.models.view_checkpoint import adopt_form, load_checkpoint_view, read_checkpoint_metadata
+
+    if (source / "config.json").is_file():
+        model = OrthrusForCausalLM.from_pretrained(source, dtype=torch.float32)
+        _require_same_block(model.block_size, block_size)
+        return model
+    weights = source / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"MODEL must be a folder with model.safetensors, but {source} has none")
+    about = read_checkpoint_metadata(weights)
+    if "block_size" in about:
+        _require_same_block(about["block_size"], block_size)
+    block_size = about.get("block_size", block_size)
+    if block_size is None:
+        raise ValueError(f"--block-size must be given, for {source} does not name its own")
+    model, _ = load_demo_model(block_size=block_size, view="copy", mask_embedding=about["mask_embedding"])
+    adopt_form(model, about)
+    load_checkpoint_view(model, weights)
+    return model
 
 
 def _require_same_block(of_model: int, asked: int | None) -> None:

@@ -47,7 +47,7 @@ def train(
             from orthrus_triton.training.config import read_config
             from orthrus_triton.training.run import train_view
 
-            args = read_config(config, **_parse(changes or []))
+            args = read_config(config, **parse_changes(changes or []))
         try:
             trainer = train_view(args, resume=not fresh)
         except FloatingPointError as error:
@@ -56,7 +56,7 @@ def train(
             status_console.print(f"{Path(args.output_dir) / 'model'}: the trained model", highlight=False)
 
 
-def _parse(changes: list[str]) -> dict[str, Any]:
+def parse_changes(changes: list[str]) -> dict[str, Any]:
     import yaml
 
     parsed = {}

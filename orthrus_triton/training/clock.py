@@ -18,11 +18,15 @@ class TrainingClock(TrainerCallback):
     Args:
         seconds: > 0.
         clock: tells the time.
+
+    Attributes:
+        started, ended: when the first and the newest step ended.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.clock = seconds, clock
         self.started: float | None = None
+        self.ended: float | None = None
 
     @property
     def share(self) -> float:
@@ -49,7 +53,8 @@ class TrainingClock(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if self.started is None:
             self.started = self.clock()
-        elif self.share >= 1.0:
+        self.ended = self.clock()
+        if self.share >= 1.0:
             control.should_training_stop = control.should_log = True
             control.should_save |= args.save_strategy != "no"
             control.should_evaluate |= args.eval_strategy != "no"

@@ -178,6 +178,7 @@ def test_command_prints_a_table(folder):
         (("--prompts", "{folder}/code.txt", "--output", "{folder}/code.txt"), "--output"),
         (("--prompts", "{folder}/code.txt", "--block-size", 9), "block_size"),
         (("--prompts", "{folder}/code.txt", "--max-new-tokens", 1), "max_new_tokens"),
+        (("--prompts", "{folder}/code.txt", "--view", "mine.safetensors"), "--view"),
         (("--prompts", "{folder}/code.txt", "--model", "{folder}/none/here"), "none/here"),
     ],
 )

@@ -154,6 +154,29 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     assert_same(view_of(model), before)
 
 
+def test_a_run_ends_with_its_time_and_its_schedule(tmp_path):
+    model = make_model()
+    trainer = make_trainer(model, tmp_path, 1000, max_seconds=50, save_steps=1000, warmup_steps=100, logging_steps=1)
+    seconds = iter(range(0, 1000, 2))
+    now = [0]
+
+    def tick() -> float:
+        return now[0]
+
+    def later(*_args, **_options) -> None:
+        now[0] = next(seconds)
+
+    trainer.clock.clock = tick
+    monkey = trainer.training_step
+    trainer.training_step = lambda *args, **options: (later(), monkey(*args, **options))[1]
+    trainer.train()
+    assert trainer.state.global_step == 26  # 25 steps of two seconds, and the first
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    peak = trainer.args.learning_rate
+    assert rates[0] < 0.02 * peak and max(rates) > 0.9 * peak and rates[-1] < 0.1 * peak
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-26"
+
+
 def test_only_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
     make_trainer(make_model(), tmp_path, 8, save_steps=2, save_total_limit=3).train()
     kept = sorted(path.name for path in (tmp_path / "run").iterdir())

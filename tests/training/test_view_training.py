@@ -17,7 +17,7 @@ from orthrus_triton.training.data import TextRow
 from orthrus_triton.training.frozen_cache import FrozenCache
 from orthrus_triton.training.objective import position_weights
 from orthrus_triton.training.student import BlockStudent
-from orthrus_triton.training.surprise import surprise
+from orthrus_triton.training.surprise import read_surprise, surprise
 from orthrus_triton.training.trainer import ViewTrainer
 from tests.models.tiny_bases import base_config, build_base, randomise_view
 from tests.training.view_runs import K, make_args, make_model, make_trainer, own_rows
@@ -80,6 +80,19 @@ def test_only_the_view_learns(view_rank, chain_width, tmp_path):
     trainer.train()
     for name, tensor in model.state_dict().items():
         assert ("_diff" in name) != torch.equal(tensor, before[name]), name
+
+
+def test_compiled_layers_have_the_same_gradients(tmp_path):
+    model = randomise_view(make_model("qwen3", anchor_view="ar", chain_width=8))
+    gradients = []
+    for compiled in (False, True):
+        trainer = make_trainer(model, tmp_path, 1, cached=False, compile_layers=compiled)
+        trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6), name
 
 
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
@@ -202,6 +215,8 @@ def test_anchors_gather_where_the_frozen_model_was_unsure(tmp_path):
         for n in range(row.prompt_len, len(row.ids)):
             assert values[n] == pytest.approx(1 - float(probs[n - 1, row.ids[n]].detach()), abs=1e-4)
         assert values[row.prompt_len - 1] == 1 and not values[: row.prompt_len - 1].any()
+    for found, expected in zip(read_surprise(model, rows), unlikely):
+        assert found == pytest.approx(expected, abs=1e-4)
     sharp = [np.eye(len(row.ids))[row.prompt_len + 2] for row in rows]
     at_sharp = []
     for focus in (0.0, 0.8):

@@ -1,0 +1,289 @@
+"""A view for SmolLM2-135M from nothing, in one process and within given seconds: answers, training, export, evaluation.
+Or a rehearsal of it with random weights of the same shape, and what a training step consists of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tarfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.common import environment
+from orthrus_triton.cli.common import one_line_errors, resolve_device
+from orthrus_triton.cli.export_view import read_trained
+from orthrus_triton.cli.train import parse_changes
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.demo import load_demo_model
+from orthrus_triton.models.view import save_view
+from orthrus_triton.training.config import read_config
+from orthrus_triton.training.distill import distill
+from orthrus_triton.training.evaluate import evaluate
+from orthrus_triton.training.prompts import encode, read_prompts
+from orthrus_triton.training.run import train_view
+from orthrus_triton.training.trainer import last_checkpoint
+
+STAGES = ("data", "train", "export", "evaluate")
+# hidden, layers, heads, key heads, intermediate, vocabulary
+RANDOM = {"smollm2-135m": (576, 30, 9, 3, 1536, 49_152), "tiny": (128, 2, 2, 1, 96, 300)}
+
+
+@dataclass
+class Visit:
+    """What the stages share. model: a folder with random weights, or None for the demo model."""
+
+    out: Path
+    work: Path
+    device: torch.device
+    model: Path | None
+    figures: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def load(self, folder: Path | None = None, view: Path | None = None) -> tuple[OrthrusForCausalLM, Any]:
+        """Model and tokenizer for decoding."""
+        if self.model is None:
+            return load_demo_model(self.dtype, device=self.device, view=view or "copy")
+        from transformers import AutoTokenizer
+
+        network = OrthrusForCausalLM.from_pretrained(folder or self.model, dtype=self.dtype, device=self.device)
+        return network, AutoTokenizer.from_pretrained(self.model)
+
+
+@contextmanager
+def stage(visit: Visit, name: str) -> Iterator[None]:
+    """Time a stage. One that fails shows its traceback, and the next ones have their turn."""
+    print(f"== {name}", flush=True)
+    started = time.monotonic()
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        traceback.print_exc()
+        visit.figures.setdefault("failed", []).append(name)
+    seconds = round(time.monotonic() - started, 1)
+    visit.figures[f"{name}_seconds"] = seconds
+    print(f"== {name}: {seconds} s", flush=True)
+    (visit.out / "figures.json").write_text(json.dumps(visit.figures, indent=1))
+
+
+def random_model(folder: Path, shape: str, device: torch.device) -> Path:
+    """A Llama with random weights, in bf16, and a tokenizer that knows no word; no token ends its answers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    hidden, layers, heads, kv_heads, intermediate, vocab = RANDOM[shape]
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=intermediate, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, rms_norm_eps=1e-5, initializer_range=0.04,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with device:
+        base = LlamaForCausalLM(config).to(torch.bfloat16)
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(vocab)}, unk_token="w20"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.chat_template = "{% for m in messages %}w17 {{ m.content }} w18{% endfor %}"
+    model = OrthrusForCausalLM.from_base(base, block_size=16, mask_token_id=16)
+    model.save_pretrained(folder, tokenizer=tokenizer)
+    return folder
+
+
+def make_data(visit: Visit, prompts: Path, limit: int | None, seconds: float, batch_size: int) -> None:
+    """Answers to prompts, as many as there is time for, into work/rows."""
+    network, tokenizer = visit.load()
+    tokens: list[int] = []
+    started = time.monotonic()
+
+    def plan(done: int, total: int) -> None:
+        print(f"{total - done} prompts after {time.monotonic() - started:.1f} s", flush=True)
+
+    manifest = distill(
+        network, tokenizer, read_prompts(prompts)[:limit], visit.work / "rows", batch_size=batch_size,
+        max_new_tokens=192 if network.vocab_size > 1000 else 24, seconds=seconds, on_row=tokens.append, on_plan=plan,
+    )  # fmt: skip
+    taken = time.monotonic() - started
+    kept = {name: manifest[name] for name in ("rows", "finished_rows", "answer_tokens", "domains", "left_out")}
+    visit.figures["data"] = kept | {"tokens_per_second": round(sum(tokens) / taken), "seconds": round(taken, 1)}
+    print(visit.figures["data"])
+    with tarfile.open(visit.out / "rows.tgz", "w:gz", compresslevel=4) as archive:
+        archive.add(visit.work / "rows", "rows")
+
+
+def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes: dict[str, Any], profile: bool) -> None:
+    """Train on the first folder that has rows, with layers compiled if that works, into work/run."""
+    data = next((folder for folder in rows if any(folder.glob("*.jsonl"))), None)
+    if data is None:
+        raise FileNotFoundError(f"rows must be in one of {[str(folder) for folder in rows]}, but there are none")
+    changes = {"output_dir": str(visit.work / "run"), "data": str(data), "eval_data": str(held_out), **changes}
+    if visit.model is not None:
+        changes |= {"model": str(visit.model), "eval_data": str(data)}
+    started = time.monotonic()
+    try:
+        trainer = train_view(read_config(config, **changes), resume=False)
+    except Exception as error:
+        if time.monotonic() - started > 90 or isinstance(error, (ValueError, OSError)):
+            raise
+        traceback.print_exc()
+        print("== again, with layers that are not compiled", flush=True)
+        trainer = train_view(read_config(config, **changes, compile_layers=False), resume=False)
+    clock, steps = trainer.clock, trainer.state.global_step
+    visit.figures["train"] = {
+        "data": str(data), "rows": len(trainer.train_dataset.rows), "steps": steps,
+        "ms_per_step": round(1000 * (clock.ended - clock.started) / max(steps - 1, 1), 2),
+        "seconds_before_step_2": round(clock.started - started, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if visit.device.type == "cuda" else None,
+    }  # fmt: skip
+    print(visit.figures["train"], flush=True)
+    (visit.out / "train_log.json").write_text(json.dumps(trainer.state.log_history))
+    if profile:
+        table = profile_step(trainer)
+        (visit.out / "step_profile.txt").write_text(table)
+        print(table, flush=True)
+
+
+def profile_step(trainer: Any) -> str:
+    """Where the time of one step goes, by kernel; and how long host and device take for its halves."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    on_gpu = trainer.args.device.type == "cuda"
+    wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else (lambda: None)
+    trainer.args.dataloader_num_workers, trainer.args.dataloader_prefetch_factor = 0, None
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    lines = []
+    for _ in range(2):
+        wait()
+        started = time.monotonic()
+        loss = trainer.compute_loss(trainer.model, batch)
+        launched = time.monotonic()
+        wait()
+        forward = time.monotonic()
+        loss.backward()
+        back_launched = time.monotonic()
+        wait()
+        ended = time.monotonic()
+    for name, first, middle, last in (
+        ("forward", started, launched, forward), ("backward", forward, back_launched, ended),
+    ):  # fmt: skip
+        lines.append(f"{name}: host {1000 * (middle - first):.1f} ms, done after {1000 * (last - first):.1f} ms")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with record(activities=activities) as profiler:
+        trainer.compute_loss(trainer.model, batch).backward()
+        wait()
+    events = profiler.key_averages()
+    if on_gpu:
+        launches = sum(event.count for event in events if "aunchKernel" in event.key)
+        busy = sum(event.self_device_time_total for event in events) / 1000
+        lines.append(f"{launches} launches, device busy {busy:.1f} ms (forward and backward, no optimizer)")
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    return "\n".join([*lines, events.table(sort_by=order, row_limit=24, max_name_column_width=70)])
+
+
+def export(visit: Visit) -> Path:
+    """The view as out/view.safetensors, and in pieces that every way home takes."""
+    run = visit.work / "run"
+    source = last_checkpoint(run) if visit.model is None else run / "model"
+    target = visit.work / "view.safetensors"
+    size = save_view(read_trained(source), target, max_bytes=60_000_000)
+    visit.figures["view_mb"] = round(size / 1e6, 2)
+    data, piece = target.read_bytes(), 15 << 20
+    for n in range(0, len(data), piece):
+        (visit.out / f"view.safetensors.{n // piece}").write_bytes(data[n : n + piece])
+    print(f"{source} -> {size / 1e6:.2f} MB; cat view.safetensors.? > view.safetensors", flush=True)
+    return target
+
+
+def measure(visit: Visit, prompts: list[Path], limit: int | None, tokens: int, block_sizes: list[int]) -> None:
+    """Real decoding of held-out prompts, at several block sizes; one report each."""
+    network, tokenizer = visit.load(visit.work / "run" / "model", visit.work / "view.safetensors")
+    questions = [prompt for file in prompts for prompt in read_prompts(file)[:limit]]
+    encoded = [(prompt.domain, encode(tokenizer, prompt)) for prompt in questions]
+    for block_size in block_sizes:
+        report = evaluate(
+            network, encoded, max_new_tokens=tokens, block_size=block_size, baseline=False,
+            check_exact=block_size == block_sizes[0],
+        )  # fmt: skip
+        report |= environment(visit.device)
+        (visit.out / f"evaluation_k{block_size}.json").write_text(json.dumps(report, indent=1))
+        by_domain = {name: round(part["tokens_per_cycle"], 3) for name, part in report["domains"].items()}
+        accepted = [round(share or 0, 3) for share in report["acceptance_by_position"]]
+        exact = report["exactness"] and [report["exactness"]["equal"], report["exactness"]["checked"]]
+        print(f"K={block_size}: tokens per cycle {by_domain}, accepted {accepted}, exact {exact}", flush=True)
+        visit.figures[f"tokens_per_cycle_k{block_size}"] = by_domain
+
+
+def main(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for results.")],
+    prompts: Annotated[Path | None, typer.Option(help="Prompts of distill-data --prompts-only.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Rows to train on if there are no new ones.")] = None,
+    held_out: Annotated[Path, typer.Option(help="Held-out rows.")] = Path("held-out"),
+    config: Annotated[Path, typer.Option()] = Path("examples/train_smollm2_gpu.yaml"),
+    stages: Annotated[str, typer.Option(help=f"Some of {','.join(STAGES)}; each takes up what is in --work.")] = (
+        ",".join(STAGES)
+    ),
+    data_seconds: Annotated[float, typer.Option(help="For answers, at most.")] = 60,
+    train_seconds: Annotated[float, typer.Option(help="For steps after the first.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Answers generated side by side.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Take the first N prompts.")] = None,
+    eval_prompts: Annotated[list[Path] | None, typer.Option(help="By default the code prompts.")] = None,
+    eval_limit: Annotated[int | None, typer.Option(help="Of each file.")] = None,
+    eval_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 128,
+    block_sizes: Annotated[str, typer.Option(help="To evaluate at; by default the trained one and 8.")] = "",
+    random: Annotated[str | None, typer.Option(help=f"Rehearse on random weights: {', '.join(RANDOM)}.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show what a training step consists of.")] = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Over the config.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for rows, checkpoints and models.")] = Path("/tmp/orthrus_view"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Make a view in one process, each stage within its seconds. Exit code 1 if a stage failed; the others have run.
+
+    \b
+    python -m benchmarks.view OUT --prompts prompts.jsonl --held-out held-out              # on a GPU
+    python -m benchmarks.view OUT --prompts prompts.jsonl --held-out held-out --random smollm2-135m --limit 512 \\
+        --train-seconds 5 --eval-limit 2 --eval-tokens 32 --profile                         # a rehearsal there
+    """
+    started = time.monotonic()
+    with one_line_errors():
+        wanted = [name for name in STAGES if name in stages.split(",")]
+        overrides = parse_changes(changes or []) | {"max_seconds": train_seconds}
+        visit = Visit(out, work / (random or "smollm2"), resolve_device(device), None, {})
+    out.mkdir(parents=True, exist_ok=True)
+    visit.work.mkdir(parents=True, exist_ok=True)
+    visit.figures |= environment(visit.device)
+    if random is not None:
+        with stage(visit, "random model"):
+            shutil.rmtree(visit.work)
+            visit.model = random_model(visit.work / "base", random, visit.device)
+    if "data" in wanted and prompts is not None:
+        with stage(visit, "data"):
+            make_data(visit, prompts, limit, data_seconds, batch_size)
+    if "train" in wanted:
+        with stage(visit, "train"):
+            found = [visit.work / "rows", *([rows] if rows else [])]
+            train(visit, config, found, held_out, overrides, profile)
+    if "export" in wanted:
+        with stage(visit, "export"):
+            export(visit)
+    if "evaluate" in wanted:
+        with stage(visit, "evaluate"):
+            trained = overrides.get("block_size") or read_config(config, max_seconds=1).block_size
+            sizes = [int(size) for size in block_sizes.split(",")] if block_sizes else sorted({trained, 8})[::-1]
+            measure(visit, eval_prompts or [Path("examples/prompts/code.txt")], eval_limit, eval_tokens, sizes)
+    print(f"== all: {time.monotonic() - started:.1f} s, {json.dumps(visit.figures)}", flush=True)
+    sys.exit(bool(visit.figures.get("failed")))
+
+
+if __name__ == "__main__":
+    typer.run(main)
