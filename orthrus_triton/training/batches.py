@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from orthrus_triton import ops
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.modules import SharedKVCache
 from orthrus_triton.training.anchors import AnchorExample
 from orthrus_triton.training.data import TextRow
 from orthrus_triton.training.frozen_cache import FrozenCache
+from orthrus_triton.training.frozen_reader import FrozenReader
 from orthrus_triton.training.objective import Loss, block_loss, position_weights
 from orthrus_triton.training.student import BlockStudent
 
@@ -102,7 +102,7 @@ class ViewDistillation(nn.Module):
         self.student = BlockStudent(model)
         self.block_size, self.loss = block_size, loss
         self.register_buffer("weights", position_weights(block_size, position_decay), persistent=False)
-        self._cache: SharedKVCache | None = None
+        self._reader = FrozenReader(self.student)
 
     def forward(
         self,
@@ -120,9 +120,9 @@ class ViewDistillation(nn.Module):
         """A batch of `BlockCollator` -> `loss`, and `matches` [B, A, K-1]: the draft is the text's token."""
         index = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
         if input_ids is not None:
-            layers, states = self._read(input_ids, prompt_len)
+            layers, states = self._reader(input_ids, prompt_len)
             teacher = ops.HiddenTeacher(states.flatten(0, 1))
-            starts = torch.arange(len(anchors), device=anchors.device)[:, None, None] * input_ids.shape[1]
+            starts = torch.arange(len(anchors), device=anchors.device)[:, None, None] * states.shape[1]
             steps = self.student.anchor_rows + torch.arange(self.block_size - 1, device=anchors.device)
             index = starts + torch.where(targets >= 0, anchors[..., None] + steps, anchors[..., None])
         else:
@@ -141,11 +141,3 @@ class ViewDistillation(nn.Module):
         """What is trained, under the parameters' own names: FSDP's checkpoints look every name up, and the frozen
         weights appear in the model's state dict under names that its fused parameters do not have."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def _read(self, input_ids: torch.Tensor, prompt_len: torch.Tensor):
-        """The frozen model's layers of K/V and final states for these rows; the buffers serve the next batch again."""
-        batch, length = input_ids.shape
-        cache = self._cache
-        if cache is None or cache.batch_size != batch or cache.capacity < length:
-            cache = self._cache = self.student.new_cache(batch, length, self.block_size)
-        return cache.layers, self.student.read(input_ids, prompt_len, cache)

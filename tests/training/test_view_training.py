@@ -15,6 +15,7 @@ from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
 from orthrus_triton.training.data import TextRow
 from orthrus_triton.training.frozen_cache import FrozenCache
+from orthrus_triton.training.frozen_reader import FrozenReader
 from orthrus_triton.training.objective import position_weights
 from orthrus_triton.training.student import BlockStudent
 from orthrus_triton.training.surprise import read_surprise, surprise
@@ -80,6 +81,29 @@ def test_only_the_view_learns(view_rank, chain_width, tmp_path):
     trainer.train()
     for name, tensor in model.state_dict().items():
         assert ("_diff" in name) != torch.equal(tensor, before[name]), name
+
+
+def test_a_captured_pass_of_the_frozen_model_reads_the_same(tmp_path):
+    model = make_model("qwen3", anchor_view="ar")
+    rows, captured = own_rows(model, 6), []
+
+    def capture(step):
+        captured.append(step)
+        return step
+
+    eager, replayed = FrozenReader(BlockStudent(model)), FrozenReader(BlockStudent(model), capture)
+    for first, count in ((0, 2), (2, 2), (4, 2), (0, 3)):
+        some = rows[first : first + count]
+        ids = torch.stack([torch.tensor(row.ids[:20]) for row in some])
+        prompt_len = torch.tensor([row.prompt_len for row in some])
+        layers, states = eager(ids, prompt_len)
+        own_layers, own_states = replayed(ids, prompt_len)
+        assert torch.equal(states, own_states) and states.shape[1] == 64
+        assert all(torch.equal(a, b) for one, own in zip(layers, own_layers) for a, b in zip(one[:2], own[:2]))
+    assert len(captured) == 2  # once for each shape
+    with torch.no_grad():
+        FrozenReader(BlockStudent(model), capture)(ids, prompt_len)
+    assert len(captured) == 2
 
 
 def test_compiled_layers_have_the_same_gradients(tmp_path):
