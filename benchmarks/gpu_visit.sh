@@ -2,7 +2,7 @@
 # One visit to a GPU, part by part; each prints its table last and keeps all in OUTPUT_FOLDER and OUTPUT_FOLDER.tgz.
 #   benchmarks/gpu_visit.sh PART[:SECONDS]... OUTPUT_FOLDER     a part is cut off after SECONDS, by default 530
 # Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tests_timing tune_1 tune_2 linear attention
-#        cycle tax compiled sampled context batch profile prefill exact training view_rehearse view
+#        cycle tax compiled sampled context batch profile prefill exact training view_rehearse view_rates view
 #        view_rest
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
 #   VIEW_DATA=path  for the parts that make a view: prompts.jsonl, held-out/, rows/ to fall back on, site/ with packages
@@ -99,6 +99,8 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         # random weights of the true shape: what every stage takes, and what a training step consists of
         view_rehearse) make_view --random smollm2-135m --limit 512 --train-seconds 5 --eval-limit 2 --eval-tokens 32 \
             --profile ;;
+        # which learning rate, on the rows that are there
+        view_rates) make_view --stages none --rates "${RATES:-1e-3,2e-3,4e-3}" --train-seconds "${TRAIN_SECONDS:-15}" ;;
         # answers and their training take what export and evaluation leave
         view) make_view --data-seconds "${DATA_SECONDS:-60}" --train-seconds "${TRAIN_SECONDS:-300}" ;;
         # after a visit that was cut short on the same machine: with the rows that are there

@@ -9,7 +9,7 @@ import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 import typer
 
 from benchmarks.common import environment
+from benchmarks.step_profile import profile_step
 from orthrus_triton.cli.common import one_line_errors, resolve_device
 from orthrus_triton.cli.export_view import read_trained
 from orthrus_triton.cli.train import parse_changes
@@ -124,9 +125,10 @@ def make_data(visit: Visit, prompts: Path, limit: int | None, seconds: float, ba
 
 
 def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes: dict[str, Any], profile: bool) -> None:
-    """Train on the first folder that has rows, with layers compiled if that works, into work/run."""
-    data = next((folder for folder in rows if any(folder.glob("*.jsonl"))), None)
-    if data is None:
+    """Train on the folder with most rows, with layers compiled if that works, into work/run."""
+    sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.jsonl")) for folder in rows}
+    data = max(sizes, key=sizes.__getitem__)
+    if not sizes[data]:
         raise FileNotFoundError(f"rows must be in one of {[str(folder) for folder in rows]}, but there are none")
     changes = {"output_dir": str(visit.work / "run"), "data": str(data), "eval_data": str(held_out), **changes}
     if visit.model is not None:
@@ -154,42 +156,17 @@ def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes:
         print(visit.details["step"], flush=True)
 
 
-def profile_step(trainer: Any) -> str:
-    """Where the time of one step goes, by kernel; and how long host and device take for its halves."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    on_gpu = trainer.args.device.type == "cuda"
-    wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else (lambda: None)
-    trainer.args.dataloader_num_workers, trainer.args.dataloader_prefetch_factor = 0, None
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    lines = []
-    for _ in range(2):
-        wait()
-        started = time.monotonic()
-        loss = trainer.compute_loss(trainer.model, batch)
-        launched = time.monotonic()
-        wait()
-        forward = time.monotonic()
-        loss.backward()
-        back_launched = time.monotonic()
-        wait()
-        ended = time.monotonic()
-    for name, first, middle, last in (
-        ("forward", started, launched, forward), ("backward", forward, back_launched, ended),
-    ):  # fmt: skip
-        lines.append(f"{name}: host {1000 * (middle - first):.1f} ms, done after {1000 * (last - first):.1f} ms")
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with record(activities=activities) as profiler:
-        trainer.compute_loss(trainer.model, batch).backward()
-        wait()
-    events = profiler.key_averages()
-    if on_gpu:
-        launches = sum(event.count for event in events if "aunchKernel" in event.key)
-        busy = sum(event.self_device_time_total for event in events) / 1000
-        lines.append(f"{launches} launches, device busy {busy:.1f} ms (forward and backward, no optimizer)")
-    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return "\n".join([*lines, events.table(sort_by=order, row_limit=24, max_name_column_width=70)])
+def try_rates(visit: Visit, rates: list[float], *arguments: Any, changes: dict[str, Any]) -> None:
+    """A short run at each learning rate: the losses of its last steps, which are of rows hardly seen before."""
+    for rate in rates:
+        part = {"learning_rate": rate, "save_strategy": "no", "logging_steps": 25, "eval_strategy": "steps"}
+        train(visit, *arguments, changes=changes | part, profile=False)
+        last = [entry for entry in visit.details["train_log"] if "loss" in entry][-2:]
+        figures = {
+            name: round(sum(entry[name] for entry in last) / len(last), 4) for name in ("loss", "tokens_per_cycle")
+        }
+        visit.figures.setdefault("rates", {})[rate] = figures
+        print(f"learning rate {rate}: {figures}", flush=True)
 
 
 def export(visit: Visit) -> Path:
@@ -242,6 +219,7 @@ def main(
     eval_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 128,
     block_sizes: Annotated[str, typer.Option(help="To evaluate at; by default the trained one and 8.")] = "",
     random: Annotated[str | None, typer.Option(help=f"Rehearse on random weights: {', '.join(RANDOM)}.")] = None,
+    rates: Annotated[str, typer.Option(help="Instead of training, try learning rates: 1e-3,2e-3.")] = "",
     profile: Annotated[bool, typer.Option("--profile", help="Show what a training step consists of.")] = False,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Over the config.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for rows, checkpoints and models.")] = Path("/tmp/orthrus_view"),
@@ -269,9 +247,12 @@ def main(
     if "data" in wanted and prompts is not None:
         with stage(visit, "data"):
             make_data(visit, prompts, limit, data_seconds, batch_size)
-    if "train" in wanted:
+    found = [visit.work / "rows", *([rows] if rows else [])]
+    if rates:
+        with stage(visit, "rates"):
+            try_rates(visit, [float(rate) for rate in rates.split(",")], config, found, held_out, changes=overrides)
+    elif "train" in wanted:
         with stage(visit, "train"):
-            found = [visit.work / "rows", *([rows] if rows else [])]
             train(visit, config, found, held_out, overrides, profile)
     if "export" in wanted:
         with stage(visit, "export"):

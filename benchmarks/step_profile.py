@@ -1,0 +1,45 @@
+"""What a training step consists of: host and device time of its halves, and a table of kernels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def profile_step(trainer: Any) -> str:
+    """Where the time of one step goes, by kernel; and how long host and device take for its halves."""
+    on_gpu = trainer.args.device.type == "cuda"
+    wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else (lambda: None)
+    trainer.args.dataloader_num_workers, trainer.args.dataloader_prefetch_factor = 0, None
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    lines = []
+    for _ in range(2):
+        wait()
+        started = time.monotonic()
+        loss = trainer.compute_loss(trainer.model, batch)
+        launched = time.monotonic()
+        wait()
+        forward = time.monotonic()
+        loss.backward()
+        back_launched = time.monotonic()
+        wait()
+        ended = time.monotonic()
+    for name, first, middle, last in (
+        ("forward", started, launched, forward), ("backward", forward, back_launched, ended),
+    ):  # fmt: skip
+        lines.append(f"{name}: host {1000 * (middle - first):.1f} ms, done after {1000 * (last - first):.1f} ms")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        trainer.compute_loss(trainer.model, batch).backward()
+        wait()
+    events = profiler.key_averages()
+    if on_gpu:
+        launches = sum(event.count for event in events if "aunchKernel" in event.key)
+        busy = sum(event.self_device_time_total for event in events) / 1000
+        lines.append(f"{launches} launches, device busy {busy:.1f} ms (forward and backward, no optimizer)")
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    return "\n".join([*lines, events.table(sort_by=order, row_limit=24, max_name_column_width=70)])
