@@ -11,7 +11,8 @@ from orthrus_triton.models.modeling import OrthrusForCausalLM
 from orthrus_triton.training.data import TextRow
 from orthrus_triton.training.frozen_cache import FrozenCache
 
-TOKENS_PER_PASS = 16384  # of text; their logits exist for a sixteenth of them at a time
+TOKENS_PER_PASS, TOKENS_PER_PASS_GPU = 4096, 65536  # of text
+LOGIT_ROWS = 4096  # positions whose logits exist at a time
 
 
 def surprise(cache: FrozenCache, rows: Sequence[TextRow]) -> list[np.ndarray]:
@@ -33,10 +34,11 @@ def surprise(cache: FrozenCache, rows: Sequence[TextRow]) -> list[np.ndarray]:
 def read_surprise(model: OrthrusForCausalLM, rows: Sequence[TextRow]) -> list[np.ndarray]:
     """The same without a cache, by reading every row with the frozen view, rows of like length together."""
     values: list[np.ndarray] = [np.zeros(0)] * len(rows)
+    most = TOKENS_PER_PASS_GPU if model.device.type == "cuda" else TOKENS_PER_PASS
     order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
     while order:
         length = len(rows[order[-1]].ids)
-        batch = [order.pop() for _ in range(min(len(order), max(TOKENS_PER_PASS // length, 1)))]
+        batch = [order.pop() for _ in range(min(len(order), max(most // length, 1)))]
         for n, unlikely in zip(batch, _read(model, [rows[n] for n in batch], length)):
             values[n] = unlikely
     return values
@@ -51,7 +53,7 @@ def _read(model: OrthrusForCausalLM, rows: Sequence[TextRow], length: int) -> li
     buffers.prompt_len.copy_(torch.tensor([row.prompt_len for row in rows]))
     view_pass = buffers.view_pass("ar", length, linear_impl="library")
     hidden = model.forward_view(ids, buffers, view_pass)[:, :-1].flatten(0, 1)
-    parts = zip(hidden.split(TOKENS_PER_PASS // 16), ids[:, 1:].flatten().split(TOKENS_PER_PASS // 16))
+    parts = zip(hidden.split(LOGIT_ROWS), ids[:, 1:].flatten().split(LOGIT_ROWS))
     likely = [model.compute_logits(part, "library").softmax(-1).gather(1, of[:, None]) for part, of in parts]
     unlikely = (1 - torch.cat(likely)).view(len(rows), length - 1).double().cpu().numpy()
     values = []

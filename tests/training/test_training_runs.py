@@ -154,6 +154,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     assert_same(view_of(model), before)
 
 
+def test_what_a_gpu_found_is_told_before_a_log_or_a_checkpoint(tmp_path):
+    trainer = make_trainer(make_model(), tmp_path, 4, save_steps=2, logging_steps=3)
+    step = trainer.training_step
+
+    def poisoned(*arguments, **options):
+        trainer._broken[1] = trainer._broken[1].clamp(max=trainer.state.global_step + 1)  # as `_watch` does there
+        return step(*arguments, **options)
+
+    trainer.training_step = poisoned
+    with pytest.raises(FloatingPointError, match="gradient's norm was not finite in step 1: lower learning_rate"):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "run") is None
+
+
 def test_a_run_ends_with_its_time_and_its_schedule(tmp_path):
     model = make_model()
     trainer = make_trainer(model, tmp_path, 1000, max_seconds=50, save_steps=1000, warmup_steps=100, logging_steps=1)
