@@ -247,7 +247,7 @@ def main(
     if "data" in wanted and prompts is not None:
         with stage(visit, "data"):
             make_data(visit, prompts, limit, data_seconds, batch_size)
-    found = [visit.work / "rows", *([rows] if rows else [])]
+    found = [visit.work / "rows", *([rows] if rows and not random else [])]
     if rates:
         with stage(visit, "rates"):
             try_rates(visit, [float(rate) for rate in rates.split(",")], config, found, held_out, changes=overrides)
