@@ -39,7 +39,8 @@ def profile_step(trainer: Any) -> str:
     events = profiler.key_averages()
     if on_gpu:
         launches = sum(event.count for event in events if "aunchKernel" in event.key)
-        busy = sum(event.self_device_time_total for event in events) / 1000
+        on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(event.self_device_time_total for event in on_device) / 1000
         lines.append(f"{launches} launches, device busy {busy:.1f} ms (forward and backward, no optimizer)")
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     return "\n".join([*lines, events.table(sort_by=order, row_limit=24, max_name_column_width=70)])
