@@ -31,7 +31,16 @@ ATTENTION_TILES_FP32 = {
     "sm100": FP32_TILES,
     "gfx942": FP32_TILES,
 }
-SPLIT_SIZE = 512
+SPLIT_SIZE = 256  # keys in each of the first splits; later ones are longer
+
+
+def count_splits(length: int, split_size: int) -> int:
+    """How many splits the first `length` keys lie in: `splits_of` of attention's kernels, on the host."""
+    if length <= 8 * split_size:
+        return -(-length // split_size)
+    if length <= 64 * split_size:
+        return 8 - (8 * split_size - length) // (4 * split_size)
+    return 22 - (64 * split_size - length) // (8 * split_size)
 
 
 def attention_rule(dtype: torch.dtype, family: str, *, head_dim: int, group: int) -> Rule:

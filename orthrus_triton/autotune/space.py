@@ -212,10 +212,10 @@ class AttentionSpace(BuiltInSpace):
 
     def __init__(self) -> None:
         choices = {
-            "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "SPLIT_SIZE": (256, 512, 1024),
+            "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "SPLIT_SIZE": (128, 256, 512),
             "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
         }  # fmt: skip
-        super().__init__("dual_view_attention", 1, ("head_dim", "group"), choices)
+        super().__init__("dual_view_attention", 2, ("head_dim", "group"), choices)
 
     def shared_bytes(self, config: KernelConfig, dtype: str, family: str, key: dict[str, int]) -> int:
         """Tiles of queries, keys, values and weights; or, on the way out, accumulators beside what is still there."""
@@ -253,7 +253,7 @@ class AttentionSpace(BuiltInSpace):
         flight = int(2 * max(config.launch["num_stages"] - 1, 0.5)) * config["BLOCK_N"] * width * size
         found = []
         for context in TIMED_CONTEXTS:
-            splits = -(-context // config["SPLIT_SIZE"])
+            splits = defaults.count_splits(context, config["SPLIT_SIZE"])
             keys = 2 * TIMED_KV_HEADS * context * width * size
             partial = 2 * rows * TIMED_KV_HEADS * splits * width * 4
             programs = row_tiles * TIMED_KV_HEADS * splits

@@ -16,7 +16,7 @@ from orthrus_triton._capture import capture
 
 WARM_UP = 3
 MIN_SAMPLES = 5
-MOST_COPIES = 16
+LEAST_COPIES, MOST_COPIES = 4, 16  # few steps would show the few microseconds of their graph's own replay
 
 Step = Callable[[], Any]
 
@@ -151,7 +151,7 @@ def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(MOST_COPIES, -(-3 * l2_bytes // max(nbytes, 1))))
+    return max(LEAST_COPIES, min(MOST_COPIES, -(-3 * l2_bytes // max(nbytes, 1))))
 
 
 def copy_bandwidth(device: torch.device, nbytes: int | None = None) -> float:

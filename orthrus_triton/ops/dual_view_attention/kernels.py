@@ -7,6 +7,26 @@ from orthrus_triton._triton import tl, triton
 
 
 @triton.jit
+def split_start(split, SPLIT_SIZE: tl.constexpr):
+    """Where a split of the keys begins: at an absolute position, whatever the context. Splits grow with it (8 of
+    SPLIT_SIZE, 14 four times as long, then eight times), for a short context must be shared among many programs, and a
+    long one has programs enough and would drown in partial results."""
+    near = split * SPLIT_SIZE
+    middle = 8 * SPLIT_SIZE + (split - 8) * (4 * SPLIT_SIZE)
+    far = 64 * SPLIT_SIZE + (split - 22) * (8 * SPLIT_SIZE)
+    return tl.where(split < 8, near, tl.where(split < 22, middle, far))
+
+
+@triton.jit
+def splits_of(length, SPLIT_SIZE: tl.constexpr):
+    """How many splits the first `length` keys lie in."""
+    near = tl.cdiv(length, SPLIT_SIZE)
+    middle = 8 + tl.cdiv(length - 8 * SPLIT_SIZE, 4 * SPLIT_SIZE)
+    far = 22 + tl.cdiv(length - 64 * SPLIT_SIZE, 8 * SPLIT_SIZE)
+    return tl.where(length <= 8 * SPLIT_SIZE, near, tl.where(length <= 64 * SPLIT_SIZE, middle, far))
+
+
+@triton.jit
 def _attend_tile(
     q, k, v, visible, running_max, running_sum, accumulator, SCALE_LOG2: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -141,10 +161,10 @@ def dual_view_attention_kernel(
     min_lowest = tl.min(tl.where(row_mask, lowest, S), axis=0)
     k_ptr = k_cache_ptr + b * stride_k_b + kv_head.to(tl.int64) * stride_k_h
     v_ptr = v_cache_ptr + b * stride_v_b + kv_head.to(tl.int64) * stride_v_h
-    split = tl.program_id(2)
+    split = tl.num_programs(2) - 1 - tl.program_id(2)  # the longest begin first
     if split < num_splits:
-        start = tl.maximum(split * SPLIT_SIZE, min_lowest // BLOCK_N * BLOCK_N)
-        end = tl.minimum((split + 1) * SPLIT_SIZE, max_limit)
+        start = tl.maximum(split_start(split, SPLIT_SIZE), min_lowest // BLOCK_N * BLOCK_N)
+        end = tl.minimum(split_start(split + 1, SPLIT_SIZE), max_limit)
         if start >= end:
             return
         running_max, running_sum, accumulator = _attend_split(
@@ -190,8 +210,8 @@ def combine_splits_kernel(
     total = tl.zeros((BLOCK_D,), tl.float32)
     first_slot = row * (num_splits + HAS_BLOCK)
     # where the window reaches no further than the row's own block, none of its splits need have been written
-    end = tl.where(lowest < limit, tl.cdiv(limit, SPLIT_SIZE), 0)
-    for split in range(lowest // SPLIT_SIZE, end):
+    end = tl.where(lowest < limit, splits_of(limit, SPLIT_SIZE), 0)
+    for split in range(splits_of(lowest + 1, SPLIT_SIZE) - 1, end):
         total_max, total_sum, total = _merge_slot(
             partial_ptr, partial_max_ptr, partial_sum_ptr, first_slot + split, dims, mask,
             total_max, total_sum, total, D,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, next_power_of_2
+from orthrus_triton.autotune.defaults import count_splits
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops.dual_view_attention.kernels import combine_splits_kernel, dual_view_attention_kernel
 
@@ -28,7 +29,7 @@ def launch(
     """Run the kernels. Row count and capacity reach grid, masks and workspace, never the configuration."""
     B, T, HQ, D = q.shape
     config = config or lookup("dual_view_attention", q.dtype, q.device, head_dim=D, group=HQ // k_cache.shape[1])
-    slots = cdiv(k_cache.shape[2], config["SPLIT_SIZE"]) + (k_block is not None)
+    slots = count_splits(k_cache.shape[2], config["SPLIT_SIZE"]) + (k_block is not None)
     tokens = max(WORKSPACE_LIMIT // (B * HQ * slots * D * 4), 1)
     if block_size is not None:
         tokens = max(tokens // block_size, 1) * block_size
@@ -49,7 +50,7 @@ def launch(
 def _launch_rows(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config) -> torch.Tensor:
     (B, T, HQ, D), (HKV, S) = q.shape, k_cache.shape[1:3]
     group, has_block = HQ // HKV, k_block is not None
-    num_splits = cdiv(S, config["SPLIT_SIZE"])
+    num_splits = count_splits(S, config["SPLIT_SIZE"])
     slots = num_splits + has_block
     q, key_limit = q.contiguous(), key_limit.contiguous()
     out = torch.empty_like(q)
