@@ -17,9 +17,10 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.common import Report
-from benchmarks.library_products import LibraryProducts
+from benchmarks.shapes import transformers_model
 from orthrus_triton.cli.common import DtypeOption, one_line_errors, resolve_device, resolve_dtype
 from orthrus_triton.cli.load import DEMO_NAME, ModelOption, load_model
 from orthrus_triton.modules import ConsensusDecoder, first_difference
@@ -45,8 +46,7 @@ SUBJECTS = [
 ]  # fmt: skip
 # the modes run at different batch sizes too: a sequence's tokens may not depend on its neighbours
 AR_BATCH, CONSENSUS_BATCH = 125, 25
-# one at a time, the library multiplies one row in AR decoding and a block in a cycle
-CONTROL_BATCH = 1
+CONTROL_BLOCK = 16
 GPU_PROCESSES = 8  # short prompts are prefilled at the speed of the host: each process takes a share of them
 
 
@@ -80,24 +80,36 @@ class Part(NamedTuple):
 
 
 def compare(share: Share) -> Iterator[Part]:
-    """Both modes on a share of the prompts, then the control: the same with the library's products."""
+    """Both modes on a share of the prompts, then the control."""
     device = resolve_device("auto")
     network, tokenizer, _ = load_model(share.model, resolve_dtype(share.dtype, device), device)
     prompts = thousand_prompts(tokenizer)
     longest = max(map(len, prompts)) + share.tokens - 1
-    for what, decoder_type, numbers, ar_batch, batch in (
-        (OURS, ConsensusDecoder, share.numbers, AR_BATCH, CONSENSUS_BATCH),
-        (CONTROL, LibraryProducts, share.control, CONTROL_BATCH, CONTROL_BATCH),
-    ):
-        if not numbers:
-            continue
-        consensus, ar = (decoder_type(network, mode=mode, max_cache_len=longest) for mode in ("consensus", "ar"))
-        for group in _batches([prompts[n] for n in numbers], ar_batch):
-            theirs = iter(_answers(ar, group, share.tokens))
-            for some in _batches(group, batch):
-                yield Part(
-                    what, [first_difference(ours, next(theirs)) for ours in _answers(consensus, some, share.tokens)]
-                )
+    consensus, ar = (ConsensusDecoder(network, mode=mode, max_cache_len=longest) for mode in ("consensus", "ar"))
+    for group in _batches([prompts[n] for n in share.numbers], AR_BATCH):
+        theirs = iter(_answers(ar, group, share.tokens))
+        for some in _batches(group, CONSENSUS_BATCH):
+            yield Part(OURS, [first_difference(ours, next(theirs)) for ours in _answers(consensus, some, share.tokens)])
+    if share.control:
+        library = transformers_model(network)
+        for n in share.control:
+            yield Part(CONTROL, [library_difference(library, prompts[n].to(device), share.tokens)])
+
+
+@torch.no_grad()
+def library_difference(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> int | None:
+    """Where transformers' AR decoding first says something else than its own pass over blocks of that very answer: the
+    verify pass of speculative decoding, with the library's kernels as they come."""
+    decode = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    answer = model.generate(prompt[None], max_new_tokens=tokens, **decode)[0, len(prompt) :]
+    past = DynamicCache(config=model.config)
+    if len(prompt) > 1:
+        model(prompt[None, :-1], past_key_values=past)
+    rows = torch.cat((prompt[-1:], answer[:-1]))
+    chosen = torch.cat([
+        model(block[None], past_key_values=past).logits[0].argmax(dim=-1) for block in rows.split(CONTROL_BLOCK)
+    ])  # fmt: skip
+    return first_difference(chosen.tolist(), answer.tolist())
 
 
 def _batches(items: list, size: int) -> list[list]:
@@ -202,9 +214,9 @@ def main(
 ) -> None:
     """Decode every prompt in both modes and count how many answers have the same token ids.
 
-    The control is the library's products in place of ours: one row in AR decoding, a block in the cycle. Exits with
-    code 1 if an answer of ours differs, or if the control finds no difference. What is compared is written at once:
-    Ctrl-C leaves the count so far.
+    The control is transformers' own AR decoding against its own pass over blocks of that answer. Exits with code 1
+    if an answer of ours differs, or if the control finds no difference. What is compared is written at once: Ctrl-C
+    leaves the count so far.
     """
     with one_line_errors():
         least = (

@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from orthrus_triton.models import OrthrusConfig, OrthrusForCausalLM
 
@@ -83,9 +84,10 @@ def share_weights(model: OrthrusForCausalLM, other: type[PreTrainedModel], confi
     return shared.eval()
 
 
-def transformers_model(model: OrthrusForCausalLM) -> Qwen3ForCausalLM:
-    """The AR view as transformers' own Qwen3."""
-    return share_weights(model, Qwen3ForCausalLM, model.config.base_config())
+def transformers_model(model: OrthrusForCausalLM) -> PreTrainedModel:
+    """The AR view as transformers' own model of its family."""
+    config = model.config.base_config()
+    return share_weights(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
 
 
 def official_model(model: OrthrusForCausalLM, checkout: Path) -> PreTrainedModel:

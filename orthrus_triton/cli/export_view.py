@@ -28,7 +28,8 @@ def export_view(
         Literal["int8", "fp16", "bf16"], typer.Option(help="How deltas are stored; int8 has one scale per row.")
     ] = "int8",
     block_size: Annotated[
-        int | None, typer.Option(help="Block the view was trained with, where a checkpoint does not name it.")
+        int | None,
+        typer.Option(help="Rows of its draft blocks, by default and at most those it was trained with."),
     ] = None,
     max_mb: Annotated[float, typer.Option(help="Refuse to write a larger file.")] = 30.0,
 ) -> None:
@@ -37,7 +38,7 @@ def export_view(
     \b
     orthrus-triton export-view ./trained view.safetensors
     orthrus-triton export-view ./trained view.safetensors --rank 64 --storage fp16
-    orthrus-triton export-view ./run/checkpoint-3000 view.safetensors
+    orthrus-triton export-view ./run/checkpoint-3000 view.safetensors --block-size 8
     orthrus-triton demo --view view.safetensors
     """
     with one_line_errors():
@@ -56,8 +57,12 @@ def export_view(
 def read_trained(source: Path, block_size: int | None = None) -> OrthrusForCausalLM:
     """A trained model's folder, or a checkpoint of the demo model over its base, in fp32.
 
+    Args:
+        source: either.
+        block_size: of the model that is returned, by default the one it was trained with.
+
     Raises:
-        FileNotFoundError: it is neither. ValueError: a block size that is missing, or is not the view's own.
+        FileNotFoundError: it is neither. ValueError: a block size that is missing, or larger than the view's own.
     """
     import torch
 
@@ -67,15 +72,14 @@ def read_trained(source: Path, block_size: int | None = None) -> OrthrusForCausa
 
     if (source / "config.json").is_file():
         model = OrthrusForCausalLM.from_pretrained(source, dtype=torch.float32)
-        _require_same_block(model.block_size, block_size)
+        model.config.block_size = _at_most(model.block_size, block_size)
         return model
     weights = source / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"MODEL must be a folder with model.safetensors, but {source} has none")
     about = read_checkpoint_metadata(weights)
     if "block_size" in about:
-        _require_same_block(about["block_size"], block_size)
-    block_size = about.get("block_size", block_size)
+        block_size = _at_most(about["block_size"], block_size)
     if block_size is None:
         raise ValueError(f"--block-size must be given, for {source} does not name its own")
     model, _ = load_demo_model(block_size=block_size, view="copy", mask_embedding=about["mask_embedding"])
@@ -84,6 +88,7 @@ def read_trained(source: Path, block_size: int | None = None) -> OrthrusForCausa
     return model
 
 
-def _require_same_block(of_model: int, asked: int | None) -> None:
-    if asked is not None and asked != of_model:
-        raise ValueError(f"--block-size must be the model's own {of_model}, but got {asked}")
+def _at_most(of_model: int, asked: int | None) -> int:
+    if asked is not None and not 2 <= asked <= of_model:
+        raise ValueError(f"--block-size must be at least 2 and at most the view's own {of_model}, but got {asked}")
+    return asked or of_model

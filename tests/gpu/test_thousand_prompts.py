@@ -1,4 +1,4 @@
-"""Tier B on real weights in bf16: 1,000 prompts of 128 tokens, all identical; with the library's products they are not.
+"""Tier B on real weights in bf16: 1,000 prompts of 128 tokens, all identical; with the library's kernels they are not.
 The command `python -m benchmarks.exactness` is the same run with a table at its end."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def test_all_prompts_agree(count: exactness.Count) -> None:
     assert len(count.differences[exactness.OURS]) == count.identical(exactness.OURS) == 1000
 
 
-def test_library_products_do_not_agree(count: exactness.Count) -> None:
-    """The control: one row in AR mode and a block in consensus. If this found no difference, the test above would prove
+def test_the_library_does_not_agree_with_itself(count: exactness.Count) -> None:
+    """The control: transformers row by row and in blocks. If this found no difference, the test above would prove
     nothing."""
     assert count.identical(exactness.CONTROL) < len(count.differences[exactness.CONTROL]) == 24
