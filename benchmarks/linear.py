@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
+from benchmarks.bare_read import bare_read
 from benchmarks.common import (
     DTYPES,
     Report,
@@ -103,9 +104,9 @@ def main(
     """Time, GB/s and share of copy bandwidth of every weight of a shape, ours against the library (cuBLAS on a GPU).
 
     A product of few rows is as fast as its weight can be read, so the yardstick is a large copy on the same device:
-    of_copy is (weight + x + result) / time over that. Time is CUDA-graph replay with cold L2. Each weight's results
-    are checked first (fp64, and equal row bits for all row counts); if one is wrong, nothing is timed and the exit
-    code is 1.
+    of_copy is (weight + x + result) / time over that. On a GPU "bare read" is a kernel that only reads the weight: a
+    small one is never read at copy bandwidth. Time is CUDA-graph replay with cold L2. Each weight's results are checked
+    first (fp64, and equal row bits for all row counts); if one is wrong, nothing is timed and the exit code is 1.
 
     \b
     python -m benchmarks.linear                              # what the README quotes, on a GPU
@@ -138,13 +139,13 @@ def main(
             matrices = [first, *(first.clone() for _ in range(copies_beyond_cache(first.nbytes, where) - 1))]
             for count in counts:
                 x = randn(count, weight.K)
-                timings = measure(
-                    {
-                        provider: [partial(run, x, matrix) for matrix in matrices]
-                        for provider, run in (("ours", weight.ours), ("library", weight.library))
-                    },
-                    where, samples=samples,
-                )  # fmt: skip
+                providers = {
+                    provider: [partial(run, x, matrix) for matrix in matrices]
+                    for provider, run in (("ours", weight.ours), ("library", weight.library))
+                }
+                if where.type == "cuda" and count == counts[0]:  # the same for any number of rows
+                    providers["bare read"] = [partial(bare_read, matrix) for matrix in matrices]
+                timings = measure(providers, where, samples=samples)
                 nbytes = first.nbytes + x.nbytes + count * weight.width * (8 if weight.width == 1 else x.itemsize)
                 for provider, timing in timings.items():
                     report.add(

@@ -212,7 +212,7 @@ class AttentionSpace(BuiltInSpace):
 
     def __init__(self) -> None:
         choices = {
-            "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "SPLIT_SIZE": (128, 256, 512),
+            "BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "SPLIT_SIZE": (256, 512),
             "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
         }  # fmt: skip
         super().__init__("dual_view_attention", 2, ("head_dim", "group"), choices)
