@@ -22,7 +22,7 @@ def read_kernel(x_ptr, out_ptr, numel, BLOCK: tl.constexpr, PROGRAMS: tl.constex
 
 
 def bare_read(x: torch.Tensor) -> torch.Tensor:
-    """The largest element of a contiguous x, as each program saw it: [programs] fp32. On a GPU, below 2**31 elements."""
+    """The largest element of a contiguous x on a GPU, as each program saw it, [programs] fp32; below 2**31 elements."""
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(PROGRAMS_PER_SM * sms, cdiv(x.numel(), BLOCK))
     out = torch.empty(programs, dtype=torch.float32, device=x.device)
