@@ -20,7 +20,7 @@ from orthrus_triton.ops.lm_head import launch_lm_head_choice
 from orthrus_triton.ops.sample import launch_greedy_choice
 from orthrus_triton.ops.swiglu import launch_swiglu
 
-MANY_ROWS = 160
+MANY_ROWS = 1100  # the largest tiles serve a weight of 576 rows from 1,089 on
 CHECKED_COLUMNS = 1024  # of a wide weight, for the fp64 reference
 WINDOW = 2048  # of the draft that is checked
 VERIFY = (None, None, None, None)  # no block keys, no window

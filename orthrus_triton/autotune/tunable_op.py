@@ -81,6 +81,7 @@ OPS: dict[str, TunableOp] = {}
 # Row counts around tile edges, from the first row and from an odd one.
 ROW_SLICES = [
     (0, 1), (0, 2), (0, 7), (0, 16), (0, 17), (0, 32), (0, 33), (5, 6), (13, 45), (63, 64), (0, 64), (0, 65), (60, 130),
+    (0, 260), (0, 520),
 ]  # fmt: skip
 ROWS = 64
 TIMED_ROWS = (1, 32)

@@ -54,7 +54,7 @@ def builtin_prompts(
         NotADirectoryError: `corpus` is not a folder.
         ValueError: a package is held out for evaluation, or phrasings is below 1.
     """
-    if held_out := sorted(set(packages) & set(HELD_OUT_PACKAGES)):
+    if held_out := sorted(name for name in set(packages) if name.partition(".")[0] in HELD_OUT_PACKAGES):
         raise ValueError(f"packages must not be held out for evaluation, but got {', '.join(held_out)}")
     if phrasings < 1:
         raise ValueError(f"phrasings must be >= 1, but got {phrasings}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from orthrus_triton.autotune.aot import TARGETS, Launch, compile_launch, record_launches
-from orthrus_triton.autotune.defaults import RULES
+from orthrus_triton.autotune.defaults import MANY_ROWS_TILES, RULES
 from orthrus_triton.autotune.store import KernelConfig
 from orthrus_triton.ops.block_attention.launch import launch_backward, launch_forward
 from orthrus_triton.ops.consensus import launch_consensus
@@ -64,6 +64,20 @@ def projections(family: str, dtype: torch.dtype) -> None:
                 meta(32, n, dtype=out_dtype) if extras else None, out_dtype,
                 config("linear", dtype, family, N=n, K=k),
             )  # fmt: skip
+
+
+def many_rows(family: str, dtype: torch.dtype) -> None:
+    """The larger tiles, where a family has them: half precision, with what is fused behind a product of a model."""
+    if dtype == torch.float32:
+        return
+    n, k = 4096, 4096
+    x, weight = meta(300, k, dtype=dtype), meta(n, k, dtype=dtype)
+    for constants, launch in MANY_ROWS_TILES.get(family, ()):
+        whole, split = (KernelConfig({**constants, "SPLIT_K": split_k}, launch) for split_k in (1, 4))
+        launch_linear(x, weight, None, None, dtype, whole)
+        launch_linear(x, weight, None, None, dtype, split)
+        launch_linear_swiglu(x, weight, None, whole)
+        launch_lm_head_choice(x, weight, whole)
 
 
 def fused_products(family: str, dtype: torch.dtype) -> None:
@@ -135,6 +149,7 @@ def decoding(family: str) -> None:
         small_ops(dtype)
         attention(family, dtype)
         projections(family, dtype)
+        many_rows(family, dtype)
         fused_products(family, dtype)
 
 

@@ -87,6 +87,8 @@ def test_held_out_prompts_are_of_other_sources(tmp_path, monkeypatch):
     assert [(prompt.domain, prompt.chat) for prompt in docs] == [("docs", False)]
     with pytest.raises(ValueError, match="count must be >= 1"):
         prompts_builtin.held_out_prompts(0)
+    with pytest.raises(ValueError, match="must not be held out for evaluation, but got numpy.linalg, pip"):
+        prompts_builtin.builtin_prompts(packages=["numpy.linalg", "pip"])
 
 
 def test_overlap_sees_the_same_task_in_other_words():
