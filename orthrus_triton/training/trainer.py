@@ -3,7 +3,6 @@ Distribution, precision, accumulation, resuming, progress and loggers are the Tr
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalPrediction
@@ -28,11 +26,11 @@ from orthrus_triton.training.batches import BlockCollator, ViewDistillation
 from orthrus_triton.training.clock import TrainingClock
 from orthrus_triton.training.config import ViewTrainingArguments
 from orthrus_triton.training.data import TextRow
+from orthrus_triton.training.finite import FiniteWatch, whole
 from orthrus_triton.training.frozen_cache import FrozenCache
 from orthrus_triton.training.surprise import read_surprise, surprise
 
 STATE, STAGING = "trainer_state.json", ".checkpoint-being-written"
-WATCHED, NEVER = ("loss", "gradient's norm"), 1 << 62
 
 
 class ViewTrainer(Trainer):
@@ -85,8 +83,7 @@ class ViewTrainer(Trainer):
         self.domains = list(dict.fromkeys(row.domain for row in everything))
         self._domain_ids = torch.tensor([self.domains.index(row.domain) for row in everything])
         self._matched, self._blocks = torch.zeros(()), 0
-        # first steps with a loss and a gradient that were not finite, on a GPU
-        self._broken = torch.full((len(WATCHED),), NEVER, dtype=torch.int64)
+        self.watch = FiniteWatch(args.output_dir, deferred=args.device.type != "cpu")
         self._staging: Path | None = None
         distillation = ViewDistillation(model, block_size, args.loss, args.position_decay)
         if args.compile_layers:
@@ -119,7 +116,9 @@ class ViewTrainer(Trainer):
                 raise FileNotFoundError(f"resume_from_checkpoint must be a training checkpoint, but {folder} is none")
             # here rather than where Trainer does it, so that it comes before FSDP has cut the weights up
             load_checkpoint_view(self.orthrus, folder / SAFE_WEIGHTS_NAME)
-        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+        result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+        self.watch.require()  # of steps after the last log and checkpoint
+        return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Done by `train`."""
@@ -130,7 +129,7 @@ class ViewTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        self._watch("loss", outputs["loss"].detach())
+        self.watch.see("loss", outputs["loss"].detach(), self.state.global_step + 1)
         if model.training:
             leading = 1.0 + self.orthrus.anchor_rows + outputs["matches"].cumprod(dim=-1).sum(dim=-1)
             # on a GPU nothing waits for these numbers before they are logged
@@ -140,31 +139,8 @@ class ViewTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        self._watch("gradient's norm", norm)
+        self.watch.see("gradient's norm", norm, self.state.global_step + 1)
         return norm
-
-    def _watch(self, what: str, value: torch.Tensor | float) -> None:
-        """Stop the run at a number that is not finite; on a GPU, which nobody waits for here, at the next look."""
-        step = self.state.global_step + 1
-        if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the {what} is {float(value)} in step {step}: {self._advice()}; the weights are those of step "
-                    f"{step - 1}"
-                )
-            return
-        self._broken = self._broken.to(value.device)
-        first = self._broken[WATCHED.index(what)]
-        first.copy_(torch.where(torch.isfinite(value), first, first.clamp(max=step)))
-
-    def _require_finite(self) -> None:
-        """Raise what `_watch` found on a GPU; before numbers are logged and before a checkpoint is written."""
-        for what, step in zip(WATCHED, self._broken.tolist()):
-            if step != NEVER:
-                raise FloatingPointError(f"the {what} was not finite in step {step}: {self._advice()}")
-
-    def _advice(self) -> str:
-        return f"lower learning_rate, or resume from an earlier checkpoint in {self.args.output_dir}"
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
@@ -185,7 +161,7 @@ class ViewTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """The Trainer's logs, with this process's tokens per cycle on training blocks since the last one."""
         if "loss" in logs and self._blocks:
-            self._require_finite()
+            self.watch.require()
             logs["tokens_per_cycle"] = round(self._matched.item() / self._blocks, 4)
             self._matched.zero_()
             self._blocks = 0
@@ -193,7 +169,7 @@ class ViewTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the view alone, whole or not at all; the frozen weights are the base's and stay with it."""
-        view = {name: _whole(tensor) for name, tensor in self._state().items() if "_diff" in name}
+        view = {name: whole(tensor) for name, tensor in self._state().items() if "_diff" in name}
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -215,7 +191,7 @@ class ViewTrainer(Trainer):
 
     def save_trained(self, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the whole dual-view model with `OrthrusForCausalLM.save_pretrained`; every process must call this."""
-        state = {name: _whole(tensor) for name, tensor in self._state().items()}
+        state = {name: whole(tensor) for name, tensor in self._state().items()}
         if self.args.should_save:
             self.orthrus.save_pretrained(folder, tokenizer, state_dict=state)
 
@@ -224,7 +200,7 @@ class ViewTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Into a staging folder; a rename makes it a checkpoint."""
-        self._require_finite()
+        self.watch.require()
         run = Path(self._get_output_dir(trial))
         self._staging = run / STAGING
         name = f"checkpoint-{self.state.global_step}"
@@ -262,11 +238,6 @@ def _surprise(
         return surprise(cache, rows)
     model.to(args.device)
     return read_surprise(model, rows)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP has spread over the processes, whole again on each."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:

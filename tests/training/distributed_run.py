@@ -45,6 +45,7 @@ def work(rank: int, folder: Path, mode: str, port: int) -> None:
         allow_fsdp_on_cpu()
         options = {"fsdp": True, "fsdp_config": {"version": 2}}
     trainer = make_trainer(make_model(**MODEL), folder, STEPS, **COMMON, **options)
+    trainer.watch.deferred = True  # as on GPUs; FSDP's norm is a DTensor
     trainer.train()
     if mode == "fsdp2":
         sharded = [p for p in trainer.model.parameters() if isinstance(p, torch.distributed.tensor.DTensor)]

@@ -17,7 +17,7 @@ from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.view import save_view
 from orthrus_triton.training import trainer as trainer_module
 from orthrus_triton.training.run import save_model, start_from
-from orthrus_triton.training.trainer import STAGING, last_checkpoint
+from orthrus_triton.training.trainer import STAGING, ViewTrainer, last_checkpoint
 from tests.training.distributed_run import MODEL
 from tests.training.killed_run import OPTIONS, STEPS
 from tests.training.view_runs import make_model, make_trainer, saved_view, view_of
@@ -154,18 +154,30 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     assert_same(view_of(model), before)
 
 
+def deferred_and_poisoned(folder, step: int, **options) -> ViewTrainer:
+    """A trainer that notes numbers as on a GPU, with a gradient that is not finite from `step` on."""
+    model = make_model()
+    trainer = make_trainer(model, folder, 4, **options)
+    trainer.watch.deferred = True
+    model.model.mask_embedding_diff.register_hook(
+        lambda gradient: gradient * torch.inf if trainer.state.global_step + 1 >= step else gradient
+    )
+    return trainer
+
+
 def test_what_a_gpu_found_is_told_before_a_log_or_a_checkpoint(tmp_path):
-    trainer = make_trainer(make_model(), tmp_path, 4, save_steps=2, logging_steps=3)
-    step = trainer.training_step
+    for name, options in (("log", {"save_steps": 100, "logging_steps": 3}), ("save", {"save_steps": 3})):
+        trainer = deferred_and_poisoned(tmp_path / name, 2, **options)
+        with pytest.raises(FloatingPointError, match="gradient's norm was not finite in step 2: lower learning_rate"):
+            trainer.train()
+        assert trainer.state.global_step == 3 and last_checkpoint(tmp_path / name / "run") is None
 
-    def poisoned(*arguments, **options):
-        trainer._broken[1] = trainer._broken[1].clamp(max=trainer.state.global_step + 1)  # as `_watch` does there
-        return step(*arguments, **options)
 
-    trainer.training_step = poisoned
-    with pytest.raises(FloatingPointError, match="gradient's norm was not finite in step 1: lower learning_rate"):
+def test_what_a_gpu_found_in_the_last_steps_is_told_before_the_model_is_written(tmp_path):
+    trainer = deferred_and_poisoned(tmp_path, 4, save_strategy="no", logging_strategy="no")
+    with pytest.raises(FloatingPointError, match="gradient's norm was not finite in step 4"):
         trainer.train()
-    assert last_checkpoint(tmp_path / "run") is None
+    assert trainer.state.global_step == 4
 
 
 def test_a_run_ends_with_its_time_and_its_schedule(tmp_path):
