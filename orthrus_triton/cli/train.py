@@ -16,7 +16,7 @@ def train(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One option over the file's; repeatable.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start at step 0 even if output_dir has checkpoints of this run.")
+        bool, typer.Option("--fresh", help="Start at step 0, and remove the checkpoints that output_dir has.")
     ] = False,
 ) -> None:
     """Train the diffusion view of a model on answers of its own. The frozen model is never changed.
@@ -33,7 +33,8 @@ def train(
     eval_data: held-out, eval_strategy: steps, eval_steps: 200
 
     A run that was stopped, even by kill -9, goes on from its last checkpoint when the command is given again, and ends
-    with the same bits as an unbroken one. On several GPUs (DDP, or FSDP2 with `fsdp: true`):
+    with the same bits as an unbroken one; one that `max_seconds` bounds goes on with the time that is left, and ends
+    with other bits. On several GPUs (DDP, or FSDP2 with `fsdp: true`):
 
     \b
     orthrus-triton distill-data rows --builtin

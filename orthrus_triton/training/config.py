@@ -63,8 +63,9 @@ class ViewTrainingArguments(TrainingArguments):
     compile_layers: bool = _option(False, "Run the trained view's layers through torch.compile: for GPUs.")
     max_seconds: float | None = _option(
         None,
-        "Stop after so many seconds of steps, the first not counted, with the schedule of the learning rate finished: "
-        "it goes by the clock where that is ahead of the steps.",
+        "Stop after so many seconds, from the end of the first step on, evaluations and checkpoints included, with the "
+        "schedule of the learning rate finished: it goes by the clock where that is ahead of the steps. On one process "
+        "only. A run that is resumed has the time that is left, and ends with other bits than an unbroken one.",
     )
     eval_anchors: int = _option(8, "Blocks per held-out row.")
     frozen_dtype: str = _option(
@@ -101,6 +102,9 @@ class ViewTrainingArguments(TrainingArguments):
                  self.position_decay)  # fmt: skip
         _require(0 <= self.anchor_focus < 1, "anchor_focus", "in [0, 1)", self.anchor_focus)
         _require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "> 0 or null", self.max_seconds)
+        # every process would have a clock, and so a learning rate and a last step, of its own
+        _require(self.max_seconds is None or self.world_size == 1, "max_seconds", "null on several processes",
+                 self.max_seconds)  # fmt: skip
         if self.frozen_dtype == "auto":
             self.frozen_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         _require(self.frozen_dtype in ("float32", "bfloat16", "float16"), "frozen_dtype",

@@ -1,5 +1,5 @@
-"""A watch for losses and gradients that are not finite: at once on a CPU; on a GPU, whose numbers the host does not wait
-for in a step, at the next look."""
+"""A watch for losses and gradients that are not finite: at once on a CPU; on a GPU, whose numbers no step waits for, at
+the next look."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class FiniteWatch:
                 return
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"the {what} is {float(value)} in step {step}: {self._advice()}; the weights are those of step {step - 1}"
+                f"the {what} is {float(value)} in step {step}: {self._advice()}; the weights are those of step "
+                f"{step - 1}"
             )
 
     def require(self) -> None:

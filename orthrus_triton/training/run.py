@@ -29,7 +29,7 @@ def train_view(args: ViewTrainingArguments, resume: bool = True) -> ViewTrainer:
 
     Args:
         args: the run; `data` must be set.
-        resume: go on from the last checkpoint in `output_dir`, if there is one.
+        resume: go on from the last checkpoint in `output_dir`, if there is one; else remove the checkpoints there.
 
     Raises:
         ValueError, OSError: an option, the data or the model is not what it must be.
@@ -45,9 +45,28 @@ def train_view(args: ViewTrainingArguments, resume: bool = True) -> ViewTrainer:
     if args.eval_data is not None:
         eval_rows = load_rows(args.eval_data, args)
     trainer = ViewTrainer(model, args, rows, eval_rows)
+    if not resume:
+        with args.main_process_first(local=False, desc="old checkpoints"):
+            remove_checkpoints(args)
     trainer.train(resume_from_checkpoint=resume or None)
     save_model(trainer, Path(args.output_dir) / "model", tokenizer)
     return trainer
+
+
+def remove_checkpoints(args: ViewTrainingArguments) -> None:
+    """Make room for a run from step 0: an old checkpoint of more steps would count as its newest one.
+
+    Raises:
+        ValueError: `init_view` is one of them.
+    """
+    found = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[len("checkpoint-") :].isdecimal()]
+    if args.init_view is not None:
+        start = Path(args.init_view).resolve()
+        if any(start.is_relative_to(folder.resolve()) for folder in found):
+            raise ValueError(f"init_view must not be among the checkpoints that a fresh run removes, but is {start}")
+    if args.should_save:
+        for folder in found:
+            shutil.rmtree(folder)
 
 
 def save_model(trainer: ViewTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import EvalPrediction
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from orthrus_triton.models import OrthrusForCausalLM
@@ -88,8 +88,8 @@ class ViewTrainer(Trainer):
         distillation = ViewDistillation(model, block_size, args.loss, args.position_decay)
         if args.compile_layers:
             distillation.student.compile_layers()
-        if args.max_seconds is not None:
-            self.clock = TrainingClock(args.max_seconds)
+        self.clock = None if args.max_seconds is None else TrainingClock(args.max_seconds)
+        if self.clock is not None:
             options["callbacks"] = [*(options.get("callbacks") or []), self.clock]
         super().__init__(
             distillation,
@@ -110,13 +110,18 @@ class ViewTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            folder = Path(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if folder is not None:
             if not (folder / STATE).is_file():
                 raise FileNotFoundError(f"resume_from_checkpoint must be a training checkpoint, but {folder} is none")
             # here rather than where Trainer does it, so that it comes before FSDP has cut the weights up
             load_checkpoint_view(self.orthrus, folder / SAFE_WEIGHTS_NAME)
-        result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+        if self.clock is not None:
+            self.clock.resume(folder)
+            if self.clock.share >= 1.0:  # Trainer would take a step before it asks
+                self.state = TrainerState.load_from_json(str(folder / STATE))
+                return TrainOutput(self.state.global_step, 0.0, {})
+        result = super().train(None if folder is None else str(folder), **options)
         self.watch.require()  # of steps after the last log and checkpoint
         return result
 
@@ -144,7 +149,7 @@ class ViewTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.args.max_seconds is not None:
+        if self.clock is not None:
             self.clock.drive(scheduler, num_training_steps)
         return scheduler
 
@@ -206,6 +211,8 @@ class ViewTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            if self.clock is not None and self.args.should_save:
+                self.clock.save(self._staging / name)
         except (
             OSError,
             RuntimeError,

@@ -16,11 +16,12 @@ import torch
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.view import save_view
 from orthrus_triton.training import trainer as trainer_module
-from orthrus_triton.training.run import save_model, start_from
+from orthrus_triton.training.run import save_model, start_from, train_view
 from orthrus_triton.training.trainer import STAGING, ViewTrainer, last_checkpoint
+from tests.models.tiny_bases import tiny_tokenizer
 from tests.training.distributed_run import MODEL
 from tests.training.killed_run import OPTIONS, STEPS
-from tests.training.view_runs import make_model, make_trainer, saved_view, view_of
+from tests.training.view_runs import assert_same, make_args, make_model, make_trainer, own_rows, saved_view, view_of
 
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -28,11 +29,6 @@ THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"tests.training.{name}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **THREADS})
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
 def test_a_run_killed_in_a_checkpoint_resumes_to_the_bits_of_an_unbroken_one(tmp_path):
@@ -180,33 +176,32 @@ def test_what_a_gpu_found_in_the_last_steps_is_told_before_the_model_is_written(
     assert trainer.state.global_step == 4
 
 
-def test_a_run_ends_with_its_time_and_its_schedule(tmp_path):
-    model = make_model()
-    trainer = make_trainer(model, tmp_path, 1000, max_seconds=50, save_steps=1000, warmup_steps=100, logging_steps=1)
-    seconds = iter(range(0, 1000, 2))
-    now = [0]
-
-    def tick() -> float:
-        return now[0]
-
-    def later(*_args, **_options) -> None:
-        now[0] = next(seconds)
-
-    trainer.clock.clock = tick
-    monkey = trainer.training_step
-    trainer.training_step = lambda *args, **options: (later(), monkey(*args, **options))[1]
-    trainer.train()
-    assert trainer.state.global_step == 26  # 25 steps of two seconds, and the first
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    peak = trainer.args.learning_rate
-    assert rates[0] < 0.02 * peak and max(rates) > 0.9 * peak and rates[-1] < 0.1 * peak
-    assert last_checkpoint(tmp_path / "run").name == "checkpoint-26"
-
-
 def test_only_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
     make_trainer(make_model(), tmp_path, 8, save_steps=2, save_total_limit=3).train()
     kept = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+def test_a_fresh_run_is_not_mistaken_for_the_one_before(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model", tokenizer=tiny_tokenizer(list(range(2, 90))))
+    rows = [
+        {"id": str(n), "domain": row.domain, "prompt_ids": row.ids[:3], "answer_ids": row.ids[3:]}
+        for n, row in enumerate(own_rows(model, 4))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model": str(tmp_path / "model"), "data": str(tmp_path / "rows.jsonl"), "save_total_limit": 1}
+    run = tmp_path / "run"
+    train_view(make_args(tmp_path, 6, save_steps=3, **options))
+    (run / "checkpoint-notes").mkdir()
+    old = saved_view(tmp_path, 6)
+    with pytest.raises(ValueError, match="init_view must not be among the checkpoints that a fresh run removes"):
+        train_view(make_args(tmp_path, 4, init_view=str(run / "checkpoint-6"), **options), resume=False)
+    trainer = train_view(make_args(tmp_path, 4, save_steps=2, **options), resume=False)
+    assert trainer.state.global_step == 4 and last_checkpoint(run).name == "checkpoint-4"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-notes", "model"]
+    assert any(not torch.equal(tensor, old[name]) for name, tensor in saved_view(tmp_path, 4).items())
+    assert_same(view_of(OrthrusForCausalLM.from_pretrained(run / "model")), saved_view(tmp_path, 4))
 
 
 def test_a_checkpoint_of_another_view_is_refused(tmp_path):

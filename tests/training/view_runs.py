@@ -61,3 +61,9 @@ def view_of(model: OrthrusForCausalLM) -> dict[str, torch.Tensor]:
 def saved_view(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """The view in a checkpoint of the run in `folder`."""
     return load_file(folder / "run" / f"checkpoint-{step}" / "model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same weights, bit for bit."""
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
