@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,3 +141,15 @@ class ViewDistillation(nn.Module):
         """What is trained, under the parameters' own names: FSDP's checkpoints look every name up, and the frozen
         weights appear in the model's state dict under names that its fused parameters do not have."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes what `state_dict` gives: DeepSpeed, strict, would miss the frozen weights, which come with the model.
+
+        Raises:
+            ValueError: with `strict`, other names than those of what is trained.
+        """
+        if strict and state_dict.keys() != (expected := self.state_dict().keys()):
+            raise ValueError(
+                f"state_dict must name what is trained, but differs in {sorted(state_dict.keys() ^ expected)[:4]}"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

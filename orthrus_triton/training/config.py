@@ -102,6 +102,8 @@ class ViewTrainingArguments(TrainingArguments):
                  self.position_decay)  # fmt: skip
         _require(0 <= self.anchor_focus < 1, "anchor_focus", "in [0, 1)", self.anchor_focus)
         _require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "> 0 or null", self.max_seconds)
+        _require(self.deepspeed_plugin is None or not self.deepspeed_plugin.hf_ds_config.is_zero3(), "deepspeed",
+                 "of ZeRO stage 1 or 2, for stage 3 leaves no weight whole (use fsdp)", self.deepspeed)  # fmt: skip
         # every process would have a clock, and so a learning rate and a last step, of its own
         _require(self.max_seconds is None or self.world_size == 1, "max_seconds", "null on several processes",
                  self.max_seconds)  # fmt: skip

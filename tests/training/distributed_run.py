@@ -1,7 +1,5 @@
-"""The same short run on two gloo processes, by DDP and by FSDP2. A process of its own: it forks before torch threads.
-
-python -m tests.training.distributed_run FOLDER ddp|fsdp2 ...
-"""
+"""The same short run on two gloo processes, by DDP, FSDP2 or DeepSpeed. A process of its own: it forks before torch
+threads. python -m tests.training.distributed_run FOLDER ddp|fsdp2|zero1|zero2 ..."""
 
 from __future__ import annotations
 
@@ -44,6 +42,11 @@ def work(rank: int, folder: Path, mode: str, port: int) -> None:
     if mode == "fsdp2":
         allow_fsdp_on_cpu()
         options = {"fsdp": True, "fsdp_config": {"version": 2}}
+    elif mode in ("zero1", "zero2"):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        options = {"deepspeed": {"zero_optimization": {"stage": int(mode[-1])}, **dict.fromkeys(automatic, "auto"),
+                                 "zero_allow_untested_optimizer": True}}  # fmt: skip
     trainer = make_trainer(make_model(**MODEL), folder, STEPS, **COMMON, **options)
     trainer.watch.deferred = True  # as on GPUs; FSDP's norm is a DTensor
     trainer.train()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -72,27 +73,41 @@ def test_a_run_starts_from_another_view(tmp_path):
         make_trainer(model, tmp_path, 4).train(resume_from_checkpoint=True)
 
 
+EVALUATED = {"eval_rows": 3, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    start = view_of(make_model(**MODEL))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # Adam divides by the root of small squares: compare with how far training went
+        assert (found[name] - tensor).norm() <= 1e-3 * (tensor - start[name]).norm(), name
+
+
 def test_two_processes_and_accumulation_do_what_one_process_does(tmp_path):
     (tmp_path / "shared").mkdir()
     done = run_module("distributed_run", tmp_path / "shared", "ddp", "fsdp2")
     assert done.returncode == 0, done.stderr
-    options = {"eval_rows": 3, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
     for folder, more in (("one", {}), ("halves", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})):
-        trainer = make_trainer(make_model(**MODEL), tmp_path / folder, 4, **options, **more)
+        trainer = make_trainer(make_model(**MODEL), tmp_path / folder, 4, **EVALUATED, **more)
         trainer.train()
     expected = saved_view(tmp_path / "one", 4)
     metrics = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
-    start = view_of(make_model(**MODEL))
     for folder in ("halves", "shared/ddp", "shared/fsdp2"):
-        found = saved_view(tmp_path / folder, 4)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            # Adam divides by the root of small squares: compare with how far training went
-            assert (found[name] - tensor).norm() <= 1e-3 * (tensor - start[name]).norm(), (folder, name)
+        assert_near(saved_view(tmp_path / folder, 4), expected)
     for mode in ("ddp", "fsdp2"):
         found = json.loads((tmp_path / "shared" / mode / "metrics.json").read_text())
         for name in ("eval_tokens_per_cycle", "eval_tokens_per_cycle_code", "eval_match_1"):
             assert found[name] == metrics[name]
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_does_what_one_process_does(tmp_path):
+    done = run_module("distributed_run", tmp_path, "zero1", "zero2")
+    assert done.returncode == 0, done.stderr
+    make_trainer(make_model(**MODEL), tmp_path / "one", 4, **EVALUATED).train()
+    for mode in ("zero1", "zero2"):
+        assert_near(saved_view(tmp_path / mode, 4), saved_view(tmp_path / "one", 4))
 
 
 @pytest.mark.parametrize("writer", ["view", "optimizer"])

@@ -119,6 +119,18 @@ def test_compiled_layers_have_the_same_gradients(tmp_path):
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6), name
 
 
+def test_the_trained_weights_alone_are_a_state():
+    """As DeepSpeed loads it."""
+    model = randomise_view(make_model())
+    distillation, other = ViewDistillation(model, K), ViewDistillation(make_model(), K)
+    state = {name: tensor.clone() for name, tensor in distillation.state_dict().items()}
+    other.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+    del state["student.mask_embedding_diff"]
+    with pytest.raises(ValueError, match="state_dict must name what is trained, .*mask_embedding_diff"):
+        other.load_state_dict(state)
+
+
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
 def test_without_a_cache_the_frozen_model_teaches_the_same(tmp_path, anchor_view):
     model = randomise_view(make_model("qwen3", anchor_view=anchor_view))
