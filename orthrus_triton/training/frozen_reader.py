@@ -35,9 +35,11 @@ class FrozenReader:
     ) -> tuple[list[LayerContext], torch.Tensor]:  # fmt: skip
         """input_ids [B, L], prompt_len [B] -> each layer's K/V, and final hidden states [B, at least L, H]."""
         ids = F.pad(input_ids, (0, -input_ids.shape[1] % LENGTH_QUANTUM))
-        cache = self._reserve(*ids.shape)
-        # evaluation has few batches, of a shape of its own
-        capture = self._capture_on(ids.device) if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            # evaluation has few batches, of a shape of its own: training's buffers and graphs outlive it
+            cache = self.student.new_cache(*ids.shape, 1)
+            return cache.layers, self.student.read(ids, prompt_len, cache)
+        cache, capture = self._reserve(*ids.shape), self._capture_on(ids.device)
         if capture is None:
             return cache.layers, self.student.read(ids, prompt_len, cache)
         key = tuple(ids.shape)

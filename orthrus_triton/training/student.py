@@ -42,7 +42,12 @@ class BlockLayer(nn.Module):
         if isinstance(how, ViewPass):
             return self.layer(hidden, rope, context, how)
         # evaluation has other shapes and is not worth compiling for
-        run = _train_layer if self.compiled is None or not torch.is_grad_enabled() else self.compiled
+        if self.compiled is None or not torch.is_grad_enabled():
+            run = _train_layer
+        else:
+            run = self.compiled
+            for tensor in context[:2]:  # a graph for each length would be more of them than torch.compile keeps
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
         return run(self.layer, hidden, *rope, *context[:2], how.key_limit, how.block_size)
 
 

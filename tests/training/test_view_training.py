@@ -101,22 +101,52 @@ def test_a_captured_pass_of_the_frozen_model_reads_the_same(tmp_path):
         assert torch.equal(states, own_states) and states.shape[1] == 64
         assert all(torch.equal(a, b) for one, own in zip(layers, own_layers) for a, b in zip(one[:2], own[:2]))
     assert len(captured) == 2  # once for each shape
+    # an evaluation, of another shape, is not captured, and leaves what is
     with torch.no_grad():
-        FrozenReader(BlockStudent(model), capture)(ids, prompt_len)
-    assert len(captured) == 2
+        layers, states = replayed(ids[:1], prompt_len[:1])
+    assert torch.equal(states, own_states[:1]) and torch.equal(layers[0][0], own_layers[0][0][:1])
+    again = replayed(ids, prompt_len)[0]
+    assert len(captured) == 2 and again[0][0] is own_layers[0][0]
 
 
 def test_compiled_layers_have_the_same_gradients(tmp_path):
     model = randomise_view(make_model("qwen3", anchor_view="ar", chain_width=8))
     gradients = []
+    torch._dynamo.reset()
     for compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
         trainer = make_trainer(model, tmp_path, 1, cached=False, compile_layers=compiled)
         trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == int(compiled)  # one for all layers
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6), name
+
+
+def test_contexts_of_all_lengths_share_a_compiled_layer(monkeypatch):
+    """torch.compile keeps eight graphs, and runs a ninth length without one from then on."""
+    torch._dynamo.reset()
+    graphs, compile_it = [], torch.compile
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_it(*args, backend=backend, **options))
+    model = randomise_view(make_model("qwen3"))
+    student = BlockStudent(model)
+    student.compile_layers()
+    anchors, prompt_len, config = torch.tensor([[0, 6, 17], [1, 5, 9]]), torch.tensor([5, 1]), model.config
+    for length in range(20, 40, 2):
+        heads = (2, config.num_hidden_layers, 2, config.num_key_value_heads, length, config.head_dim)
+        context = [pair.unbind(1) for pair in torch.randn(heads).half().unbind(1)]  # as a FrozenCache gives it
+        compiled = student.draft(anchors, anchors, prompt_len, context, K)
+        with torch.no_grad():
+            plain = student.draft(anchors, anchors, prompt_len, context, K)
+        assert torch.allclose(compiled, plain, atol=1e-5)
+    assert len(graphs) == 1
 
 
 def test_the_trained_weights_alone_are_a_state():
