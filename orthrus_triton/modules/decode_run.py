@@ -155,16 +155,30 @@ class DecodeRun:
         differ in their last bits from what it would have alone, and so may a token where two are equally likely.
 
         Raises:
-            ValueError: a slot is taken, or a sequence is too long for the cache.
+            ValueError: the run is open for more than greedy decoding, a slot is named twice, does not exist or is
+                taken, or a prompt or a length that cannot be.
         """
+        if any(self.choosing):  # what the slots' last sequences were sampled by would go on
+            raise ValueError(
+                f"admit_together is for runs that decode greedily, but this one is open for {self.choosing}"
+            )
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"slots must each be named once, but got {list(slots)}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, but got {max_new_tokens}")
+        prompts = split_prompts(prompts, None, self._decoder.model.vocab_size)
         for b, prompt in zip(slots, prompts, strict=True):
+            if not 0 <= b < len(self.slots):
+                raise ValueError(f"slots must be in 0..{len(self.slots) - 1}, but got {b}")
             needed = tokens_to_cache(prompt.numel(), max_new_tokens)
             if not self.slots[b].finished or needed > self.cache.capacity:
                 raise ValueError(f"slot {b} must be free and have room for {needed} tokens of {self.cache.capacity}")
         self._require_current()
+        for b, prompt in zip(slots, prompts):  # failed until the pass is through, as in `admit`
+            self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
         prefill(slots, prompts, self.cache, self.state, max_new_tokens, self.impl)
-        for b, prompt in zip(slots, prompts):
-            self.slots[b] = Slot(prompt, max_new_tokens, finished=False, born=self._posted)
+        for b in slots:
+            self.slots[b].failed = False
 
     def cached_prefix(self, b: int, prompt: torch.Tensor) -> int:
         """How many of `prompt`'s first tokens have their K/V in slot `b`: at most all but the last."""

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.report_ring import ReportRing
+from orthrus_triton.modules.sampling_params import Choosing
 from tests.modules.drafts import ScriptedDrafts
 from tests.modules.test_consensus_decoder import MODELS, ar_answer, prompts_of
 
@@ -131,6 +133,60 @@ def test_a_run_says_what_is_wrong() -> None:
     for call in (run.step, lambda: run.admit(0, PROMPTS[0], 2), lambda: run.release(0)):
         with pytest.raises(RuntimeError, match="newer run"):
             call()
+
+
+def test_sequences_admitted_together() -> None:
+    decoder = ConsensusDecoder(MODEL, impl="torch", mode="ar")
+    run, prefill = decoder.open(3, 64, eos_token_id=[]), BatchPrefill(MODEL, 16, 2)
+    run.admit(1, PROMPTS[0], 4)
+    for slots, prompts, tokens, message in (
+        ([0, 0], PROMPTS[:2], 2, r"slots must each be named once, but got \[0, 0\]"),
+        ([0, 3], PROMPTS[:2], 2, "slots must be in 0..2, but got 3"),
+        ([0, 1], PROMPTS[:2], 2, "slot 1 must be free"),
+        ([0, 2], PROMPTS[:2], 0, "max_new_tokens must be >= 1, but got 0"),
+        ([0, 2], [PROMPTS[0], PROMPTS[1] - 1000], 2, "ids in 0.."),
+        ([0, 2], PROMPTS[:2], 600, "room for 605 tokens of 512"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.admit_together(slots, prompts, tokens, prefill)
+    assert run.slots[0].prompt is None and run.slots[2].prompt is None  # nothing was begun
+    run.admit_together([2, 0], PROMPTS[1:3], 5, prefill)
+    drain(run)
+    assert [slot.tokens for slot in run.slots] == [
+        ANSWERS[2][:5].tolist(), ANSWERS[0][:4].tolist(), ANSWERS[1][:5].tolist()
+    ]  # fmt: skip
+
+
+def test_sequences_admitted_together_are_greedy() -> None:
+    decoder = ConsensusDecoder(MODEL, impl="torch", mode="ar")
+    hot = SamplingParams(temperature=2.0, seed=1)
+    run = decoder.open(1, 64, eos_token_id=[], choosing=Choosing.of([hot]))
+    run.admit(0, PROMPTS[0], 4, hot)
+    drain(run)
+    with pytest.raises(ValueError, match="runs that decode greedily"):
+        run.admit_together([0], PROMPTS[1:2], 4, BatchPrefill(MODEL, 16, 1))
+
+
+def test_a_cache_that_was_half_filled_is_nobodys_prefix() -> None:
+    decoder = ConsensusDecoder(MODEL, impl="torch", mode="ar")
+    run, prefill = decoder.open(2, 64, eos_token_id=[]), BatchPrefill(MODEL, 16, 1)
+    fill, filled = prefill._fill, []
+
+    def fill_one(slots, *arguments) -> None:
+        if filled:
+            raise RuntimeError("out of memory")
+        filled.extend(slots)
+        fill(slots, *arguments)
+
+    prefill._fill = fill_one
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.admit_together([0, 1], PROMPTS[:2], 4, prefill)
+    assert [run.cached_prefix(b, PROMPTS[b]) for b in range(2)] == [0, 0]
+    for b in range(2):
+        run.release(b)
+        run.admit(b, PROMPTS[b], 4)
+    drain(run)
+    assert [slot.tokens for slot in run.slots] == [answer[:4].tolist() for answer in ANSWERS[:2]]
 
 
 def test_many_stop_tokens_get_their_places() -> None:
