@@ -64,7 +64,10 @@ def distill_data(
     max_prompt_tokens: Annotated[int, typer.Option(help="Longer raw prompts are cut, longer chats left out.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Answers generated side by side.")] = 64,
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard.")] = 256,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Stop after 300s, 5m, 1h; none: when done.")] = "none",
+    budget: Annotated[
+        str,
+        typer.Option(metavar="TIME", help="Stop after 300s, 5m, 1h, with the shards that are whole; none: when done."),
+    ] = "none",
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts only.")] = None,
     seed: Annotated[int, typer.Option(help="Of the built-in prompts' phrasings and order.")] = 0,
     dtype: DtypeOption = "auto",
@@ -74,7 +77,8 @@ def distill_data(
     """Let the frozen model answer prompts, as training data for its diffusion view.
 
     Rows are {"id", "domain", "prompt_ids", "answer_ids"}, in shards of jsonl. Stop it whenever you like: the same
-    command goes on where it stopped.
+    command goes on where it stopped. Where two words are equally likely, such a run may answer otherwise than an
+    unbroken one.
 
     \b
     orthrus-triton distill-data ./data --prompts questions.txt
@@ -83,10 +87,12 @@ def distill_data(
     orthrus-triton distill-data prompts.jsonl --builtin --package torch --phrasings 4 --prompts-only   # for elsewhere
     """  # fmt: skip
     with one_line_errors():
+        from orthrus_triton.training.prompts import require_jsonl, write_prompts
+
+        if prompts_only:
+            require_jsonl(folder)
         questions = _gather(prompts, builtin, corpus, package or [], phrasings, held_out, limit, seed)
         if prompts_only:
-            from orthrus_triton.training.prompts import write_prompts
-
             write_prompts(questions, folder)
             status_console.print(f"{folder}: {len(questions)} prompts", highlight=False)
             return
@@ -118,7 +124,8 @@ def distill_data(
                 raise typer.Exit(130) from None
     status_console.print(
         f"{folder}: {manifest['finished_rows']} rows, {manifest['answer_tokens']} answer tokens, "
-        f"{manifest['domains']}, {manifest['left_out']} prompts left out as too long",
+        f"{manifest['domains']}, {manifest['left_out']} prompts left out as too long"
+        + ("" if manifest["complete"] else "; not all shards are whole: run it again to go on"),
         highlight=False,
     )
 

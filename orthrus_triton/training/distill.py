@@ -44,8 +44,8 @@ def distill(
 
     Each line of a shard is {"id", "domain", "prompt_ids", "answer_ids"}; rows stand in the order of the prompts. A
     slot takes the next prompt as soon as its answer ends, so short answers cost no waiting. The cheapest pass is used
-    (`exact=False`): on a CPU a rounding difference may choose another word where two are equally likely, and rows of a
-    resumed run may differ there from those of an unbroken one.
+    (`exact=False`), and on a GPU prompts are read together: a rounding difference may choose another word where two are
+    equally likely, and rows of a resumed run may differ there from those of an unbroken one.
 
     Args:
         model: only its AR view is used.
@@ -59,7 +59,8 @@ def distill(
         impl: "auto", "triton" or "torch".
         prefill_batch: free slots are waited for until there are so many, and their prompts read in one pass; by default
             1 on a CPU, and on a GPU a quarter of the slots.
-        seconds: stop after so long, with the answers that are whole by then.
+        seconds: stop after so long, with the shards that are whole by then. Whole answers of the others stay in their
+            .part files, which training does not read, and a run that goes on does.
         on_row: called with the tokens of each new answer.
         on_plan: called once with the rows there already and the rows in all.
 

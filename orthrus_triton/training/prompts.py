@@ -58,13 +58,18 @@ def write_prompts(prompts: Sequence[Prompt], path: str | PathLike[str]) -> None:
         ValueError: the name does not end in .jsonl.
     """
     path = Path(path)
-    if path.suffix != ".jsonl":
-        raise ValueError(f"prompts must be written to a .jsonl file, but got {str(path)!r}")
+    require_jsonl(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".tmp")
     lines = ({"prompt": prompt.text, "domain": prompt.domain, "chat": prompt.chat} for prompt in prompts)
     staged.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     staged.replace(path)
+
+
+def require_jsonl(path: Path) -> None:
+    """Raise a ValueError if `write_prompts` would not write there."""
+    if path.suffix != ".jsonl":
+        raise ValueError(f"prompts must be written to a .jsonl file, but got {str(path)!r}")
 
 
 def encode(tokenizer: Any, prompt: Prompt, system: str | None = None) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from orthrus_triton.cli import app
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules.decode_run import DecodeRun
 from orthrus_triton.training.data import read_rows
 from orthrus_triton.training.distill import distill
 from orthrus_triton.training.prompts import Prompt, encode, read_prompts
@@ -73,17 +75,38 @@ def test_rows_are_the_models_own_answers(model, tokenizer, prompts, unbroken):
 
 @pytest.mark.parametrize(("batch_size", "prefill_batch"), [(5, 2), (4, 4), (11, 3), (40, 40)])
 def test_prompts_read_together_get_the_same_answers(
-    model, tokenizer, prompts, unbroken, tmp_path, batch_size, prefill_batch
+    model, tokenizer, prompts, unbroken, tmp_path, monkeypatch, batch_size, prefill_batch
 ):
+    together, admit_together = [], DecodeRun.admit_together
+
+    def counted(run, slots, *arguments):
+        together.append(len(slots))
+        admit_together(run, slots, *arguments)
+
+    monkeypatch.setattr(DecodeRun, "admit_together", counted)
     options = {**SETTINGS, "batch_size": batch_size}
     distill(model, tokenizer, prompts, tmp_path, **options, prefill_batch=prefill_batch)
     assert rows_of(tmp_path) == rows_of(unbroken[0])
+    assert sum(together) == len(prompts) and max(together) >= min(prefill_batch, len(prompts))
 
 
-def test_a_time_limit_leaves_whole_answers(model, tokenizer, prompts, unbroken, tmp_path):
-    manifest = distill(model, tokenizer, prompts, tmp_path, **SETTINGS, seconds=0)
-    assert not manifest["complete"] and manifest["finished_rows"] < len(prompts)
-    distill(model, tokenizer, prompts, tmp_path, **SETTINGS)
+def test_a_time_limit_leaves_whole_answers(model, tokenizer, prompts, unbroken, tmp_path, monkeypatch):
+    clock, answered = iter(range(100)), []  # a second an answer
+    timer = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("orthrus_triton.training.distill.time", timer)
+    manifest = distill(
+        model, tokenizer, prompts, tmp_path, **{**SETTINGS, "batch_size": 1}, seconds=6, on_row=answered.append
+    )
+    monkeypatch.undo()
+    # in order, seven of them: a shard of four, and three that wait for the shard's fourth
+    assert len(answered) == 7 and not manifest["complete"] and manifest["finished_rows"] == 4
+    assert rows_of(tmp_path) == rows_of(unbroken[0])[:4]
+    part = (tmp_path / "shard-00001.part").read_text().splitlines()
+    assert [json.loads(line) for line in part] == rows_of(unbroken[0])[4:7]
+    assert len(read_rows(tmp_path, max_len=64)[0]) <= 4  # what trains sees whole shards
+    again = []
+    distill(model, tokenizer, prompts, tmp_path, **SETTINGS, on_row=again.append)
+    assert len(again) == len(prompts) - 7
     assert rows_of(tmp_path) == rows_of(unbroken[0])
 
 
@@ -226,7 +249,7 @@ def test_command(model_folder, tmp_path):
     assert "1 prompts repeat held-out ones" in result.stderr and result.stdout == ""
 
 
-def test_prompts_written_for_another_machine(model_folder, tmp_path):
+def test_prompts_written_for_another_machine(model_folder, tmp_path, monkeypatch):
     (tmp_path / "code.txt").write_text("w30 w31 w32 w33 w34\nw40 w41\u2028w42 w43 w44\nw50\n")
     (tmp_path / "held.txt").write_text("W40, w41 w42 w43 w44?\n")
     options = ("--prompts", tmp_path / "code.txt", "--held-out", tmp_path / "held.txt", "--prompts-only")
@@ -234,6 +257,7 @@ def test_prompts_written_for_another_machine(model_folder, tmp_path):
     assert result.exit_code == 0, (result.stderr, result.exception)
     carried = read_prompts(tmp_path / "carried.jsonl")
     assert carried == [Prompt("w30 w31 w32 w33 w34", "code"), Prompt("w50", "code")]
+    monkeypatch.setattr("orthrus_triton.cli.distill_data._gather", None)  # a name that cannot be is refused before
     result = run(model_folder, tmp_path / "carried.txt", *options)
     assert result.exit_code == 2 and ".jsonl" in result.stderr
 
