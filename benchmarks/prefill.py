@@ -57,7 +57,7 @@ def hf(model: OrthrusForCausalLM) -> Prefill:
 
 
 def problems(model: OrthrusForCausalLM, prompt: torch.Tensor) -> list[str]:
-    """The gate: K/V near to what decoding token by token leaves, and with our own products the very bits of it."""
+    """The gate: K/V near to those of our own products, and of these, in chunks of 8, the very bits of the whole."""
     caches = []
     for options in ({}, {"batch_invariant_prefill": True}, {"batch_invariant_prefill": True, "prefill_chunk": 8}):
         decoder = decoder_of(model, **options)
@@ -107,7 +107,7 @@ def main(
                 for name in names:
                     if name == "ours" or length <= others_up_to:
                         row = {"provider": name, "shape": shape, "dtype": dtype, "context": length}
-                        report.add(**row, **_timed(_make(name, model, length), prompt[:length], name))
+                        report.add(**row, **_timed(_make(name, model, length), prompt[:length], name, where))
                         report.write_csv()
                         print(f"{name}, {length} tokens: {report.rows[-1]['ttft_s']} s", file=sys.stderr, flush=True)
         finally:
@@ -119,13 +119,13 @@ def _make(name: str, model: OrthrusForCausalLM, length: int) -> Prefill:
     return hf(model) if name == "hf" else ours(model, length, invariant=name == "ours-invariant")
 
 
-def _timed(prefill: Prefill, prompt: torch.Tensor, name: str) -> dict[str, object]:
+def _timed(prefill: Prefill, prompt: torch.Tensor, name: str, device: torch.device) -> dict[str, object]:
     """The columns; of others' code, what it raises instead."""
-    on_gpu, seconds, note = torch.cuda.is_available(), None, ""
+    on_gpu, seconds, note = device.type == "cuda", None, ""
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         prefill(prompt[:WARM_UP_TOKENS])
         started = time.perf_counter()
@@ -135,7 +135,7 @@ def _timed(prefill: Prefill, prompt: torch.Tensor, name: str) -> dict[str, objec
         if name.startswith("ours"):
             raise
         note = type(error).__name__
-    peak = round(torch.cuda.max_memory_allocated() / 2**30, 1) if on_gpu else ""
+    peak = round(torch.cuda.max_memory_allocated(device) / 2**30, 1) if on_gpu else ""
     return {
         "ttft_s": round(seconds, 4) if seconds else "", "tokens_s": round(len(prompt) / seconds) if seconds else "",
         "peak_gib": peak, "note": note,

@@ -53,10 +53,10 @@ def test_what_was_measured_and_what_others_raise_is_kept(tmp_path: Path, monkeyp
     monkeypatch.setattr(prefill, "hf", cannot)
     timed = prefill._timed
 
-    def stops_at_the_longest(make, prompt, name):
+    def stops_at_the_longest(make, prompt, *others):
         if len(prompt) == 600:
             raise KeyboardInterrupt
-        return timed(make, prompt, name)
+        return timed(make, prompt, *others)
 
     monkeypatch.setattr(prefill, "_timed", stops_at_the_longest)
     result = run("--out", tmp_path)
