@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,15 +59,37 @@ def train(
 
 
 def parse_changes(changes: list[str]) -> dict[str, Any]:
+    """NAME=VALUE of --set, as YAML, and numbers in whatever way Python writes them, too (2e-3).
+
+    Raises:
+        ValueError: another form.
+    """
     import yaml
 
     parsed = {}
     for change in changes:
         name, equals, value = change.partition("=")
+        name = name.strip()
         if not equals:
             raise ValueError(f"--set must be NAME=VALUE, but got {change!r}")
         try:
-            parsed[name.strip()] = yaml.safe_load(value)
+            parsed[name] = _as_number(name, yaml.safe_load(value))
         except yaml.YAMLError as error:
-            raise ValueError(f"--set {name.strip()} must be a YAML value, but got {value!r}: {error}") from error
+            raise ValueError(f"--set {name} must be a YAML value, but got {value!r}: {error}") from error
     return parsed
+
+
+def _as_number(name: str, value: Any) -> Any:
+    """The text of a number for an option that is one; anything else as it is."""
+    from orthrus_triton.training.config import number_type
+
+    kind = number_type(name)
+    if kind is None or not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        return value
+    return kind(number)

@@ -150,14 +150,21 @@ def read_config(path: str | Path, **changes: Any) -> ViewTrainingArguments:
     return ViewTrainingArguments(**options)
 
 
+def number_type(name: str) -> type | None:
+    """int or float for an option that is a number, which may also be null; None for others and for unknown ones."""
+    for option in fields(ViewTrainingArguments):
+        if option.name == name:
+            kind = option.type.__name__ if isinstance(option.type, type) else str(option.type)
+            return {"int": int, "float": float}.get(kind.removesuffix(" | None"))
+    return None
+
+
 def _check_number(name: str, value: Any) -> None:
     """YAML reads 1e-3 as text, unlike 1.0e-3."""
     option = next(one for one in fields(ViewTrainingArguments) if one.name == name)
-    is_number = isinstance(option.default, (int, float)) and not isinstance(option.default, bool)
-    if is_number and value is None:
+    if isinstance(option.default, (int, float)) and not isinstance(option.default, bool) and value is None:
         raise ValueError(f"{name} must be a number, but is empty")
-    is_number |= option.type in ("int | None", "float | None")
-    if is_number and isinstance(value, str):
+    if number_type(name) is not None and isinstance(value, str):
         raise ValueError(f"{name} must be a number, but got the text {value!r} (in YAML write 1.0e-3, not 1e-3)")
 
 

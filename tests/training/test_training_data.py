@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from orthrus_triton.cli import app
+from orthrus_triton.cli.train import parse_changes
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.training import frozen_cache
 from orthrus_triton.training.config import ViewTrainingArguments, read_config
@@ -205,8 +206,24 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
     assert done.exit_code == 2 and "error: max_steps must be >= 1, but got -3" in done.output
     done = CliRunner().invoke(app, [*command, "--set", "eval_strategy=steps", "--set", "eval_steps=1"])
     assert done.exit_code == 2 and "eval_data and eval_strategy go together" in done.output
+    done = CliRunner().invoke(app, [*command, "--set", "learning_rate=fast"])
+    assert done.exit_code == 2 and "learning_rate must be a number, but got the text 'fast'" in " ".join(
+        done.output.split()
+    )
     done = CliRunner().invoke(app, [*command, "--set", "domain_weights={code: 0.8"])
     assert done.exit_code == 2 and "--set domain_weights must be a YAML value" in done.output
+
+
+def test_numbers_on_the_command_line_are_what_python_reads():
+    changes = ["learning_rate=2e-3", "max_steps=1e3", "eval_steps=1e2", "seed=7", "run_name=1e3", "max_seconds=null"]
+    parsed = parse_changes(changes)
+    assert parsed == {
+        "learning_rate": 0.002, "max_steps": 1000, "eval_steps": 100, "seed": 7, "run_name": "1e3", "max_seconds": None,
+    }  # fmt: skip
+    assert isinstance(parsed["max_steps"], int)
+    # what is none stays text, which is refused by its option's name
+    odd = {"learning_rate": "nan", "max_steps": "1e-3", "num_anchors": "few", "unknown": "1e3"}
+    assert parse_changes([f"{name}={value}" for name, value in odd.items()]) == odd
 
 
 def test_the_python_example_trains(tmp_path):
