@@ -41,7 +41,7 @@ RANDOM = {"smollm2-135m": (576, 30, 9, 3, 1536, 49_152), "tiny": (128, 2, 2, 1, 
 @dataclass
 class Visit:
     """What the stages share. model: a folder with random weights, or None for the demo model. figures are printed,
-    details are not; both go to out/figures.json."""
+    details are not; both go to out/figures.json. checkpoint: the last one of the training just done."""
 
     out: Path
     work: Path
@@ -49,6 +49,7 @@ class Visit:
     model: Path | None
     figures: dict[str, Any]
     details: dict[str, Any]
+    checkpoint: Path | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,8 +142,9 @@ def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes:
             raise
         traceback.print_exc()
         print("== again, with layers that are not compiled", flush=True)
-        trainer = train_view(read_config(config, **changes, compile_layers=False), resume=False)
+        trainer = train_view(read_config(config, **changes | {"compile_layers": False}), resume=False)
     clock, steps = trainer.clock, trainer.state.global_step
+    visit.checkpoint = visit.work / "run" / f"checkpoint-{steps}"
     visit.figures["train"] = {
         "data": str(data), "rows": len(trainer.train_dataset.rows), "steps": steps,
         "ms_per_step": round(1000 * (clock.ended - clock.started) / max(steps - 1, 1), 2),
@@ -162,6 +164,8 @@ def try_rates(visit: Visit, rates: list[float], *arguments: Any, changes: dict[s
         part = {"learning_rate": rate, "save_strategy": "no", "logging_steps": 25, "eval_strategy": "steps"}
         train(visit, *arguments, changes=changes | part, profile=False)
         last = [entry for entry in visit.details["train_log"] if "loss" in entry][-2:]
+        if not last:
+            raise ValueError(f"--train-seconds must be time for 25 steps, after which a loss is logged, at rate {rate}")
         figures = {
             name: round(sum(entry[name] for entry in last) / len(last), 4) for name in ("loss", "tokens_per_cycle")
         }
@@ -172,7 +176,14 @@ def try_rates(visit: Visit, rates: list[float], *arguments: Any, changes: dict[s
 def export(visit: Visit) -> Path:
     """The view as out/view.safetensors, and in pieces that every way home takes."""
     run = visit.work / "run"
-    source = last_checkpoint(run) if visit.model is None else run / "model"
+    if visit.model is not None:
+        source = run / "model"
+    else:
+        source = visit.checkpoint or last_checkpoint(run)
+        if source is None or not source.is_dir():
+            raise FileNotFoundError(
+                f"a checkpoint must be in {run}, but there is none: train first, with save_strategy"
+            )
     target = visit.work / "view.safetensors"
     size = save_view(read_trained(source), target, max_bytes=60_000_000)
     visit.figures["view_mb"] = round(size / 1e6, 2)
@@ -225,7 +236,8 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for rows, checkpoints and models.")] = Path("/tmp/orthrus_view"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Make a view in one process, each stage within its seconds. Exit code 1 if a stage failed; the others have run.
+    """Make a view in one process, each stage within its seconds. Ctrl-C ends the stage at hand, and the next begins.
+    Exit code 1 if a stage failed or was ended; the others have run.
 
     \b
     python -m benchmarks.view OUT --prompts prompts.jsonl --held-out held-out              # on a GPU
@@ -260,7 +272,8 @@ def main(
     if "evaluate" in wanted:
         with stage(visit, "evaluate"):
             trained = overrides.get("block_size") or read_config(config, max_seconds=1).block_size
-            sizes = [int(size) for size in block_sizes.split(",")] if block_sizes else sorted({trained, 8})[::-1]
+            known = {trained, 8} - {None}
+            sizes = [int(size) for size in block_sizes.split(",")] if block_sizes else sorted(known)[::-1]
             measure(visit, eval_prompts or [Path("examples/prompts/code.txt")], eval_limit, eval_tokens, sizes)
     print(f"== all: {time.monotonic() - started:.1f} s, {json.dumps(visit.figures)}", flush=True)
     sys.exit(bool(visit.figures.get("failed")))
