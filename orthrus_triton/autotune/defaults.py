@@ -18,7 +18,7 @@ Rule = tuple[dict[str, int], dict[str, int]]
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) for half precision, by head_dim up to 64, 128 and 256.
 ATTENTION_TILES = {
-    "sm80": {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 3)},
+    "sm80": {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 3)},
     "sm90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 3)},
     "sm100": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
     "gfx942": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 4, 2)},
@@ -26,7 +26,7 @@ ATTENTION_TILES = {
 # fp32 products run on FMA units, operands in registers: small tiles everywhere.
 FP32_TILES = {128: (16, 16, 4, 3), 256: (16, 16, 8, 2)}
 ATTENTION_TILES_FP32 = {
-    "sm80": {64: (16, 16, 8, 2), **FP32_TILES},
+    "sm80": {64: (16, 16, 8, 2), **FP32_TILES, 128: (16, 16, 8, 3)},
     "sm90": {64: (16, 32, 8, 1), **FP32_TILES},
     "sm100": FP32_TILES,
     "gfx942": FP32_TILES,
