@@ -45,7 +45,7 @@ gpu_tests() { # WORKERS PATH...: what failed and what took long, also of a part 
 }
 
 make_view() { # OPTION...: compiled kernels come from VIEW_DATA/caches.tgz and go to OUTPUT_FOLDER/caches.tgz
-    local data=${VIEW_DATA:-view-data} caches=/tmp/orthrus_view_caches options
+    local data=${VIEW_DATA:-view-data} caches=${out}_caches options
     read -ra options <<<"${VIEW_OPTIONS:-}"
     mkdir -p "$caches"
     [[ -f $data/caches.tgz && -z $(ls -A "$caches") ]] && tar xzf "$data/caches.tgz" -C "$caches"

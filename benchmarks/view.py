@@ -233,7 +233,9 @@ def main(
     rates: Annotated[str, typer.Option(help="Instead of training, try learning rates: 1e-3,2e-3.")] = "",
     profile: Annotated[bool, typer.Option("--profile", help="Show what a training step consists of.")] = False,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Over the config.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for rows, checkpoints and models.")] = Path("/tmp/orthrus_view"),
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for rows, checkpoints and models; by default OUT_work, beside OUT.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Make a view in one process, each stage within its seconds. Ctrl-C ends the stage at hand, and the next begins.
@@ -248,6 +250,7 @@ def main(
     with one_line_errors():
         wanted = [name for name in STAGES if name in stages.split(",")]
         overrides = parse_changes(changes or []) | {"max_seconds": train_seconds}
+        work = work or out.with_name(f"{out.name}_work")
         visit = Visit(out, work / (random or "smollm2"), resolve_device(device), None, {}, {})
     out.mkdir(parents=True, exist_ok=True)
     visit.work.mkdir(parents=True, exist_ok=True)

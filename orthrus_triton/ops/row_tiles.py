@@ -19,8 +19,8 @@ def tiles_for_rows(config: KernelConfig, rows: int, weight: torch.Tensor) -> Ker
     """`config`; for more rows than it was made for, the largest tiles that still give most of the GPU a program.
 
     The splits stay, and along K tensor cores add up in steps of 16, in ascending order, in every tile. Hopper has two
-    instructions for that, one for small tiles and one for large; that they round alike was measured, bit for bit, and
-    the tuner's gate and `tests/gpu` look again.
+    instructions for that, one for small tiles and one for large; `tests/ops/test_row_tiles.py` shows on a GPU that they
+    round alike, and the tuner's gate looks again.
 
     Args:
         config: of the weight's shape.
