@@ -22,6 +22,7 @@ from orthrus_triton.models.loading_options import loading_options
 from orthrus_triton.modules.draft_chain import DraftChain, DraftNoise
 from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
 from orthrus_triton.modules.projection import Linear, LowRankDelta
+from orthrus_triton.modules.recall import Recalled
 
 
 class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
@@ -94,11 +95,12 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         return ops.lm_head_choice(hidden, self._head_weight, impl=impl)
 
     def chain_drafts(
-        self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, noise: DraftNoise | None = None
-    ) -> torch.Tensor:
+        self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, noise: DraftNoise | None = None,
+        recalled: Recalled | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Drafts [B, T] of T masks that know of each other; see `DraftChain.choose`."""
         chain, embedding = self.model.draft_chain_diff, self.model.embed_tokens.weight
-        return chain.choose(hidden, logits, own, embedding, self._head_weight, noise)
+        return chain.choose(hidden, logits, own, embedding, self._head_weight, noise, recalled)
 
     @property
     def has_chain(self) -> bool:

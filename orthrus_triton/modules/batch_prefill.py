@@ -53,16 +53,19 @@ class BatchPrefill:
         # [slot, length, last token], in one copy to the device
         notes = torch.tensor([slots, lengths, [int(prompt[-1]) for prompt in prompts]]).to(device)
         where, length, last = notes[0], notes[1].int(), notes[2]
+        ids = ids.to(device)
         buffers.context_len.zero_()
         buffers.prompt_len.fill_(1)
         buffers.prompt_len[: len(slots)] = length
         view_pass = buffers.view_pass("ar", rows, impl=impl, linear_impl="library")
-        self.model.forward_view(ids.to(device), buffers, view_pass)
+        self.model.forward_view(ids, buffers, view_pass)
         kept = min(rows, cache.capacity)
         for filled, layer in zip(buffers.layers, cache.layers):
             layer.k[where, :, :kept] = filled.k[: len(slots), :, :kept]
             layer.v[where, :, :kept] = filled.v[: len(slots), :, :kept]
         cache.prompt_len[where], cache.context_len[where] = length, length - 1
+        remembered = min(rows, state.prompt_ids.shape[1])
+        state.prompt_ids[where, :remembered] = ids[: len(slots), :remembered]
         state.block[where, 0] = last
         state.output_len[where] = 0
         state.limit[where] = max_new_tokens

@@ -10,6 +10,7 @@ import torch
 from orthrus_triton import ops
 from orthrus_triton.modules.draft_chain import DraftNoise
 from orthrus_triton.modules.kv_cache import ViewPass
+from orthrus_triton.modules.recall import recall
 from orthrus_triton.modules.sampling_params import Choosing
 from orthrus_triton.ops.gumbel import CHOICE
 
@@ -67,7 +68,7 @@ def choose_drafts(
     decoder: DecodeCycle, hidden: torch.Tensor, anchor: torch.Tensor, state: DecodeState, view_pass: ViewPass
 ) -> torch.Tensor:
     """Tokens [B, T] of a draft's rows, of which the first is the frozen view's own where that reads the anchor [B]:
-    each for itself, or in turn if the view has a chain."""
+    each for itself, or, if the view has a chain, in turn and with an eye to what was said before."""
     model, choosing, first = decoder.model, decoder.choosing, decoder.anchor_rows
     if choosing.hosted or not getattr(model, "has_chain", False):
         return decoder.choose(hidden, state, view_pass)
@@ -83,7 +84,10 @@ def choose_drafts(
         if first:
             exact = ops.greedy_choice(logits[:, :first].contiguous(), impl=view_pass.impl)
     own = exact[:, 0].clamp(min=0) if first else anchor
-    drafted = model.chain_drafts(hidden[:, first:], logits[:, first:], own, noise)
+    # the position of `own`
+    last = view_pass.positions[:, first]
+    recalled = recall(state.history(view_pass.prompt_len, own, last), last, hidden.shape[1] - first)
+    drafted = model.chain_drafts(hidden[:, first:], logits[:, first:], own, noise, recalled)
     return torch.cat((exact, drafted), dim=1) if first else drafted
 
 

@@ -220,7 +220,7 @@ class ConsensusDecoder(DecodeCycle):
         eos_slots = max(-(-eos_count // EOS_SLOTS), 1) * EOS_SLOTS
         self._state = DecodeState.allocate(
             batch_size, block_size, cache.capacity, max(block_size + self.anchor_rows, AR_STEPS), eos_slots,
-            self.model.mask_token_id, device,
+            self.model.mask_token_id, device, getattr(self.model, "has_chain", False),
         )  # fmt: skip
         self._runner = StepRunner(self._new_capture(device), self._state.idle)
         return False

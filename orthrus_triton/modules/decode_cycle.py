@@ -129,7 +129,7 @@ class DecodeCycle:
         params: SamplingParams, cached: int,
     ) -> None:  # fmt: skip
         """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot."""
-        state.start(max_new_tokens)
+        state.start(max_new_tokens, prompt)
         if state.sampling is not None:
             state.sampling.start(params, prompt)
         on_gpu = cache.context_len.device.type == "cuda"

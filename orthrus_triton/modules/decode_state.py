@@ -21,16 +21,18 @@ class DecodeState:
     """Buffers of B sequences ("slots") with blocks of at most W rows and at most L generated tokens.
 
     block [B, W] int64: anchor, then MASK; a cycle of K <= W rows uses its first K columns. output_ids [B, L] int64 and
-    output_len [B] int32: committed tokens. limit [B] int32: most tokens of each. finished [B] bool: a finished slot is
-    an exact no-op in every further cycle. eos_ids [E] int64, padded with -1. accepted_histogram [B, W] int32: cycles
-    by accepted length. uncounted [B, W] int32 takes the counts of commits that end no cycle. report [B, 2 + R] int64:
-    output_len, finished and the newest R committed tokens, for the host. sampling: parameters of the slots, None until
-    a run is open for more than greedy decoding.
+    output_len [B] int32: committed tokens. prompt_ids [B, P] int64, P being L, or 0 where drafts do not look back.
+    limit [B] int32: most tokens of each. finished [B] bool: a finished slot is an exact no-op in every further cycle.
+    eos_ids [E] int64, padded with -1. accepted_histogram [B, W] int32: cycles by accepted length. uncounted [B, W]
+    int32 takes the counts of commits that end no cycle. report [B, 2 + R] int64: output_len, finished and the newest R
+    committed tokens, for the host. sampling: parameters of the slots, None until a run is open for more than greedy
+    decoding.
     """
 
     block: torch.Tensor
     output_ids: torch.Tensor
     output_len: torch.Tensor
+    prompt_ids: torch.Tensor
     limit: torch.Tensor
     finished: torch.Tensor
     eos_ids: torch.Tensor
@@ -44,7 +46,7 @@ class DecodeState:
     @classmethod
     def allocate(
         cls, batch_size: int, block_size: int, max_tokens: int, report_tokens: int, eos_slots: int, mask_token_id: int,
-        device: torch.device,
+        device: torch.device, looks_back: bool = False,
     ) -> DecodeState:  # fmt: skip
         """Buffers in which every slot is free."""
         B, int64, int32 = batch_size, {"dtype": torch.int64, "device": device}, {"dtype": torch.int32, "device": device}
@@ -52,6 +54,7 @@ class DecodeState:
             block=torch.full((B, block_size), mask_token_id, **int64),
             output_ids=torch.zeros(B, max_tokens, **int64),
             output_len=torch.zeros(B, **int32),
+            prompt_ids=torch.zeros(B, max_tokens if looks_back else 0, **int64),
             limit=torch.zeros(B, **int32),
             finished=torch.ones(B, dtype=torch.bool, device=device),
             eos_ids=torch.full((eos_slots,), NO_TOKEN, **int64),
@@ -85,8 +88,18 @@ class DecodeState:
         """The next block [B, K]. A sequence that ended for want of a token has some token there: nobody looks."""
         return self.block[:, :block_size].contiguous()
 
-    def start(self, limit: int) -> None:
-        """Make these slots live, with nothing committed yet."""
+    def history(self, prompt_len: torch.Tensor, newest: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, L] by position: the prompt, what is committed, and `newest` [B] at position `last` [B]. Needs
+        `prompt_ids`; behind `last` lies anything."""
+        at = torch.arange(self.output_ids.shape[1], device=last.device)
+        committed = self.output_ids.gather(1, (at - prompt_len[:, None]).clamp(min=0))
+        ids = torch.where(at < prompt_len[:, None], self.prompt_ids, committed)
+        return torch.where(at == last[:, None], newest[:, None], ids)
+
+    def start(self, limit: int, prompt: torch.Tensor) -> None:
+        """Make this one slot live for a prompt [L], with nothing committed yet."""
+        prompt = prompt[: self.prompt_ids.shape[1]]
+        self.prompt_ids[0, : prompt.numel()].copy_(prompt)
         self.output_len.zero_()
         self.limit.fill_(limit)
         self.accepted_histogram.zero_()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from orthrus_triton.modules.projection import draw_weight
+from orthrus_triton.modules.recall import Recalled
 from orthrus_triton.ops import SamplingTensors
 from orthrus_triton.ops.gumbel import CHOICE, gumbel_of_torch, row_key_torch
 
@@ -76,7 +77,7 @@ class DraftChain(nn.Module):
 
     def choose(
         self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, embedding: torch.Tensor,
-        head: torch.Tensor, noise: DraftNoise | None = None,
+        head: torch.Tensor, noise: DraftNoise | None = None, recalled: Recalled | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Draft row by row, each row knowing what the one before it drafted.
 
@@ -89,6 +90,7 @@ class DraftChain(nn.Module):
             own: [B], the token at the first mask's own position.
             embedding, head: [V, H].
             noise: None for a greedy draft.
+            recalled: T tokens that followed `own` before; each is preferred behind the one before it.
 
         Returns:
             [B, T] int64.
@@ -97,12 +99,17 @@ class DraftChain(nn.Module):
         scores, candidates = _top(logits, CANDIDATES)
         if noise is not None:
             candidates = torch.cat((noise.choice[..., None].clamp(min=0), candidates[..., :-1]), dim=-1)
+        if recalled is not None:
+            candidates = torch.cat((candidates[..., :-1], recalled.tokens[..., None]), dim=-1)
+        if noise is not None or recalled is not None:
             scores = logits.gather(-1, candidates)
         before = torch.cat((own[:, None, None].expand(-1, 1, CANDIDATES), candidates[:, :-1]), dim=1)
         # [B, T, C before, H]
         correction = self.correction(hidden[:, :, None], F.embedding(before, embedding))
         # [B, T, C before, C]
         scores = scores[:, :, None] + (correction @ F.embedding(candidates, head).transpose(-1, -2)).float()
+        if recalled is not None:
+            scores = scores + recalled.of_pairs(own, before, candidates)
         best = (scores if noise is None else noise.perturb(scores, candidates)).argmax(dim=-1)
         # best[t] maps the candidate before row t to its own; after a step each map goes twice as far back
         step = 1

@@ -21,7 +21,8 @@ class DualViewModel(Protocol):
     same arithmetic and without the logits in memory (`orthrus_triton.ops.lm_head_choice`), VOID where there is none;
     it is then used. And it may have `anchor_rows`, 1 where the frozen view reads a draft block's anchor, by default 0;
     drafts then come with `ViewPass.parts`, which layers hand to `DualViewAttention` as it is. With `has_chain` true,
-    drafts are `chain_drafts(hidden [B, T, H], logits [B, T, V], own [B], noise) -> [B, T]`; see `DraftChain.choose`.
+    drafts are `chain_drafts(hidden [B, T, H], logits [B, T, V], own [B], noise, recalled) -> [B, T]`; see
+    `DraftChain.choose`.
     """
 
     block_size: int
