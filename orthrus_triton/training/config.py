@@ -14,8 +14,7 @@ from orthrus_triton.training.objective import Loss
 
 
 def _option(default: Any, text: str) -> Any:
-    factory = {"default_factory": lambda: default} if isinstance(default, dict) else {"default": default}
-    return field(**factory, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -95,8 +94,7 @@ class ViewTrainingArguments(TrainingArguments):
         _require(self.anchor_view in (None, "ar", "diffusion"), "anchor_view", "'ar', 'diffusion' or null",
                  self.anchor_view)  # fmt: skip
         _require(self.block_size is None or self.block_size >= 2, "block_size", ">= 2 or null", self.block_size)
-        _require(self.chain_width is None or (isinstance(self.chain_width, int) and self.chain_width >= 1),
-                 "chain_width", "an integer >= 1 or null", self.chain_width)  # fmt: skip
+        _require(self.chain_width is None or self.chain_width >= 1, "chain_width", ">= 1 or null", self.chain_width)
         _require(self.loss in ("kl", "ce"), "loss", "'kl' or 'ce'", self.loss)
         _require(self.position_decay is None or self.position_decay > 0, "position_decay", "> 0 or null",
                  self.position_decay)  # fmt: skip
@@ -104,6 +102,9 @@ class ViewTrainingArguments(TrainingArguments):
         _require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "> 0 or null", self.max_seconds)
         _require(self.deepspeed_plugin is None or not self.deepspeed_plugin.hf_ds_config.is_zero3(), "deepspeed",
                  "of ZeRO stage 1 or 2, for stage 3 leaves no weight whole (use fsdp)", self.deepspeed)  # fmt: skip
+        # Trainer would take all of them in one process, whose losses come back in pieces
+        _require(self.n_gpu <= 1, "the number of GPUs that a process sees",
+                 "1 (torchrun starts a process for each, CUDA_VISIBLE_DEVICES=0 shows one)", self.n_gpu)  # fmt: skip
         # every process would have a clock, and so a learning rate and a last step, of its own
         _require(self.max_seconds is None or self.world_size == 1, "max_seconds", "null on several processes",
                  self.max_seconds)  # fmt: skip
@@ -160,12 +161,14 @@ def number_type(name: str) -> type | None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    """YAML reads 1e-3 as text, unlike 1.0e-3."""
     option = next(one for one in fields(ViewTrainingArguments) if one.name == name)
     if isinstance(option.default, (int, float)) and not isinstance(option.default, bool) and value is None:
         raise ValueError(f"{name} must be a number, but is empty")
-    if number_type(name) is not None and isinstance(value, str):
+    kind = number_type(name)
+    if kind is not None and isinstance(value, str):  # YAML reads 1e-3 as text, unlike 1.0e-3
         raise ValueError(f"{name} must be a number, but got the text {value!r} (in YAML write 1.0e-3, not 1e-3)")
+    if kind is int and isinstance(value, (bool, float)):
+        raise ValueError(f"{name} must be a whole number, but got {value!r}")
 
 
 def _require(holds: bool, name: str, expected: str, value: Any) -> None:

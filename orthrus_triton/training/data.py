@@ -24,7 +24,7 @@ class TextRow(NamedTuple):
 def read_rows(path: str | Path, max_len: int) -> tuple[list[TextRow], int]:
     """Rows of a .jsonl file, or of every .jsonl file in a folder, cut to `max_len` tokens.
 
-    Each line is an object with `prompt_ids`, `answer_ids` and, if it likes, `domain`.
+    Each line is an object with `prompt_ids` and `answer_ids`, lists of token ids, and optionally a `domain`.
 
     Returns:
         The rows, and how many were skipped because no draft can be supervised in them: there is no prompt, the answer
@@ -32,7 +32,7 @@ def read_rows(path: str | Path, max_len: int) -> tuple[list[TextRow], int]:
 
     Raises:
         FileNotFoundError: no such file, or no .jsonl file in the folder.
-        ValueError: a line that is not such an object; it names file and line.
+        ValueError: a line that is not such an object, or not UTF-8; the message names file and line.
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -40,23 +40,36 @@ def read_rows(path: str | Path, max_len: int) -> tuple[list[TextRow], int]:
         raise FileNotFoundError(f"data must name a .jsonl file or a folder of them, but {path} holds none")
     rows, skipped = [], 0
     for file in files:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line)
-                    prompt, answer = list(record["prompt_ids"]), list(record["answer_ids"])
-                except (ValueError, KeyError, TypeError) as error:
+                    domain, prompt, answer = _parse(line)
+                except ValueError as error:
                     raise ValueError(
-                        f"{file}, line {number}: expected an object with prompt_ids and answer_ids, but got {error!r}"
+                        f"{file}, line {number}: expected an object with prompt_ids and answer_ids, but {error}"
                     ) from error
                 ids = (prompt + answer)[:max_len]
                 if not prompt or len(ids) - len(prompt) < 2:
                     skipped += 1
                     continue
-                rows.append(TextRow(record.get("domain", "all"), ids, [(len(prompt), len(ids))]))
+                rows.append(TextRow(domain, ids, [(len(prompt), len(ids))]))
     return rows, skipped
+
+
+def _parse(line: bytes) -> tuple[str, list[int], list[int]]:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"got a {type(record).__name__}")
+    for name in ("prompt_ids", "answer_ids"):
+        ids = record.get(name)
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError(f"{name} is no list of token ids")
+    domain = record.get("domain", "all")
+    if not isinstance(domain, str):
+        raise ValueError(f"domain must be a string, not {domain!r}")
+    return domain, record["prompt_ids"], record["answer_ids"]
 
 
 def pack_rows(rows: Sequence[TextRow], row_len: int) -> list[TextRow]:

@@ -24,17 +24,15 @@ KEY_QUANTUM = 64  # contexts are padded to a multiple of it, for kernels like fe
 class FrozenCache:
     """Memory-mapped K/V [tokens, layers, 2, HKV, D] and teacher top-k (ids, probabilities) [tokens, k] of all rows.
 
-    Token n of row r lies at `starts[r] + n`. The probabilities are those of the token after it, renormalised over the
-    k kept ones; they are there for answers only. Make one with `open_or_build`.
+    Token n of row r lies at `starts[r] + n`. The probabilities beside it are those of the next token, renormalised over
+    the k that are kept; only places that predict an answer have them. Make one with `open_or_build`.
     """
 
     def __init__(self, folder: Path, manifest: dict) -> None:
-        self.folder, self.starts = folder, manifest["starts"]
-        tokens, top_k = manifest["tokens"], manifest["top_k"]
-        shape = (tokens, *manifest["kv_shape"])
-        self.kv = _map(folder / "kv.bin", shape, getattr(torch, manifest["dtype"]))
-        self.teacher_ids = _map(folder / "teacher_ids.bin", (tokens, top_k), torch.int32)
-        self.teacher_probs = _map(folder / "teacher_probs.bin", (tokens, top_k), torch.float32)
+        self.starts = manifest["starts"]
+        self.kv, self.teacher_ids, self.teacher_probs = (
+            _map(folder / name, *layout) for name, layout in _layouts(manifest).items()
+        )
 
     @classmethod
     def open_or_build(
@@ -54,7 +52,7 @@ class FrozenCache:
             model: its frozen AR view reads every row.
             rows: all that the cache is to serve, in the order of their row ids.
             top_k: probabilities kept per position.
-            dtype: of K/V on disk; 23 kB a token for SmolLM2-135M in bf16.
+            dtype: of K/V on disk; in bf16, a token of SmolLM2-135M takes 23 kB.
 
         Raises:
             ValueError: top_k is out of range. OSError: the disk has no room for it.
@@ -76,7 +74,9 @@ class FrozenCache:
         path = folder / "manifest.json"
         found = json.loads(path.read_text()) if path.is_file() else {}
         filled = found.pop("filled", 0)
-        if found != manifest:
+        # a file that was lost or cut short is made anew, and empty
+        whole = all(_is_whole(folder / name, *layout) for name, layout in _layouts(manifest).items())
+        if found != manifest or not whole:
             filled = 0
             path.unlink(missing_ok=True)
         cache = cls(folder, manifest)
@@ -134,10 +134,23 @@ class FrozenCache:
         return out
 
 
-def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    elements = torch.Size(shape).numel()
-    size = elements * dtype.itemsize
-    if not path.is_file() or path.stat().st_size != size:
+def _layouts(manifest: dict) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each file."""
+    tokens, top_k = manifest["tokens"], manifest["top_k"]
+    return {
+        "kv.bin": (torch.Size((tokens, *manifest["kv_shape"])), getattr(torch, manifest["dtype"])),
+        "teacher_ids.bin": (torch.Size((tokens, top_k)), torch.int32),
+        "teacher_probs.bin": (torch.Size((tokens, top_k)), torch.float32),
+    }
+
+
+def _is_whole(path: Path, shape: torch.Size, dtype: torch.dtype) -> bool:
+    return path.is_file() and path.stat().st_size == shape.numel() * dtype.itemsize
+
+
+def _map(path: Path, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    if not _is_whole(path, shape, dtype):
+        size = shape.numel() * dtype.itemsize
         try:
             with open(path, "wb") as file:
                 if hasattr(os, "posix_fallocate"):  # a full disk says so here, not while the map is written
@@ -147,7 +160,7 @@ def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
         except OSError as error:
             path.unlink(missing_ok=True)
             raise OSError(f"the frozen cache needs {size / 1e9:.1f} GB for {path}, but: {error}") from error
-    return torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(shape)
+    return torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
 
 
 def _write_json(path: Path, content: dict) -> None:

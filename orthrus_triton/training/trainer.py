@@ -65,6 +65,7 @@ class ViewTrainer(Trainer):
             raise ValueError(f"block_size must be in 2..{model.block_size}, the model's, but got {block_size}")
         model.config.block_size = block_size  # what it is trained for, decoding drafts
         everything, cache = [*rows, *eval_rows], None
+        _require_rows(rows, everything, model.vocab_size)
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.cache_dir is not None:
             model.to(args.device)  # as the Trainer will; filling the cache takes many passes of the frozen view
@@ -213,11 +214,8 @@ class ViewTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.clock is not None and self.args.should_save:
                 self.clock.save(self._staging / name)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
+        # torch and safetensors have errors of their own for a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self._staging, ignore_errors=True)
             raise OSError(
                 f"{name} could not be written to {run}: {error}. Earlier checkpoints there are whole; make room and "
@@ -234,6 +232,18 @@ class ViewTrainer(Trainer):
             for old in _checkpoints(run)[:-kept] if kept else []:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+def _require_rows(rows: Sequence[TextRow], everything: Sequence[TextRow], vocab_size: int) -> None:
+    """Here, for an embedding's index error on a GPU names neither the token nor the row."""
+    if not rows:
+        raise ValueError("rows must not be empty: no row of the data has an answer to learn from")
+    largest = max(max(row.ids) for row in everything)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"rows must hold tokens of the model's vocabulary, 0..{vocab_size - 1}, but one holds {largest}: they may "
+            "be of another model"
+        )
 
 
 def _surprise(
@@ -254,5 +264,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    found = [path for path in run.glob("checkpoint-*") if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    steps = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")}
+    # a folder of another name, such as a copy somebody made, is none of the run's
+    found = [path for path, step in steps.items() if step.isdecimal() and (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(steps[path]))

@@ -47,6 +47,43 @@ def test_rows_are_read_cut_and_counted(tmp_path):
         read_rows(empty, max_len=4)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[1]", "got a list"),
+        (b'{"prompt_ids": [1], "answer', "Invalid control character"),
+        (b'{"answer_ids": [1, 2]}', "prompt_ids is no list of token ids"),
+        (b'{"prompt_ids": "ab", "answer_ids": [1, 2]}', "prompt_ids is no list of token ids"),
+        (b'{"prompt_ids": [1], "answer_ids": [1.5, 2]}', "answer_ids is no list of token ids"),
+        (b'{"prompt_ids": [1], "answer_ids": [1, -2]}', "answer_ids is no list of token ids"),
+        (b'{"prompt_ids": [1], "answer_ids": [1, 2], "domain": null}', "domain must be a string, not None"),
+        (b'{"prompt_ids": [1], "answer_ids": [1, 2], "domain": "\xff"}', "codec can't decode byte"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt_ids": [1], "answer_ids": [1, 2]}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 3: expected an object .* but .*{message}"):
+        read_rows(path, 10)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_rows_that_cannot_be_trained_on_are_named(tmp_path, cached):
+    model = make_model()
+    for rows, message in (
+        ([], "rows must not be empty"),
+        ([TextRow("all", [1, 2, 101], [(1, 3)])], r"tokens of the model's vocabulary, 0\.\.100, but one holds 101"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ViewTrainer(model, make_args(tmp_path, 2, cached=cached), rows)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ViewTrainingArguments, "n_gpu", property(lambda args: 2))
+    with pytest.raises(ValueError, match=r"the number of GPUs that a process sees must be 1 \(torchrun .* but got 2"):
+        make_args(tmp_path, 2)
+
+
 def test_packed_rows_keep_their_answers_and_domains():
     rows = [TextRow(domain, [n] * 5, [(2, 5)]) for n, domain in enumerate(["code", "prose", "code", "code"])]
     packed = pack_rows(rows, 10)
@@ -110,6 +147,21 @@ def test_a_cache_that_was_cut_short_is_completed(tmp_path, monkeypatch):
     assert torch.equal(cut.teacher_probs, whole.teacher_probs)
 
 
+@pytest.mark.parametrize("name", ["kv.bin", "teacher_ids.bin", "teacher_probs.bin"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_damaged_cache_is_made_again(tmp_path, name, lost):
+    model = make_model()
+    rows = own_rows(model, 2)
+    whole = FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    expected = [tensor.clone() for tensor in (whole.kv, whole.teacher_ids, whole.teacher_probs)]
+    if lost:
+        (tmp_path / name).unlink()
+    else:
+        os.truncate(tmp_path / name, 100)
+    again = FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    assert all(map(torch.equal, (again.kv, again.teacher_ids, again.teacher_probs), expected))
+
+
 def test_a_disk_without_room_for_the_cache_says_so(tmp_path, monkeypatch):
     def no_room(*arguments):
         raise OSError(28, "No space left on device")
@@ -148,7 +200,9 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
         ("max_steps: 3\nchain_width: wide", "chain_width must be a number, but got the text 'wide'"),
         ("max_steps:", "max_steps must be a number, but is empty"),
         ("max_steps: 3\nuse_cpu: true\nblock_size: 0", "block_size must be >= 2 or null, but got 0"),
-        ("max_steps: 3\nuse_cpu: true\nchain_width: 3.5", "chain_width must be an integer >= 1 or null, but got 3.5"),
+        ("max_steps: 3\nuse_cpu: true\nchain_width: 0", "chain_width must be >= 1 or null, but got 0"),
+        ("max_steps: 3\nchain_width: 3.5", "chain_width must be a whole number, but got 3.5"),
+        ("max_steps: 3\nnum_anchors: true", "num_anchors must be a whole number, but got True"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -209,6 +209,7 @@ def test_a_fresh_run_is_not_mistaken_for_the_one_before(tmp_path):
     run = tmp_path / "run"
     train_view(make_args(tmp_path, 6, save_steps=3, **options))
     (run / "checkpoint-notes").mkdir()
+    (run / "checkpoint-notes" / "trainer_state.json").touch()  # as in a copy of a checkpoint
     old = saved_view(tmp_path, 6)
     with pytest.raises(ValueError, match="init_view must not be among the checkpoints that a fresh run removes"):
         train_view(make_args(tmp_path, 4, init_view=str(run / "checkpoint-6"), **options), resume=False)
