@@ -184,7 +184,7 @@ def main(
     rows: Annotated[str, typer.Option(help="Query rows: 1 is AR decode, the block size is verify.")] = "1,32",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    samples: Annotated[int, typer.Option(help="Samples of each cell.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each cell.")] = 50,
     out: Annotated[
         Path | None, typer.Option(help="Folder for CSV and chart; on a GPU benchmarks/data by default.")
     ] = None,
@@ -198,7 +198,7 @@ def main(
     ours gets it whole, with NaN behind them. A row is written when it is measured: Ctrl-C leaves a table of those.
 
     \b
-    python -m benchmarks.attention                              # what the README quotes, on a GPU
+    python -m benchmarks.attention                              # on a GPU
     python -m benchmarks.attention --contexts 4096,131072 --rows 1,8,32
     python -m benchmarks.attention --shape tiny --device cpu    # does it run? the torch implementation, in seconds
     """

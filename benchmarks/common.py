@@ -1,5 +1,5 @@
-"""What the benchmarks share: timing by graph replay, copy bandwidth, the environment, tables, CSV files and charts.
-And of what they are asked for: `require_known`, `whole_numbers`."""
+"""What the benchmarks share: parsing of options, the correctness gate, the environment, tables, CSV files and charts.
+Their timing is the tuner's, `orthrus_triton.autotune.timing`, handed on from here."""
 
 from __future__ import annotations
 

@@ -30,13 +30,14 @@ def main(
     tokens_per_cycle: Annotated[
         float, typer.Option(help="ASSUMED acceptance, bonus token included, for tokens/s of drafted cycles.")
     ] = 1.0,
-    cycles: Annotated[int, typer.Option(help="Cycles to time in each cell.")] = 40,
+    cycles: Annotated[int, typer.Option(min=1, help="Cycles to time in each cell.")] = 40,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     official: Annotated[Path | None, typer.Option(help="Checkout of the official repository; its code is run.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, table and chart.")] = None,
 ) -> None:
-    """Weights are random: times are right, acceptance is not measured. Tokens/s are the assumed ones."""
+    """Time a cycle of each provider. Weights are random, so acceptance is not measured, and tokens/s is what
+    --tokens-per-cycle assumes."""
     with one_line_errors():
         require_known("--shape", shape, SHAPES)
         require_known("--dtype", dtype, DTYPES)

@@ -21,7 +21,7 @@ REPLAYS = 5
 
 def main(
     shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "qwen3-8b",
-    context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 2048,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 2048,
     mode: Annotated[str, typer.Option(help="consensus or ar.")] = "consensus",
     out: Annotated[Path | None, typer.Option(help="Folder for the CSV file.")] = None,
 ) -> None:

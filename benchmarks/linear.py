@@ -96,7 +96,7 @@ def main(
     rows: Annotated[str, typer.Option(help="Rows of x, one or several.")] = "1,8,32,128,256",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    samples: Annotated[int, typer.Option(help="Samples of each cell.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each cell.")] = 50,
     out: Annotated[
         Path | None, typer.Option(help="Folder for CSV and chart; on a GPU benchmarks/data by default.")
     ] = None,
@@ -109,7 +109,7 @@ def main(
     first (fp64, and equal row bits for all row counts); if one is wrong, nothing is timed and the exit code is 1.
 
     \b
-    python -m benchmarks.linear                              # what the README quotes, on a GPU
+    python -m benchmarks.linear                              # on a GPU
     python -m benchmarks.linear --shape qwen3-8b --rows 1,32 --dtype fp16
     python -m benchmarks.linear --shape tiny --device cpu    # does it run? the torch implementation, in seconds
     """

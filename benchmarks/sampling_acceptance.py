@@ -1,18 +1,17 @@
-"""How many drafts the two sampling rules accept, on real prompts at several temperatures. Counts, no times: they hold
-for any machine.
-
-python -m benchmarks.sampling_acceptance                     the demo model
-python -m benchmarks.sampling_acceptance MODEL --tokens 256
-"""
+"""How many drafts the two sampling rules accept, on real prompts at several temperatures: counts, so for any machine.
+python -m benchmarks.sampling_acceptance [MODEL] --tokens 256"""
 
 from __future__ import annotations
 
-import argparse
+from typing import Annotated
 
 import torch
+import typer
 
+from orthrus_triton.cli.common import one_line_errors, resolve_device
 from orthrus_triton.cli.load import load_model
 from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.training.prompts import Prompt, encode
 
 PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -23,29 +22,26 @@ PROMPTS = (
 TEMPERATURES = (0.0, 0.5, 0.8, 1.0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="folder or hub id of an Orthrus model; by default the demo model")
-    parser.add_argument("--tokens", type=int, default=64, help="per prompt")
-    parser.add_argument("--block-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, name = load_model(
-        arguments.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device
-    )
-    prompts = []
-    for prompt in PROMPTS:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompts.append(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    decoder = ConsensusDecoder(model, block_size=arguments.block_size)
-    print(f"{name}, block {arguments.block_size}, {len(prompts)} prompts of {arguments.tokens} tokens, {device}")
+def main(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub id of an Orthrus model; by default the demo model.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each prompt; the first is the prefill's.")] = 64,
+    block_size: Annotated[int, typer.Option(help="Rows of a draft block, anchor included.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the sampled tokens.")] = 1,
+) -> None:
+    """Tokens per cycle, and the share of cycles that accept their first draft, by sampling rule and temperature."""
+    with one_line_errors():
+        device = resolve_device("auto")
+        network, tokenizer, name = load_model(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        prompts = [torch.tensor(encode(tokenizer, Prompt(text))) for text in PROMPTS]
+        decoder = ConsensusDecoder(network, block_size=block_size)
+    print(f"{name}, block {block_size}, {len(prompts)} prompts of {tokens} tokens, {device}")
     print("| T | rule | tokens per cycle | first draft accepted | cycles |\n|---|---|---|---|---|")
     for temperature in TEMPERATURES:
         for rule in ("coupled", "rejection") if temperature else ("greedy",):
             stats = decoder.generate(
-                prompts, max_new_tokens=arguments.tokens, temperature=temperature, seed=arguments.seed,
+                prompts, max_new_tokens=tokens, temperature=temperature, seed=seed,
                 sampling="coupled" if rule == "greedy" else rule,
             ).stats  # fmt: skip
             cycles = sum(stats.accepted_histogram)
@@ -54,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -18,7 +18,7 @@ import httpx
 import torch
 import typer
 
-from benchmarks.common import Report, require_green, require_known
+from benchmarks.common import Report, require_green, require_known, whole_numbers
 from benchmarks.shapes import SHAPES, build
 from orthrus_triton.cli.common import DtypeName, one_line_errors, resolve_device, resolve_dtype
 from orthrus_triton.cli.load import load_model
@@ -192,14 +192,6 @@ def figures(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_levels(clients: str) -> list[int]:
-    """ "1,2,4" -> [1, 2, 4]."""
-    levels = [int(part) if part.strip().isdigit() else 0 for part in clients.split(",")]
-    if min(levels) < 1:
-        raise ValueError(f"--clients must be integers >= 1 with commas between them, but got {clients!r}")
-    return levels
-
-
 def main(
     model: Annotated[
         str | None, typer.Argument(help="Folder or hub id of an Orthrus model; by default the demo model.")
@@ -227,7 +219,7 @@ def main(
     python -m benchmarks.serving --shape tiny --requests 4 --tokens 8 --device cpu        # does it run?
     """
     with one_line_errors():
-        levels = read_levels(clients)
+        levels = whole_numbers("--clients", clients)
         if model is not None and shape is not None:
             raise ValueError(f"--shape must not be given with a MODEL, but got {shape!r} and {model!r}")
         if shape is not None:

@@ -1,4 +1,5 @@
-"""What a training step consists of: host and device time of its halves, and a table of kernels."""
+"""What a training step consists of: host and device time of the forward and the backward pass, and a table of kernels.
+Of a trainer whose run has ended: the step is not taken, only timed."""
 
 from __future__ import annotations
 
@@ -11,25 +12,25 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def profile_step(trainer: Any) -> str:
-    """Where the time of one step goes, by kernel; and how long host and device take for its halves."""
+    """How long host and device take for the forward and the backward pass of one step, and its kernels by time."""
     on_gpu = trainer.args.device.type == "cuda"
     wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else (lambda: None)
     trainer.args.dataloader_num_workers, trainer.args.dataloader_prefetch_factor = 0, None
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     lines = []
-    for _ in range(2):
+    for _ in range(2):  # the first one warms up
         wait()
         started = time.monotonic()
         loss = trainer.compute_loss(trainer.model, batch)
         launched = time.monotonic()
         wait()
-        forward = time.monotonic()
+        forward_done = time.monotonic()
         loss.backward()
         back_launched = time.monotonic()
         wait()
         ended = time.monotonic()
     for name, first, middle, last in (
-        ("forward", started, launched, forward), ("backward", forward, back_launched, ended),
+        ("forward", started, launched, forward_done), ("backward", forward_done, back_launched, ended),
     ):  # fmt: skip
         lines.append(f"{name}: host {1000 * (middle - first):.1f} ms, done after {1000 * (last - first):.1f} ms")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

@@ -184,12 +184,12 @@ ROUTES = {
 def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}: heads, width, vocabulary.")] = "qwen3-0.6b",
     anchors: Annotated[int, typer.Option(help="Blocks in the row of text.")] = 256,
-    block_size: Annotated[int, typer.Option(help="K, rows of a block.")] = 32,
+    block_size: Annotated[int, typer.Option(min=2, help="K, rows of a block.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of the row of text.")] = 2048,
-    layers: Annotated[int | None, typer.Option(help="Attentions in a step; by default the shape's layers.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Attentions in a step; by default the shape's.")] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    samples: Annotated[int, typer.Option(help="Samples of each route.")] = 20,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each route.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV; on a GPU benchmarks/data by default.")] = None,
 ) -> None:
     """Time and peak memory, forward and backward, of what a training step does beside plain matrix products.

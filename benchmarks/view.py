@@ -1,5 +1,5 @@
 """A view for SmolLM2-135M from nothing, in one process and within given seconds: answers, training, export, evaluation.
-Or a rehearsal of it with random weights of the same shape, and what a training step consists of."""
+Or a rehearsal of all that on random weights of the same shape, which can also profile a training step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.common import environment
+from benchmarks.common import environment, require_known, whole_numbers
 from benchmarks.step_profile import profile_step
 from orthrus_triton.cli.common import one_line_errors, resolve_device
 from orthrus_triton.cli.export_view import read_trained
@@ -126,7 +126,8 @@ def make_data(visit: Visit, prompts: Path, limit: int | None, seconds: float, ba
 
 
 def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes: dict[str, Any], profile: bool) -> None:
-    """Train on the folder with most rows, with layers compiled if that works, into work/run."""
+    """Train on the folder with most rows into work/run. A run that fails within 90 seconds is tried again without
+    compiled layers, which may be what failed."""
     sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.jsonl")) for folder in rows}
     data = max(sizes, key=sizes.__getitem__)
     if not sizes[data]:
@@ -159,7 +160,7 @@ def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes:
 
 
 def try_rates(visit: Visit, rates: list[float], *arguments: Any, changes: dict[str, Any]) -> None:
-    """A short run at each learning rate: the losses of its last steps, which are of rows hardly seen before."""
+    """A short run at each learning rate, and the mean of its last two logs: its rows have hardly been seen before."""
     for rate in rates:
         part = {"learning_rate": rate, "save_strategy": "no", "logging_steps": 25, "eval_strategy": "steps"}
         train(visit, *arguments, changes=changes | part, profile=False)
@@ -173,8 +174,8 @@ def try_rates(visit: Visit, rates: list[float], *arguments: Any, changes: dict[s
         print(f"learning rate {rate}: {figures}", flush=True)
 
 
-def export(visit: Visit) -> Path:
-    """The view as out/view.safetensors, and in pieces that every way home takes."""
+def export(visit: Visit) -> None:
+    """The view as work/view.safetensors, and in out in pieces of at most 15 MiB."""
     run = visit.work / "run"
     if visit.model is not None:
         source = run / "model"
@@ -191,7 +192,6 @@ def export(visit: Visit) -> Path:
     for n in range(0, len(data), piece):
         (visit.out / f"view.safetensors.{n // piece}").write_bytes(data[n : n + piece])
     print(f"{source} -> {size / 1e6:.2f} MB; cat view.safetensors.? > view.safetensors", flush=True)
-    return target
 
 
 def measure(visit: Visit, prompts: list[Path], limit: int | None, tokens: int, block_sizes: list[int]) -> None:
@@ -212,15 +212,22 @@ def measure(visit: Visit, prompts: list[Path], limit: int | None, tokens: int, b
         visit.figures[f"tokens_per_cycle_k{block_size}"] = by_domain
 
 
+def _learning_rates(text: str) -> list[float]:
+    try:
+        return [float(rate) for rate in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--rates must be numbers separated by commas, but got {text!r}") from error
+
+
 def main(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for results.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompts of distill-data --prompts-only.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Rows to train on if there are no new ones.")] = None,
     held_out: Annotated[Path, typer.Option(help="Held-out rows.")] = Path("held-out"),
     config: Annotated[Path, typer.Option()] = Path("examples/train_smollm2_gpu.yaml"),
-    stages: Annotated[str, typer.Option(help=f"Some of {','.join(STAGES)}; each takes up what is in --work.")] = (
-        ",".join(STAGES)
-    ),
+    stages: Annotated[
+        str, typer.Option(help=f"Some of {','.join(STAGES)}, or none; each takes up what is in --work.")
+    ] = ",".join(STAGES),
     data_seconds: Annotated[float, typer.Option(help="For answers, at most.")] = 60,
     train_seconds: Annotated[float, typer.Option(help="For steps after the first.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Answers generated side by side.")] = 256,
@@ -248,7 +255,9 @@ def main(
     """
     started = time.monotonic()
     with one_line_errors():
-        wanted = [name for name in STAGES if name in stages.split(",")]
+        wanted = require_known("--stages", stages, (*STAGES, "none"))
+        sizes = whole_numbers("--block-sizes", block_sizes) if block_sizes else None
+        learning_rates = _learning_rates(rates) if rates else []
         overrides = parse_changes(changes or []) | {"max_seconds": train_seconds}
         work = work or out.with_name(f"{out.name}_work")
         visit = Visit(out, work / (random or "smollm2"), resolve_device(device), None, {}, {})
@@ -263,9 +272,9 @@ def main(
         with stage(visit, "data"):
             make_data(visit, prompts, limit, data_seconds, batch_size)
     found = [visit.work / "rows", *([rows] if rows and not random else [])]
-    if rates:
+    if learning_rates:
         with stage(visit, "rates"):
-            try_rates(visit, [float(rate) for rate in rates.split(",")], config, found, held_out, changes=overrides)
+            try_rates(visit, learning_rates, config, found, held_out, changes=overrides)
     elif "train" in wanted:
         with stage(visit, "train"):
             train(visit, config, found, held_out, overrides, profile)
@@ -274,9 +283,9 @@ def main(
             export(visit)
     if "evaluate" in wanted:
         with stage(visit, "evaluate"):
-            trained = overrides.get("block_size") or read_config(config, max_seconds=1).block_size
-            known = {trained, 8} - {None}
-            sizes = [int(size) for size in block_sizes.split(",")] if block_sizes else sorted(known)[::-1]
+            if sizes is None:
+                trained = overrides.get("block_size") or read_config(config, max_seconds=1).block_size
+                sizes = sorted({trained, 8} - {None}, reverse=True)
             measure(visit, eval_prompts or [Path("examples/prompts/code.txt")], eval_limit, eval_tokens, sizes)
     print(f"== all: {time.monotonic() - started:.1f} s, {json.dumps(visit.figures)}", flush=True)
     sys.exit(bool(visit.figures.get("failed")))

@@ -76,7 +76,7 @@ def test_a_refusal_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("--shape", "9b"), "--shape must be one of tiny, "),
         (("--shape", "tiny", "folder"), "--shape must not be given with a MODEL"),
-        (("--shape", "tiny", "--clients", "2,0"), "--clients must be integers >= 1 with commas between them, but got"),
+        (("--shape", "tiny", "--clients", "2,0"), "--clients must be whole numbers >= 1 separated by commas, but got"),
     ],
 )
 def test_bad_options_are_one_line(arguments: tuple[str, ...], message: str) -> None:

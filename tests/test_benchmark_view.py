@@ -87,3 +87,19 @@ def test_a_config_may_leave_the_block_size_to_the_model(visit, monkeypatch) -> N
                  "--work", visit.work)  # fmt: skip
     result = CliRunner().invoke(application, [str(argument) for argument in arguments])
     assert result.exit_code == 0 and measured == [[8]], result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--stages", "data,trian"), "--stages must be one of data, train, export, evaluate, none, but got 'trian'"),
+        (("--block-sizes", "8,x"), "--block-sizes must be whole numbers >= 1"),
+        (("--rates", "1e-3;2e-3"), "--rates must be numbers separated by commas"),
+    ],
+)
+def test_bad_options_are_said_before_anything_runs(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    application = typer.Typer()
+    application.command()(view.main)
+    result = CliRunner().invoke(application, [str(tmp_path / "out"), *options, "--device", "cpu"])
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
