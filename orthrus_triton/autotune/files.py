@@ -101,9 +101,7 @@ def read_table(path: Path) -> Table | None:
             raise ValueError(f"it has {status.st_size} bytes, more than {MOST_BYTES}")
         content = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
         _fill(table, content)
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         table.entries.clear()

@@ -117,8 +117,8 @@ class Space:
 
 
 class BuiltInSpace(Space):
-    """An op of this package: its rule in `defaults`, its kernels in `files`, but for those that no configuration
-    reaches."""
+    """An op of this package: its rule is in `defaults`, its kernels in `files`; those named in `without` do not depend
+    on the configuration."""
 
     files: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ class BuiltInSpace(Space):
         return fmean(estimate(family, work, shared, warps, registers) / work.traffic for work in works)
 
     def misfit(self, config: KernelConfig, dtype: str, family: str, key: dict[str, int]) -> str | None:
-        """Shared memory, and accumulators that registers can hold."""
+        """Shared memory."""
         shared, limit = self.shared_bytes(config, dtype, family, key) + SHARED_SLACK, SHARED_MEMORY_LIMIT[family]
         if shared > limit:
             return f"{config} needs up to {shared} bytes of shared memory, {family} has {limit}"
@@ -160,8 +160,8 @@ class BuiltInSpace(Space):
 
 
 class LinearSpace(BuiltInSpace):
-    """linear, linear_swiglu and lm_head_choice: one configuration per weight shape, because fused and unfused products
-    must have the same bits."""
+    """linear, and the products that have something fused behind them: one configuration per weight shape, because fused
+    and unfused products must have the same bits."""
 
     files = ("ops/linear.py", "ops/linear_swiglu.py", "ops/lm_head.py", "ops/swiglu.py")
     without = ("swiglu_kernel", "best_tile_kernel")

@@ -61,7 +61,7 @@ def measure(
         candidates: name -> steps. A step is called without arguments and must allocate nothing that outlives it.
         device: where they run.
         samples: most samples of each candidate.
-        seconds: most time to spend on each, warm-up excluded; at least five samples are taken anyway.
+        seconds: most time to spend on each, warm-up excluded; five samples (or `samples`, if fewer) are taken anyway.
         graph: False times eager calls instead, launches included (what cannot be captured).
     """
     if device.type != "cuda":

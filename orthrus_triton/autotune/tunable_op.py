@@ -15,6 +15,7 @@ from orthrus_triton.autotune.config import DTYPES, KernelConfig, Problem
 from orthrus_triton.autotune.source import fingerprint_of_functions
 from orthrus_triton.autotune.space import LAUNCH_NAMES, SPACES, Space
 from orthrus_triton.autotune.store import lookup
+from orthrus_triton.autotune.timing import copies_beyond_cache
 
 Inputs = tuple[Any, ...]
 Run = Callable[[Inputs, KernelConfig], torch.Tensor]
@@ -127,8 +128,6 @@ class Tunable(TunableOp):
 
     def loads(self, problem: Problem, device: torch.device) -> list[Load]:
         """One row and a block of rows, over copies that exceed the cache."""
-        from orthrus_triton.autotune.timing import copies_beyond_cache
-
         loads = []
         for rows in TIMED_ROWS:
             first = self._make(problem, rows, device)

@@ -66,8 +66,9 @@ def tune(
         advance: told (units done, units in all, what is going on).
 
     Raises:
-        ValueError: there is no GPU to time on, or nothing to tune.
+        ValueError: there is no GPU to time on, nothing to tune, or a count below 1.
     """
+    _require_positive(jobs=jobs, candidates=candidates, repeats=repeats)
     problems = collect(what, ops, dtype)
     device = torch.device(device)
     if gpu is None:
@@ -77,8 +78,6 @@ def tune(
                 "--dry-run --target sm_90, in Python tune_dry(..., target='sm_90')"
             )
         gpu = store.gpu_of(device)
-    if repeats < 1:
-        raise ValueError(f"repeats must be >= 1, but got {repeats}")
     run = Run(problems, gpu, str(device), budget, candidates, repeats, folder or files.user_folder(), handler, advance)
     try:
         return run.run(jobs or cores(), fresh)
@@ -144,20 +143,34 @@ def tune_dry(
         what, ops, dtype, jobs, candidates, handler, advance: as in `tune`.
 
     Raises:
-        ValueError: no such target, or nothing to compile.
+        ValueError: no such target, nothing to compile, or a count below 1.
     """
     family = target.replace("_", "")
     if family not in FAMILIES:
         raise ValueError(f"target must be one of sm_80, sm_90, sm_100, gfx942, but got {target!r}")
-    problems = collect(what, ops, dtype)
-    configs = {p: SPACES[p.op].candidates(p.dtype, family, p.shape, candidates) for p in problems}
-    # one compilation serves all weight shapes that compile to the same thing
+    _require_positive(jobs=jobs, candidates=candidates)
+    configs = {
+        problem: SPACES[problem.op].candidates(problem.dtype, family, problem.shape, candidates)
+        for problem in collect(what, ops, dtype)
+    }
+
+    def compiled(done: int, total: int) -> None:
+        advance(done, total, f"compiling for {target}")
+
+    answers = _compile_each(configs, family, jobs or cores(), handler, compiled)
+    return [_dry_outcome(problem, several, family, answers) for problem, several in configs.items()]
+
+
+def _compile_each(
+    configs: Mapping[Problem, Sequence[KernelConfig]], family: str, jobs: int, handler: str,
+    compiled: Callable[[int, int], None],
+) -> dict[tuple, Answer]:  # fmt: skip
+    """Answers by `_compiled_as`: one compilation serves all weight shapes that compile to the same thing."""
     asked: dict[tuple, dict[str, Any]] = {}
     for problem, several in configs.items():
-        stand_in = _stand_in(problem)
         for config in several:
-            asked[stand_in, stand_in.uses, config.identity()] = {
-                "stage": "compile", "home": home_of_op(problem.op), "problem": stand_in.as_json(),
+            asked[_compiled_as(problem, config)] = {
+                "stage": "compile", "home": home_of_op(problem.op), "problem": _stand_in(problem).as_json(),
                 "config": config.as_json(), "family": family, "every": False,
             }  # fmt: skip
     answers: dict[tuple, Answer] = {}
@@ -165,27 +178,40 @@ def tune_dry(
 
     def answered(number: int, answer: Answer) -> None:
         answers[keys[number]] = answer
-        advance(len(answers), len(keys), f"compiling for {target}")
+        compiled(len(answers), len(keys))
 
-    workers = [Worker(handler, compiler_environment()) for _ in range(jobs or cores())]
+    workers = [Worker(handler, compiler_environment()) for _ in range(jobs)]
     try:
         ask_all(workers, list(asked.values()), COMPILE_TIMEOUT, answered, lambda: float("inf"))
     finally:
         for worker in workers:
             worker.close()
-    outcomes = []
-    for problem, several in configs.items():
-        space, stand_in, outcome = SPACES[problem.op], _stand_in(problem), DryOutcome(problem)
-        for config in several:
-            answer = answers[stand_in, stand_in.uses, config.identity()]
-            if why := answer.get("error") or "; ".join(answer["problems"]):
-                outcome.rejected[str(config)] = why
-                continue
-            usage = answer["shared"], answer["registers"]
-            cost = space.cost(config, problem.dtype, family, problem.shape, *usage)
-            outcome.fitting.append((config, *usage, cost))
-        outcomes.append(outcome)
-    return outcomes
+    return answers
+
+
+def _dry_outcome(
+    problem: Problem, configs: Sequence[KernelConfig], family: str, answers: Mapping[tuple, Answer]
+) -> DryOutcome:
+    outcome = DryOutcome(problem)
+    for config in configs:
+        answer = answers[_compiled_as(problem, config)]
+        if why := answer.get("error") or "; ".join(answer["problems"]):
+            outcome.rejected[str(config)] = why
+            continue
+        usage = answer["shared"], answer["registers"]
+        cost = SPACES[problem.op].cost(config, problem.dtype, family, problem.shape, *usage)
+        outcome.fitting.append((config, *usage, cost))
+    return outcome
+
+
+def _compiled_as(problem: Problem, config: KernelConfig) -> tuple:
+    return _stand_in(problem), problem.uses, config.identity()
+
+
+def _require_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, but got {value}")
 
 
 def _stand_in(problem: Problem) -> Problem:

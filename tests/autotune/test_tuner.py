@@ -13,6 +13,7 @@ from orthrus_triton.autotune.config import Problem
 from orthrus_triton.autotune.gate import Gate
 from orthrus_triton.autotune.run import Result
 from orthrus_triton.autotune.tunable_op import OPS
+from orthrus_triton.autotune.tuner import tune_dry
 from orthrus_triton.autotune.worker import NOT_RUN, Worker, ask_all, compiler_environment
 from tests.autotune import planted
 from tests.autotune.conftest import GPU, interpreted
@@ -77,6 +78,15 @@ def test_the_built_in_ops_pass_the_gate(problem: Problem):
 
 
 # --- the pipeline
+
+
+@pytest.mark.parametrize("name", ["jobs", "candidates", "repeats"])
+def test_counts_below_one_are_refused_and_not_waited_for(name: str):
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, but got -1"):
+        tune(PRODUCT, device="cpu", gpu=GPU, **{name: -1})
+    if name != "repeats":
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, but got -1"):
+            tune_dry(PRODUCT, "sm_90", **{name: -1})
 
 
 @interpreted
