@@ -39,9 +39,7 @@ class Gate:
         ]
 
 
-def _problems(
-    variant: Variant, expected: tuple[torch.Tensor, torch.Tensor] | None, config: KernelConfig
-) -> list[str]:  # fmt: skip
+def _problems(variant: Variant, expected: tuple[torch.Tensor, torch.Tensor] | None, config: KernelConfig) -> list[str]:
     whole = variant.run(variant.inputs, config)
     found = []
     if expected is not None:

@@ -32,9 +32,7 @@ class Described:
         return f"{self.problem} {self.problem.dtype}: {self.config} [{where}{f'; {times} of floor' if times else ''}]"
 
 
-def describe(
-    problems: Sequence[Problem] | None = None, device: torch.device | str | None = None
-) -> list[Described]:  # fmt: skip
+def describe(problems: Sequence[Problem] | None = None, device: torch.device | str | None = None) -> list[Described]:
     """Which configuration each problem has, and why.
 
     Args:

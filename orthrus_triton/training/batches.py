@@ -118,7 +118,8 @@ class ViewDistillation(nn.Module):
         input_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """A batch of `BlockCollator` -> `loss`, and `matches` [B, A, K-1]: the draft is the text's token."""
-        index = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
+        of_targets = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
+        index = of_targets  # the teacher's position for each target
         if input_ids is not None:
             layers, states = self._reader(input_ids, prompt_len)
             teacher = ops.HiddenTeacher(states.flatten(0, 1))
@@ -130,8 +131,7 @@ class ViewDistillation(nn.Module):
             teacher = None if teacher_ids is None else ops.TopKTeacher(teacher_ids.flatten(0, 2),
                                                                        teacher_probs.flatten(0, 2))  # fmt: skip
         if self.loss == "ce":
-            teacher = ops.LabelTeacher(targets.flatten().clamp(min=0))
-            index = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
+            teacher, index = ops.LabelTeacher(targets.flatten().clamp(min=0)), of_targets
         hidden = self.student.draft(anchor_ids, anchors, prompt_len, layers, self.block_size)
         hidden = self.student.chain(hidden, own_ids)
         loss, matches = block_loss(hidden, self.student.head_weight, teacher, index, targets, self.weights)

@@ -16,8 +16,8 @@ FILE = "training_clock.json"
 class TrainingClock(TrainerCallback):
     """Ends training after `seconds`, counted from the end of the first step, which compiles.
 
-    A step's place in the schedule is its number or, where that is further, the share of the time that is gone. A run
-    that is resumed has what was left at its checkpoint; its first step, which compiles again, is not counted again.
+    A step's place in the schedule is its number or, where that is further, the share of the time that is gone. A
+    resumed run has the time that was left at its checkpoint; its first step, which compiles again, is not counted.
 
     Args:
         seconds: > 0.

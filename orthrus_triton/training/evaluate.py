@@ -55,12 +55,15 @@ def evaluate(
         on_answer: called after each prompt.
 
     Returns:
-        JSON-ready: `tokens_per_cycle` (all tokens over all cycles) and `tokens_per_cycle_per_question` (mean over
-        prompts), `tpf` and `tpf_per_question` likewise, `acceptance_by_position` (share of cycles whose draft was
-        accepted up to and including each of the K-1 positions), `acceptance_given_previous` (the share of those that
-        got that far), `repetition_share` (4-grams that the same answer holds already), `seconds`, `tokens_per_second`
-        and `speedup` by decoder, the same under `domains`, and `exactness`. `speedup` is None where an answer differs
-        from AR's.
+        JSON-ready. Of all prompts, and of each of `domains`:
+        `tokens_per_cycle`: all tokens but each prompt's first, over all cycles; with `_per_question` the mean over
+        prompts. `tpf`, tokens per forward pass, likewise.
+        `acceptance_by_position`: share of cycles that accepted the draft at each of the K-1 positions and all before.
+        `acceptance_given_previous`: of the cycles that accepted all drafts before it.
+        `repetition_share`: 4-grams that the same answer holds already.
+        `seconds`, `decode_seconds`, `tokens_per_second`: by decoder.
+        `speedup`: over each other decoder, None where an answer differs from AR's.
+        Besides, `exactness`, and `questions` with figures of each prompt.
 
     Raises:
         ValueError: no prompt, or an option out of range.

@@ -18,7 +18,7 @@ from orthrus_triton.training.data import TextRow
 
 FORMAT = 2
 RECORD_EVERY = 32  # rows after which a build that is cut short goes on
-KEY_QUANTUM = 64  # contexts are padded to a multiple of it, for kernels like few different shapes
+KEY_QUANTUM = 64  # contexts are padded to a multiple of it, so that kernels see few different shapes
 
 
 class FrozenCache:

@@ -1,4 +1,5 @@
-"""The frozen model's pass over whole rows inside the training loop; on one GPU it is a CUDA graph for each length."""
+"""The frozen model's pass over whole rows inside the training loop.
+On a single GPU it is replayed as a CUDA graph, one for each batch shape."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ LENGTH_QUANTUM = 64  # rows are padded to a multiple of it, for graphs and kerne
 
 
 class FrozenReader:
-    """Rows of text -> the frozen model's K/V and final states, in buffers that serve the next batch again.
+    """Rows of text -> the frozen model's K/V and final states, in buffers that the next batch overwrites.
 
-    A pass is a few hundred kernels, each of which costs the host more than a GPU: launched one by one they are a third
-    of a training step.
+    A pass is a few hundred kernels, each of which takes the host longer to launch than a GPU to run: launched one by
+    one they are a third of a training step.
 
     Args:
         student: whose frozen layers read.
@@ -30,9 +31,7 @@ class FrozenReader:
         self._cache: SharedKVCache | None = None
         self._replays: dict[tuple[int, int], tuple[Step, torch.Tensor, torch.Tensor, list[torch.Tensor]]] = {}
 
-    def __call__(
-        self, input_ids: torch.Tensor, prompt_len: torch.Tensor
-    ) -> tuple[list[LayerContext], torch.Tensor]:  # fmt: skip
+    def __call__(self, input_ids: torch.Tensor, prompt_len: torch.Tensor) -> tuple[list[LayerContext], torch.Tensor]:
         """input_ids [B, L], prompt_len [B] -> each layer's K/V, and final hidden states [B, at least L, H]."""
         ids = F.pad(input_ids, (0, -input_ids.shape[1] % LENGTH_QUANTUM))
         if not torch.is_grad_enabled():

@@ -20,6 +20,7 @@ from orthrus_triton.training.prompts import Prompt
 PACKAGES = ("networkx", "sympy")  # beside the standard library; both come with torch
 HELD_OUT_PACKAGES = ("numpy", "pip")
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "_vendor"}
+PLAIN_TASK = "Write a Python function that {}."
 TASK_LENGTH = range(25, 111)
 # markup, methods of classes nobody has seen, and what is about to go
 UNFIT_TASK = re.compile(r"[`\\:>\[\]{}$*@]|self|deprecat|subclass|this method|override", re.IGNORECASE)
@@ -90,13 +91,11 @@ def held_out_prompts(count: int, corpus: str | PathLike[str] | None = None) -> l
     if count < 1:
         raise ValueError(f"count must be >= 1, but got {count}")
     rng = random.Random(0)
-    seen = [
-        f"Write a Python function that {task}." for task in template_tasks() + read_docstrings(_training_roots())[0]
-    ]
+    seen = [PLAIN_TASK.format(task) for task in template_tasks() + read_docstrings(_training_roots())[0]]
     prompts = []
     for name in HELD_OUT_PACKAGES:
         tasks, _ = read_docstrings([_package_folder(name)])
-        texts = [f"Write a Python function that {task}." for task in tasks]
+        texts = [PLAIN_TASK.format(task) for task in tasks]
         repeats = {overlap.held_out for overlap in find_overlaps(texts, seen)}
         fresh = [text for n, text in enumerate(texts) if n not in repeats]
         prompts += [Prompt(text, f"code: {name}", chat=True) for text in rng.sample(fresh, min(count, len(fresh)))]

@@ -1,4 +1,5 @@
-"""How unlikely the frozen model found each token of its own text: where cycles end, and anchors should be."""
+"""How unlikely the frozen model found each token of its own text. Drafts tend to fail at unlikely tokens, cycles end
+there, and so anchors should stand there."""
 
 from __future__ import annotations
 
@@ -16,17 +17,16 @@ LOGIT_ROWS = 4096  # positions whose logits exist at a time
 
 
 def surprise(cache: FrozenCache, rows: Sequence[TextRow]) -> list[np.ndarray]:
-    """For each row [L]: 1 - the frozen model's probability of each answer token (1 for the first of each row's
-    anchors, the prompt's last token, and for tokens outside the kept top k; 0 elsewhere in prompts)."""
+    """For each row [L]: 1 - the frozen model's probability of an answer token (0 outside the kept top k), 1 for the
+    token before an answer, where its first block begins, and 0 elsewhere."""
     values = []
     for row, start in zip(rows, cache.starts):
-        unlikely, ids = np.zeros(len(row.ids)), torch.tensor(row.ids)
+        ids, unlikely = torch.tensor(row.ids), []
         for first, end in row.answers:
             before = slice(start + first - 1, start + end - 1)
             taken = cache.teacher_ids[before] == ids[first:end, None]
-            unlikely[first:end] = 1 - (cache.teacher_probs[before] * taken).sum(dim=-1).double().numpy()
-            unlikely[first - 1] = 1
-        values.append(unlikely)
+            unlikely.append(1 - (cache.teacher_probs[before] * taken).sum(dim=-1).double().numpy())
+        values.append(_of_row(row, unlikely))
     return values
 
 
@@ -56,11 +56,15 @@ def _read(model: OrthrusForCausalLM, rows: Sequence[TextRow], length: int) -> li
     parts = zip(hidden.split(LOGIT_ROWS), ids[:, 1:].flatten().split(LOGIT_ROWS))
     likely = [model.compute_logits(part, "library").softmax(-1).gather(1, of[:, None]) for part, of in parts]
     unlikely = (1 - torch.cat(likely)).view(len(rows), length - 1).double().cpu().numpy()
-    values = []
-    for row, of_row in zip(rows, unlikely):
-        value = np.zeros(len(row.ids))
-        for first, end in row.answers:
-            value[first:end] = of_row[first - 1 : end - 1]
-            value[first - 1] = 1
-        values.append(value)
+    return [
+        _of_row(row, [of_row[first - 1 : end - 1] for first, end in row.answers]) for row, of_row in zip(rows, unlikely)
+    ]
+
+
+def _of_row(row: TextRow, unlikely: Sequence[np.ndarray]) -> np.ndarray:
+    """[L] from the values of each answer's tokens."""
+    values = np.zeros(len(row.ids))
+    for (first, end), of_answer in zip(row.answers, unlikely):
+        values[first:end] = of_answer
+        values[first - 1] = 1
     return values
