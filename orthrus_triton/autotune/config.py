@@ -1,4 +1,4 @@
-"""The words of the tuner: a kernel's configuration, and a problem, which is what a configuration is looked up by.
+"""What the tuner works with: a kernel's configuration, and a problem, by which a configuration is looked up.
 A problem is an op, a dtype and a weight or head shape; it never holds a row count or a context length."""
 
 from __future__ import annotations

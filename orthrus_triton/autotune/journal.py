@@ -1,4 +1,4 @@
-"""A tuning run's journal: one line of JSON per answer, appended at once. A run that was stopped, however, goes on."""
+"""A tuning run's journal: one line of JSON per answer, appended at once, so that a stopped run can go on."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Result:
 
 
 def home_of_op(name: str) -> str:
-    """What a worker imports to have an op."""
+    """What a worker imports to define an op."""
     return OPS[name].home if name in OPS else BUILT_IN_HOME
 
 

@@ -30,10 +30,11 @@ class Variant:
         inputs: of all rows.
         run: the op.
         cut: inputs of the rows start..stop-1, as they would be without the others.
-        slices: the (start, stop) whose bits must be those they have among all rows.
-        exact: the computation in fp64, and `plain` the same in PyTorch and the dtype: the error budget. Or None.
-        sample: of a result, what `exact` and `plain` compute of it.
-        same_as: the op this one must equal bit for bit, or None.
+        slices: (start, stop) of rows that must have the same bits alone as among all rows.
+        exact, plain: the computation in fp64, and in PyTorch in the op's dtype, which gives the error budget. None:
+            errors are not checked.
+        sample: the part of a result that `exact` and `plain` compute.
+        same_as: what the result must equal bit for bit, or None.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Load:
 
 
 class TunableOp:
-    """An op as the tuner sees it. `home` is what a worker imports to have it: a module, or a .py file."""
+    """An op as the tuner sees it. `home` is what a worker imports to define it: a module, or a .py file."""
 
     space: Space
     home: str
