@@ -98,6 +98,8 @@ class ViewTrainingArguments(TrainingArguments):
         _require(self.loss in ("kl", "ce"), "loss", "'kl' or 'ce'", self.loss)
         _require(self.position_decay is None or self.position_decay > 0, "position_decay", "> 0 or null",
                  self.position_decay)  # fmt: skip
+        _require(self.domain_weights is None or isinstance(self.domain_weights, dict), "domain_weights",
+                 "a share for each domain or null", self.domain_weights)  # fmt: skip
         _require(0 <= self.anchor_focus < 1, "anchor_focus", "in [0, 1)", self.anchor_focus)
         _require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "> 0 or null", self.max_seconds)
         _require(self.deepspeed_plugin is None or not self.deepspeed_plugin.hf_ds_config.is_zero3(), "deepspeed",

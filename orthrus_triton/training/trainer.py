@@ -117,6 +117,8 @@ class ViewTrainer(Trainer):
                 raise FileNotFoundError(f"resume_from_checkpoint must be a training checkpoint, but {folder} is none")
             # here rather than where Trainer does it, so that it comes before FSDP has cut the weights up
             load_checkpoint_view(self.orthrus, folder / SAFE_WEIGHTS_NAME)
+        if self.args.should_save:  # files of a run that was killed while it wrote must not join the next checkpoint
+            shutil.rmtree(Path(self._get_output_dir(None)) / STAGING, ignore_errors=True)
         if self.clock is not None:
             self.clock.resume(folder)
             if self.clock.share >= 1.0:  # Trainer would take a step before it asks

@@ -180,6 +180,7 @@ def test_a_disk_without_room_for_the_cache_says_so(tmp_path, monkeypatch):
         ({"num_anchors": 0}, "num_anchors must be >= 1"),
         ({"loss": "mse"}, "loss must be 'kl' or 'ce', but got 'mse'"),
         ({"position_decay": 0.0}, "position_decay must be > 0 or null"),
+        ({"domain_weights": "code"}, "domain_weights must be a share for each domain or null, but got 'code'"),
         ({"frozen_dtype": "int8"}, "frozen_dtype must be auto, float32, bfloat16 or float16"),
     ],
 )

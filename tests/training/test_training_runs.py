@@ -197,6 +197,14 @@ def test_only_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
     assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
+def test_what_a_killed_run_left_half_written_joins_no_checkpoint(tmp_path):
+    left = tmp_path / "run" / ".checkpoint-being-written" / "checkpoint-2"
+    left.mkdir(parents=True)
+    (left / "training_clock.json").write_text('{"seconds_spent": 9}')
+    make_trainer(make_model(), tmp_path, 2).train()
+    assert not left.exists() and not (tmp_path / "run" / "checkpoint-2" / "training_clock.json").exists()
+
+
 def test_a_fresh_run_is_not_mistaken_for_the_one_before(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "model", tokenizer=tiny_tokenizer(list(range(2, 90))))
