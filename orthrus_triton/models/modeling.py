@@ -19,10 +19,9 @@ from orthrus_triton.models.config import OrthrusConfig
 from orthrus_triton.models.convert import choose_mask_token_id, eos_token_ids, open_base, read_generation_config
 from orthrus_triton.models.generation import OrthrusGenerationMixin
 from orthrus_triton.models.loading_options import loading_options
-from orthrus_triton.modules.draft_chain import DraftChain, DraftNoise
+from orthrus_triton.modules.draft_chain import DraftChain, DraftNoise, Recalled
 from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
 from orthrus_triton.modules.projection import Linear, LowRankDelta
-from orthrus_triton.modules.recall import Recalled
 
 
 class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):

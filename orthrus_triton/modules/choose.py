@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from orthrus_triton import ops
-from orthrus_triton.modules.draft_chain import DraftNoise
+from orthrus_triton.modules.draft_chain import DraftNoise, Recalled
 from orthrus_triton.modules.kv_cache import ViewPass
-from orthrus_triton.modules.recall import recall
 from orthrus_triton.modules.sampling_params import Choosing
 from orthrus_triton.ops.gumbel import CHOICE
 
@@ -84,10 +83,12 @@ def choose_drafts(
         if first:
             exact = ops.greedy_choice(logits[:, :first].contiguous(), impl=view_pass.impl)
     own = exact[:, 0].clamp(min=0) if first else anchor
-    # the position of `own`
-    last = view_pass.positions[:, first]
-    recalled = recall(state.history(view_pass.prompt_len, own, last), last, hidden.shape[1] - first)
-    drafted = model.chain_drafts(hidden[:, first:], logits[:, first:], own, noise, recalled)
+    # [B]: `own` and its position
+    found = ops.recall(
+        state.prompt_ids, state.output_ids, view_pass.prompt_len, own, view_pass.positions[:, first],
+        hidden.shape[1] - first, impl=view_pass.impl,
+    )  # fmt: skip
+    drafted = model.chain_drafts(hidden[:, first:], logits[:, first:], own, noise, Recalled(*found))
     return torch.cat((exact, drafted), dim=1) if first else drafted
 
 

@@ -88,14 +88,6 @@ class DecodeState:
         """The next block [B, K]. A sequence that ended for want of a token has some token there: nobody looks."""
         return self.block[:, :block_size].contiguous()
 
-    def history(self, prompt_len: torch.Tensor, newest: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, L] by position: the prompt, what is committed, and `newest` [B] at position `last` [B]. Needs
-        `prompt_ids`; behind `last` lies anything."""
-        at = torch.arange(self.output_ids.shape[1], device=last.device)
-        committed = self.output_ids.gather(1, (at - prompt_len[:, None]).clamp(min=0))
-        ids = torch.where(at < prompt_len[:, None], self.prompt_ids, committed)
-        return torch.where(at == last[:, None], newest[:, None], ids)
-
     def start(self, limit: int, prompt: torch.Tensor) -> None:
         """Make this one slot live for a prompt [L], with nothing committed yet."""
         prompt = prompt[: self.prompt_ids.shape[1]]

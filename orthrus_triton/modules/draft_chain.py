@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from orthrus_triton.modules.projection import draw_weight
-from orthrus_triton.modules.recall import Recalled
 from orthrus_triton.ops import SamplingTensors
 from orthrus_triton.ops.gumbel import CHOICE, gumbel_of_torch, row_key_torch
 
@@ -36,6 +35,20 @@ class DraftNoise(NamedTuple):
         temperature = temperature[..., None, None]
         warm = temperature > 0
         return torch.where(warm, scores / torch.where(warm, temperature, 1.0) + noise[:, :, None], scores)
+
+
+class Recalled(NamedTuple):
+    """What followed the newest tokens earlier in the text (`ops.recall`): tokens [B, T] int64 and bonus [B, T] fp32."""
+
+    tokens: torch.Tensor
+    bonus: torch.Tensor
+
+    def of_pairs(self, own: torch.Tensor, before: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """What pairs of neighbours are given: [B, T, C before, C] for `before` and `candidates` [B, T, C]. `own` [B] is
+        the token before all of them."""
+        told = before == torch.cat((own[:, None], self.tokens[:, :-1]), dim=1)[..., None]
+        goes_on = candidates == self.tokens[..., None]
+        return self.bonus[..., None, None] * (told[..., None] & goes_on[:, :, None])
 
 
 class DraftChain(nn.Module):
@@ -90,7 +103,7 @@ class DraftChain(nn.Module):
             own: [B], the token at the first mask's own position.
             embedding, head: [V, H].
             noise: None for a greedy draft.
-            recalled: T tokens that followed `own` before; each is preferred behind the one before it.
+            recalled: T tokens that followed `own` before; each gains its bonus behind the one before it.
 
         Returns:
             [B, T] int64.

@@ -11,6 +11,7 @@ from orthrus_triton.ops.lm_head import lm_head_choice
 from orthrus_triton.ops.logits_filter import SamplingTensors
 from orthrus_triton.ops.process_logits import ProcessorTensors, process_logits
 from orthrus_triton.ops.qkv_rope_cache import qkv_rope_cache
+from orthrus_triton.ops.recall import recall
 from orthrus_triton.ops.rejection import filtered_probs, rejection_choice
 from orthrus_triton.ops.rms_norm import rms_norm
 from orthrus_triton.ops.rope_cache import rope_cache
@@ -40,6 +41,7 @@ __all__ = [
     "lm_head_choice",
     "process_logits",
     "qkv_rope_cache",
+    "recall",
     "rejection_choice",
     "rms_norm",
     "rope_cache",

@@ -7,6 +7,7 @@ import torch
 from orthrus_triton.ops.gumbel import CHOICE
 from orthrus_triton.ops.logits_filter import SamplingTensors
 from orthrus_triton.ops.process_logits import ProcessorTensors, launch_process_logits
+from orthrus_triton.ops.recall import launch_recall
 from orthrus_triton.ops.rejection import launch_rejection_choice
 from orthrus_triton.ops.sampling import launch_sample_choice
 from orthrus_triton.ops.void_rows import launch_void_rows
@@ -27,4 +28,7 @@ def sampling() -> None:
     launch_sample_choice(logits, positions, *how, CHOICE)
     launch_rejection_choice(logits, meta(B, K - 1, V), ids, positions, *how)
     launch_process_logits(logits, positions, ids, meta(8, dtype=LONG), *processors)
+    launch_recall(
+        meta(B, 512, dtype=LONG), meta(B, 512, dtype=LONG), meta(B, dtype=INT), ids[:, 0], meta(B, dtype=INT), K
+    )
     launch_void_rows(ids, meta(B, K, 4096, dtype=torch.bfloat16))
