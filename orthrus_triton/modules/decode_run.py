@@ -191,12 +191,14 @@ class DecodeRun:
 
     @_device_work
     def release(self, b: int, keep: int | None = None) -> None:
-        """Stop slot `b` now and free it for another sequence. What it generated stays in `slots[b].tokens`, or the
-        first `keep` of it."""
+        """Stop slot `b` now and free it for another sequence. What it generated stays in `slots[b].tokens`; with `keep`
+        the first `keep` tokens do, as if what came behind them, be it a failure, had never been decoded."""
         self._require_current()
+        slot = self.slots[b]
         if keep is not None:
-            del self.slots[b].tokens[keep:]
-        self.slots[b].finished = True
+            del slot.tokens[keep:]
+            slot.failed = False
+        slot.finished = True
         self.state.finished[b : b + 1].fill_(True)
 
     @_device_work

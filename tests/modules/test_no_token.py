@@ -3,6 +3,8 @@ processes its logits. The others are whole, in every implementation, and the dec
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -92,6 +94,25 @@ def test_processors_that_leave_no_token_end_that_sequence_alone(mode: str, banne
         params[0] = SamplingParams(**how, logit_bias=dict.fromkeys(range(VOCAB), banned))
         with pytest.raises(NonFiniteLogitsError, match=r"\[0\] after \[0\]"):
             decoder.generate(prompts, params=params, **options)
+
+
+@pytest.mark.parametrize("mode", ["consensus", "ar"])
+def test_a_sequence_that_is_stopped_before_it_fails_has_not_failed(mode: str) -> None:
+    """Wherever the two lie in a block: AR decoding stops and never comes to the row without a token."""
+    prompt = torch.tensor([1, 2])
+    expected = oracle(LedgerModel(VOCAB), prompt.tolist(), 8, SamplingParams())
+    decoder = ConsensusDecoder(LedgerModel(VOCAB), impl="torch", mode=mode)
+    for kept, failing in itertools.combinations_with_replacement(range(1, 7), 2):
+
+        def give_up(ids: torch.Tensor, scores: torch.Tensor, length: int = 2 + failing) -> torch.Tensor:
+            return torch.full_like(scores, -torch.inf) if ids.shape[1] >= length else scores
+
+        def stop(_: int, new: list[int], length: int = kept) -> bool:
+            return len(new) == length
+
+        params = [SamplingParams(logits_processor=give_up)]
+        output = decoder.generate([prompt], max_new_tokens=8, params=params, stop=stop)
+        assert output.sequences[0].tolist() == prompt.tolist() + expected[:kept]
 
 
 @pytest.mark.parametrize(
