@@ -41,11 +41,10 @@ class OrthrusGenerationMixin:
     def consensus_decoder(self, mode: str = "consensus") -> ConsensusDecoder:
         """The decoder that `generate` uses for "consensus" or "ar". It keeps its cache from call to call; set its
         attributes (impl, max_cache_len ...) to change how it runs."""
-        key = (mode, self.device, self.dtype)
         decoders = self.__dict__.setdefault("_decoders", {})
-        if key not in decoders:
-            decoders[key] = ConsensusDecoder(self, mode=mode)
-        return decoders[key]
+        if mode not in decoders:
+            decoders[mode] = ConsensusDecoder(self, mode=mode)
+        return decoders[mode]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies get decoders of their own."""

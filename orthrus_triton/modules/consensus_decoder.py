@@ -50,7 +50,8 @@ class ConsensusDecoder(DecodeCycle):
             is opaque to the compiler.
 
     Attributes:
-        cache: the K/V buffers, or None before the first call. They stay from call to call while they are large enough.
+        cache: the K/V buffers, or None before the first call. They stay from call to call while they are large enough
+            and the model has the same tensors as weights.
 
     Source: Orthrus, arXiv 2605.12825, section 3 (consensus between the two views).
     """
@@ -85,6 +86,7 @@ class ConsensusDecoder(DecodeCycle):
         self.clock: Callable[[], float] = time.perf_counter
         self._state: DecodeState | None = None
         self._runner: StepRunner | None = None
+        self._weights: tuple = ()
         self._adaptive: dict[int, AdaptiveBlock] = {}
         self._compile_options = None
         if compile:
@@ -175,21 +177,19 @@ class ConsensusDecoder(DecodeCycle):
                     f"but prompt + max_new_tokens - 1 is {max_len}"
                 )
             max_len = self.max_cache_len
-        last = [] if self.run is None else self.run.slots
-        last = [Slot(slot.prompt, tokens=slot.tokens, failed=slot.failed) for slot in last]
         kept = self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids))
+        last = self.run.slots if kept and self.run is not None else []
         self._state.reset(eos_ids, choosing, self.model.vocab_size)
         self.choosing = choosing
         forget_changed()
-        self._runner.keep_or_drop(weight_addresses(self.model))
         impl = resolve_impl(self.impl, self.cache.context_len)
         # what runs on the host cannot be captured
         runner = StepRunner(None, self._state.idle) if choosing.hosted else self._runner
         lag = 1 if runner.captures_steps else 0
         rule = self._block_rule(option, batch_size)
         self.run = DecodeRun(self, self.cache, self._state, runner, rule, impl, lag, choosing)
-        if kept and last:
-            self.run.slots = last
+        if last:  # what the cache still holds of them may be the beginning of the next prompts
+            self.run.slots = [Slot(slot.prompt, tokens=slot.tokens, failed=slot.failed) for slot in last]
         self.run.prepare()
         return self.run
 
@@ -204,11 +204,13 @@ class ConsensusDecoder(DecodeCycle):
         cycle(cache, state, block_size, impl)
 
     def _reserve(self, batch_size: int, max_len: int, block_size: int, eos_count: int) -> bool:
-        """Buffers for a run: the ones there are if they are large enough (True), else new ones and no captures of the
-        old."""
+        """Buffers for a run: the ones there are if they are large enough and of these weights (True), else new ones and
+        no captures of the old."""
         cache, state = self.cache, self._state
+        weights, self._weights = self._weights, weight_addresses(self.model)
         if (
-            cache is not None and cache.batch_size == batch_size and cache.capacity >= max_len
+            cache is not None and weights == self._weights
+            and cache.batch_size == batch_size and cache.capacity >= max_len
             and cache.block_size >= block_size and state.eos_ids.numel() >= eos_count
         ):  # fmt: skip
             return True

@@ -63,18 +63,11 @@ class StepRunner:
         self.captures = 0
         self._capture, self._idle = capture, idle
         self._replays: dict[Hashable, Step] = {}
-        self._memory: Any = None
 
     @property
     def captures_steps(self) -> bool:
         """Steps are captured, not run eagerly."""
         return self._capture is not None
-
-    def keep_or_drop(self, memory: Hashable) -> None:
-        """Throw the captures away if `memory` (see `weight_addresses`) is not what they were made over."""
-        if memory != self._memory:
-            self._replays.clear()
-            self._memory = memory
 
     def prepare(self, key: Hashable, step: Step) -> None:
         """Make the capture of `step` now, if one is needed."""
@@ -91,7 +84,7 @@ class StepRunner:
 
 def weight_addresses(model: Any) -> tuple:
     """Where a model's parameters and buffers lie. A replay reads that memory as it is: weights changed in place are
-    followed, weights replaced by other tensors (another checkpoint, a cast, a move) need a new capture."""
+    followed, weights replaced by other tensors (another checkpoint, a cast, a move) need a new capture and cache."""
     if not isinstance(model, torch.nn.Module):
         return ()
     tensors = [*model.parameters(), *model.buffers()]

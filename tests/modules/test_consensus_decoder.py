@@ -288,3 +288,16 @@ def test_batch_invariant_prefill_leaves_the_bits_of_decoding() -> None:
     for ours, theirs in zip(decoders[0].cache.layers, decoders[1].cache.layers):
         assert torch.equal(ours.k[:, :, :25], theirs.k[:, :, :25])
         assert torch.equal(ours.v[:, :, :25], theirs.v[:, :, :25])
+
+
+def test_a_cache_is_not_used_again_when_the_weights_were_replaced() -> None:
+    """By a cast, whose K/V have another dtype; by another checkpoint, whose K/V of the same ids are others."""
+    model, (prompt,) = make_model(), prompts_of(12, [9])
+    decoder = ConsensusDecoder(model, impl="torch")
+    first = decoder.generate([prompt], max_new_tokens=8).sequences[0]
+    model.embed_tokens.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().flip(0))
+    turn = torch.cat((first, prompt))
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        said = decoder.generate([turn], max_new_tokens=8, reuse_cache=True).sequences[0]
+        assert torch.equal(said[len(turn) :], ar_answer(model, turn, 8))

@@ -88,11 +88,6 @@ def test_each_key_is_captured_once_and_idle() -> None:
         runner.run(key, lambda: log.append("step"))
     once = ["idle", "capture", "live", "replay"]
     assert log == [*once, "replay", *once, "replay"] and runner.captures == 2
-    runner.keep_or_drop("memory")  # first seen: these captures were made over something else
-    runner.run("a", lambda: None)
-    runner.keep_or_drop("memory")
-    runner.run("a", lambda: None)
-    assert runner.captures == 3
     eager = StepRunner(None, nullcontext)
     eager.run("a", lambda: log.append("eager"))
     assert log[-1] == "eager" and not eager.captures_steps and eager.captures == 0
@@ -148,8 +143,8 @@ def test_what_needs_a_new_capture_and_what_does_not() -> None:
     assert decoder.captures == 2
     model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())  # weights replaced: elsewhere in memory
     expected = ar_answer(model, prompts[0], 12)
-    assert torch.equal(decoder.generate(prompts[:1], max_new_tokens=12).sequences[0][5:], expected)
-    assert decoder.captures == 3
+    assert captured(prompts[:1], max_new_tokens=12) == 1
+    assert decoder.run.slots[0].tokens == expected.tolist()
     assert captured(prompts, max_new_tokens=4) == 1  # another batch size: new buffers
     assert captured(prompts, max_new_tokens=CAPACITY_QUANTUM) == 1  # a larger cache: new buffers
 
@@ -242,7 +237,7 @@ def test_gpu_new_weights_are_noticed() -> None:
     assert second == expected != first and decoder._runner.captures == 1
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.1)
     third, expected = both()
-    assert third == expected != second and decoder._runner.captures == 2
+    assert third == expected != second and decoder._runner.captures == 1
 
 
 @pytest.mark.gpu
