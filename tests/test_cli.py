@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -139,6 +140,20 @@ def test_ctrl_c_ends_with_130(model_folder, monkeypatch):
 
     monkeypatch.setattr(ConsensusDecoder, "generate", interrupted)
     assert run("generate", model_folder, "hey").exit_code == 130
+
+
+def test_paths_and_domains_are_text_not_markup(model_folder, tmp_path):
+    folder, prompts = tmp_path / "a [/b] :cat:" / "[red]", tmp_path / "prompts.jsonl"
+    shutil.copytree(model_folder, folder)
+    prompts.write_text('{"prompt": "the text", "domain": "[/x]", "chat": false}')
+    options = ("--max-new-tokens", 3, "--dtype", "fp32", "--device", "cpu")
+    assert run("generate", folder, "hey", "--raw", *options).exit_code == 0
+    result = run("evaluate", "--model", folder, "--prompts", prompts, *options)
+    assert result.exit_code == 0, result.exception
+    assert "[/x]" in result.stdout and ":cat:/[red]" in result.stdout
+    result = run("distill-data", folder / "rows", "--model", folder, "--prompts", prompts, *options)
+    assert result.exit_code == 0 and "'[/x]': 1" in result.stderr, (result.stderr, result.exception)
+    assert run("export-view", folder, folder / "[/view].safetensors").exit_code == 0
 
 
 # --- dtypes, doctor, help

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from orthrus_triton.cli.common import DeviceOption, one_line_errors, parse_seconds, resolve_device, status_console
+from orthrus_triton.cli.common import (
+    DeviceOption,
+    one_line_errors,
+    parse_seconds,
+    resolve_device,
+    result_console,
+    status_console,
+)
 
 if TYPE_CHECKING:
     from orthrus_triton.autotune.config import Problem
@@ -144,21 +150,21 @@ def _target_here(device: str) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=status_console, transient=True) as progress:
         bar = progress.add_task("starting", total=None)
-        yield lambda done, total, text: progress.update(bar, completed=done, total=total, description=escape(text))
+        yield lambda done, total, text: progress.update(bar, completed=done, total=total, description=text)
 
 
 def _print(result: Result) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = result_console(soft_wrap=True)
     for outcome in result.outcomes:
-        console.print(escape(_line(outcome)), style=None if outcome.entry else "bold red")
+        console.print(_line(outcome), style=None if outcome.entry else "bold red")
         _print_rejected(console, outcome.rejected)
     if result.unfinished:
         names = ", ".join(str(problem) for problem in result.unfinished)
-        console.print(f"out of time, not done: {escape(names)}. The same command goes on with them.", style="yellow")
-    console.print(f"written to {escape(str(result.path))}")
+        console.print(f"out of time, not done: {names}. The same command goes on with them.", style="yellow")
+    console.print(f"written to {result.path}")
 
 
 def _line(outcome: Outcome) -> str:
@@ -179,25 +185,25 @@ def _line(outcome: Outcome) -> str:
 
 
 def _print_dry(outcomes: Sequence[DryOutcome], target: str) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = result_console(soft_wrap=True)
     for outcome in outcomes:
         total = len(outcome.fitting) + len(outcome.rejected)
         text = f"{outcome.problem} {outcome.problem.dtype}: {len(outcome.fitting)} of {total} candidates fit {target}"
-        console.print(escape(f"{text}; by the compile-time model: {outcome.pick or 'none'}"))
+        console.print(f"{text}; by the compile-time model: {outcome.pick or 'none'}")
         _print_rejected(console, outcome.rejected)
     console.print("compiled only; which one is fastest takes a GPU of this kind: the same command without --dry-run")
 
 
 def _print_rejected(console: Console, rejected: dict[str, str]) -> None:
     for config, why in rejected.items():
-        console.print(escape(f"  no: {config}: {why}"), style="dim")
+        console.print(f"  no: {config}: {why}", style="dim")
 
 
 def _export(path: Path, gpu: str | None, family: str, capability: str, entries: list) -> None:
     from orthrus_triton.autotune.files import merge_entries
 
     merge_entries(path, gpu, family, capability, entries)
-    status_console.print(f"{escape(str(path))}: {len(entries)} configurations", highlight=False)
+    status_console.print(f"{path}: {len(entries)} configurations")
 
 
 def _show(problems: Sequence[Problem] | None, device: str) -> None:
@@ -212,5 +218,5 @@ def _show(problems: Sequence[Problem] | None, device: str) -> None:
         share = "\n".join(f"{row.of_floor.get(load, 0):.0%}" for load in row.us)
         origin = f"{row.place}\n{row.origin}" if row.origin else row.place
         cells = (str(row.problem), row.problem.dtype, str(row.config), origin, times, share)
-        table.add_row(*map(escape, cells))
-    Console().print(table)
+        table.add_row(*cells)
+    result_console().print(table)

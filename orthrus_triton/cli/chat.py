@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from orthrus_triton.cli.chat_view import BONUS, DRAFTED, ColourView, PlainView
 from orthrus_triton.cli.common import (
@@ -74,7 +75,7 @@ def chat(
         plain = plain or not console.is_terminal
         if not plain:
             colours = f"[{DRAFTED}]drafted[/] and [{BONUS}]bonus[/] tokens"
-            console.print(f"{name}, {mode}, {colours}. {HELP}", highlight=False)
+            console.print(f"{escape(name)}, {mode}, {colours}. {HELP}", highlight=False)
         first = [] if system is None else [{"role": "system", "content": system}]
         messages = list(first)
         while (said := _read(console, plain)) is not None:

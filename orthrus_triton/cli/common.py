@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
 
 if TYPE_CHECKING:
     import torch
 
+# what is printed is text, whatever it looks like: a path may hold [brackets] or :colons:
+PLAIN = {"markup": False, "emoji": False, "highlight": False}
 # stdout carries generated text and results only, so that it can be piped
-status_console = Console(stderr=True)
+status_console = Console(stderr=True, **PLAIN)
 
 DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
 DtypeOption = Annotated[
@@ -48,6 +52,16 @@ TopKOption = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 ke
 TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
 MinPOption = Annotated[float, typer.Option(help="Keep tokens this times as likely as the likeliest.")]
 SeedOption = Annotated[int, typer.Option(help="Of sampling: the same one gives the same text.")]
+
+
+def result_console(**options: Any) -> Console:
+    """What prints results to stdout, as they are."""
+    return Console(**PLAIN, **options)
+
+
+def busy(text: str) -> Status:
+    """A context that shows `text` on a terminal's stderr while something takes its time."""
+    return status_console.status(escape(text))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orthrus_triton.cli.common import one_line_errors, resolve_dtype, status_console
+from orthrus_triton.cli.common import busy, one_line_errors, resolve_dtype, status_console
 
 if TYPE_CHECKING:
     from orthrus_triton.models import OrthrusForCausalLM
@@ -40,7 +40,7 @@ def convert(
         import torch
 
         precision = None if dtype == "keep" else resolve_dtype(dtype, torch.device("cpu"))
-        with status_console.status(f"Reading {source}"):
+        with busy(f"Reading {source}"):
             from orthrus_triton.models import OrthrusForCausalLM
 
             base, tokenizer, mask = (source, None, None) if not source.endswith(".gguf") else _open_gguf(source)
@@ -55,9 +55,9 @@ def convert(
                 from transformers import AutoTokenizer
 
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        with status_console.status(f"Writing {target}"):
+        with busy(f"Writing {target}"):
             model.save_pretrained(target, tokenizer=tokenizer)
-        status_console.print(_summary(model, target), highlight=False)
+        status_console.print(_summary(model, target))
 
 
 def _require_free(target: Path, source: str, force: bool) -> None:

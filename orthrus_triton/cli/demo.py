@@ -6,18 +6,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
+    busy,
     encode_prompt,
     one_line_errors,
     require_impl,
     resolve_device,
     resolve_dtype,
-    status_console,
+    result_console,
     text_streamer,
 )
 from orthrus_triton.cli.load import load_demo
@@ -70,15 +70,15 @@ def demo(
         options = {"max_new_tokens": max_new_tokens}
         outputs = {}
         for name, decoder in decoders.items():
-            with status_console.status(f"Warming up: {name}"):
+            with busy(f"Warming up: {name}"):
                 decoder.generate(input_ids, max_new_tokens=min(4, max_new_tokens))
             if not outputs:
                 outputs[name] = decoder.generate(input_ids, **options, streamer=text_streamer(tokenizer))
                 continue
-            with status_console.status(f"The same prompt again: {name}"):
+            with busy(f"The same prompt again: {name}"):
                 outputs[name] = decoder.generate(input_ids, **options)
     consensus, ar = (outputs[name].sequences[0][input_ids.shape[1] :].tolist() for name in list(outputs)[:2])
-    console = Console()
+    console = result_console()
     dtype_name = str(precision).removeprefix("torch.")
     title = f"{model_name}; {dtype_name} on {where} ({runs}), block {model.block_size}"
     console.print()
@@ -98,7 +98,7 @@ def demo(
         )
         raise typer.Exit(1)
     console.print(f"AR decoding gave the same {len(ar)} token ids.", style="bold green")
-    console.print(_verdict(model_name, [output.stats for output in outputs.values()]), highlight=False)
+    console.print(_verdict(model_name, [output.stats for output in outputs.values()]))
 
 
 def _verdict(model_name: str, runs: list[DecodeStats]) -> str:

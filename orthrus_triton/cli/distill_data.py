@@ -13,6 +13,7 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    busy,
     one_line_errors,
     parse_seconds,
     require_impl,
@@ -94,7 +95,7 @@ def distill_data(
         questions = _gather(prompts, builtin, corpus, package or [], phrasings, held_out, limit, seed)
         if prompts_only:
             write_prompts(questions, folder)
-            status_console.print(f"{folder}: {len(questions)} prompts", highlight=False)
+            status_console.print(f"{folder}: {len(questions)} prompts")
             return
         seconds = parse_seconds(budget)
         where = resolve_device(device)
@@ -126,7 +127,6 @@ def distill_data(
         f"{folder}: {manifest['finished_rows']} rows, {manifest['answer_tokens']} answer tokens, "
         f"{manifest['domains']}, {manifest['left_out']} prompts left out as too long"
         + ("" if manifest["complete"] else "; not all shards are whole: run it again to go on"),
-        highlight=False,
     )
 
 
@@ -170,14 +170,14 @@ def _gather(
     if builtin:
         from orthrus_triton.training.prompts_builtin import builtin_prompts
 
-        with status_console.status("Reading docstrings of installed packages"):
+        with busy("Reading docstrings of installed packages"):
             questions = builtin_prompts(seed, corpus, packages, phrasings)
     else:
         questions = [prompt for file in files or [] for prompt in read_prompts(file)]
     if held_out:
         reserved = [prompt.text for file in held_out for prompt in read_prompts(file)]
         repeats = {overlap.training for overlap in find_overlaps(reserved, [prompt.text for prompt in questions])}
-        status_console.print(f"{len(repeats)} prompts repeat held-out ones and are left out", highlight=False)
+        status_console.print(f"{len(repeats)} prompts repeat held-out ones and are left out")
         questions = [prompt for n, prompt in enumerate(questions) if n not in repeats]
         if not questions:
             raise ValueError("--held-out must leave some prompts, but it covers all of them")

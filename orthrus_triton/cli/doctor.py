@@ -7,12 +7,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from orthrus_triton import __version__
-from orthrus_triton.cli.common import cpu_bf16_instructions, resolve_device, resolve_dtype
+from orthrus_triton.cli.common import cpu_bf16_instructions, resolve_device, resolve_dtype, result_console
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +38,7 @@ def doctor() -> None:
     table.add_row("orthrus-triton", __version__)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:
-        table.add_row(name, escape(_installed(name)))
+        table.add_row(name, _installed(name))
     for line in _devices():
         table.add_row("device", line)
     table.add_row("bf16 in this CPU", ", ".join(cpu_bf16_instructions()) or "no (dtype auto takes fp32 on it)")
@@ -57,7 +55,7 @@ def doctor() -> None:
     table.add_row("", f"because {why}")
     table.add_row("TRITON_INTERPRET", _interpreter(HAS_TRITON))
     table.add_row("kernel configs", _configs(impl, device))
-    Console().print(table)
+    result_console().print(table)
 
 
 def _installed(name: str) -> str:
@@ -106,5 +104,5 @@ def _configs(impl: str, device: torch.device) -> str:
         table = files.read_table(path)
         if table is not None:
             wrong = f"; {table.problems[0]}" if table.problems else ""
-            return escape(f"{len(table.entries)} in {path}{wrong}; else the defaults of family {family}")
+            return f"{len(table.entries)} in {path}{wrong}; else the defaults of family {family}"
     return f"defaults of family {family}, not tuned on this GPU: orthrus-triton autotune"

@@ -17,10 +17,12 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    busy,
     one_line_errors,
     require_impl,
     resolve_device,
     resolve_dtype,
+    result_console,
     status_console,
 )
 from orthrus_triton.cli.load import ModelOption, load_demo, load_model
@@ -106,7 +108,7 @@ def evaluate(
         report = {"model": name, **_setting(where, precision, runs, prompts or []), **report}
         if output is not None:
             _write(report, output)
-    _print(report, status_console if as_json else Console())
+    _print(report, status_console if as_json else result_console())
     if as_json:
         print(json.dumps(report))
     if report["exactness"] and report["exactness"]["different"]:
@@ -128,7 +130,7 @@ def _read(files: list[Path], limit: int | None, raw: bool, builtin: int | None, 
     if builtin is not None:
         from orthrus_triton.training.prompts_builtin import held_out_prompts
 
-        with status_console.status("Reading docstrings of installed packages"):
+        with busy("Reading docstrings of installed packages"):
             questions += held_out_prompts(builtin, corpus=corpus)
     return [replace(prompt, chat=False) for prompt in questions] if raw else questions
 
@@ -148,7 +150,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     title = f"{report['model']}, {report['dtype']} on {report['hardware']}, block {report['block_size']}"
     save_chart(report, folder / "chart.png", title)
-    status_console.print(f"wrote {folder / 'report.json'} and {folder / 'chart.png'}", highlight=False)
+    status_console.print(f"wrote {folder / 'report.json'} and {folder / 'chart.png'}")
 
 
 def _setting(where: torch.device, precision: torch.dtype, runs: str, files: list[Path]) -> dict[str, Any]:
@@ -185,12 +187,11 @@ def _print(report: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     rates = " ".join(f"{rate:.2f}" for rate in report["acceptance_by_position"] if rate is not None)
-    console.print(f"drafts accepted up to position 1, 2, ...: {rates}", highlight=False)
+    console.print(f"drafts accepted up to position 1, 2, ...: {rates}")
     for key, factor in report["speedup"].items():
         if factor is not None:
             console.print(
                 f"{factor:.2f}x the tokens/s of {BASELINES[key]} ({report['tokens_per_second'][key]:.1f})",
-                highlight=False,
             )
     exactness = report["exactness"]
     if exactness is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from orthrus_triton.cli.common import one_line_errors, status_console
+from orthrus_triton.cli.common import busy, one_line_errors, status_console
 
 if TYPE_CHECKING:
     from orthrus_triton.models import OrthrusForCausalLM
@@ -44,14 +44,14 @@ def export_view(
     with one_line_errors():
         if target.suffix != ".safetensors":
             raise ValueError(f"OUT must end in .safetensors, but got {str(target)!r}")
-        with status_console.status(f"Reading {source}"):
+        with busy(f"Reading {source}"):
             from orthrus_triton.models.view import save_view
 
             model = read_trained(source, block_size)
-        with status_console.status(f"Writing {target}"):
+        with busy(f"Writing {target}"):
             size = save_view(model, target, rank=rank, storage=storage, max_bytes=int(max_mb * 1e6))
         kept = "full rank" if rank is None else f"rank {rank}"
-        status_console.print(f"{target}: {size / 1e6:.2f} MB, {kept}, {storage}", highlight=False)
+        status_console.print(f"{target}: {size / 1e6:.2f} MB, {kept}, {storage}")
 
 
 def read_trained(source: Path, block_size: int | None = None) -> OrthrusForCausalLM:

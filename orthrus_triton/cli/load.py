@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthrus_triton.cli.common import status_console
+from orthrus_triton.cli.common import busy, status_console
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +28,14 @@ def load_demo(
     view: str, dtype: torch.dtype, device: torch.device, block_size: int | None = None
 ) -> tuple[OrthrusForCausalLM, Any, str]:
     """The demo model with "shipped", "copy" or a view file; its tokenizer; and a name that says which it got."""
-    with status_console.status(f"Loading {DEMO_NAME}"), warnings.catch_warnings(record=True) as caught:
+    with busy(f"Loading {DEMO_NAME}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         from orthrus_triton.models.demo import SHIPPED_VIEW, load_demo_model, resolve_demo_view
 
         view_file = resolve_demo_view(view)
         model, tokenizer = load_demo_model(dtype=dtype, block_size=block_size, device=device, view=view_file or "copy")
     for warning in caught:
-        status_console.print(f"note: {warning.message}", style="yellow", highlight=False)
+        status_console.print(f"note: {warning.message}", style="yellow")
     if view_file is None:
         return model, tokenizer, f"{DEMO_NAME}, untrained copy"
     return model, tokenizer, f"{DEMO_NAME}, {'shipped view' if view_file == SHIPPED_VIEW else view_file.name}"
@@ -49,7 +49,7 @@ def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> tu
     """
     if name is None:
         return load_demo("shipped", dtype, device)
-    with status_console.status(f"Loading {name}"):
+    with busy(f"Loading {name}"):
         from transformers import AutoTokenizer
 
         from orthrus_triton.models import OrthrusForCausalLM

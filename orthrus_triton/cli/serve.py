@@ -74,7 +74,7 @@ def serve(
         # the last part of a folder or hub id: clients need not know where it lies
         name = name or label.split(",")[0].rstrip("/").split("/")[-1]
         app = create_app(scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes)
-        status_console.print(f"{name} on http://{host}:{port}/v1, {slots} slots of {max_len} tokens", highlight=False)
+        status_console.print(f"{name} on http://{host}:{port}/v1, {slots} slots of {max_len} tokens")
         try:
             Server(app, scheduler, host, port).run()
         finally:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orthrus_triton.cli.common import one_line_errors, status_console
+from orthrus_triton.cli.common import busy, one_line_errors, status_console
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     orthrus-triton export-view run/model view.safetensors
     """
     with one_line_errors():
-        with status_console.status("Loading"):
+        with busy("Loading"):
             from orthrus_triton.training.config import read_config
             from orthrus_triton.training.run import train_view
 
@@ -55,7 +55,7 @@ def train(
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
         if trainer.args.should_save:
-            status_console.print(f"{Path(args.output_dir) / 'model'}: the trained model", highlight=False)
+            status_console.print(f"{Path(args.output_dir) / 'model'}: the trained model")
 
 
 def parse_changes(changes: list[str]) -> dict[str, Any]:

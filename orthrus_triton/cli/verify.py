@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from orthrus_triton.cli.common import (
@@ -22,6 +20,7 @@ from orthrus_triton.cli.common import (
     require_impl,
     resolve_device,
     resolve_dtype,
+    result_console,
     status_console,
 )
 from orthrus_triton.cli.load import ModelOption, load_model
@@ -152,9 +151,9 @@ def _top2_margin(network: DualViewModel, prompt: torch.Tensor, agreed: torch.Ten
 
 def _print(result: dict[str, Any], found: list[Divergence], tokenizer: Any) -> None:
     def name(token: int | None) -> str:
-        return "its end" if token is None else escape(f"{token} {tokenizer.decode([token])!r}")
+        return "its end" if token is None else f"{token} {tokenizer.decode([token])!r}"
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = result_console(soft_wrap=True)
     for divergence in found:
         console.print(
             f"line {divergence.line}: DIFFERS from generated token {divergence.position} on: "
@@ -164,7 +163,7 @@ def _print(result: dict[str, Any], found: list[Divergence], tokenizer: Any) -> N
         )
     console.print(
         f"{result['identical']} of {result['prompts']} prompts identical ({result['tokens']} tokens); "
-        f"{escape(result['model'])}, {result['dtype']} on {result['device']} ({result['impl']}), "
+        f"{result['model']}, {result['dtype']} on {result['device']} ({result['impl']}), "
         f"block {result['block_size']}",
         style="bold red" if found else "bold green",
     )
