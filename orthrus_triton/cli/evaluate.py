@@ -51,7 +51,7 @@ def evaluate(
     view: Annotated[
         str, typer.Option(help="Of the demo model: shipped, copy for an untrained one, or a view file.")
     ] = "shipped",
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens per prompt.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens per prompt, 2 at least.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
     block_size: Annotated[
         int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
@@ -120,8 +120,9 @@ def _read(files: list[Path], limit: int | None, raw: bool, builtin: int | None, 
 
     from orthrus_triton.training.prompts import read_prompts
 
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be >= 1, but got {limit}")
+    for option, value in (("--limit", limit), ("--builtin", builtin)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} must be >= 1, but got {value}")
     if not files and builtin is None:
         raise ValueError("prompts must come from --prompts FILE or --builtin N, but neither was given")
     if corpus is not None and builtin is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -17,7 +18,7 @@ from orthrus_triton.cli.common import (
     resolve_dtype,
     status_console,
 )
-from orthrus_triton.cli.load import load_model
+from orthrus_triton.cli.load import DEMO_NAME, load_model
 
 
 def serve(
@@ -28,7 +29,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on. Anything but loopback needs an API key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="ORTHRUS_API_KEY", help="Clients must send it as a bearer token.")
     ] = None,
@@ -62,7 +63,7 @@ def serve(
         _require_free(host, port)
         where = resolve_device(device)
         require_impl("auto", where)
-        network, tokenizer, label = load_model(model, resolve_dtype(dtype, where), where)
+        network, tokenizer, _ = load_model(model, resolve_dtype(dtype, where), where)
         from orthrus_triton.modules import ConsensusDecoder
         from orthrus_triton.serving import Scheduler
         from orthrus_triton.serving.app import create_app
@@ -72,7 +73,7 @@ def serve(
             ConsensusDecoder(network), slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling
         )
         # the last part of a folder or hub id: clients need not know where it lies
-        name = name or label.split(",")[0].rstrip("/").split("/")[-1]
+        name = name or (DEMO_NAME if model is None else Path(model).resolve().name)
         app = create_app(scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes)
         status_console.print(f"{name} on http://{host}:{port}/v1, {slots} slots of {max_len} tokens")
         try:

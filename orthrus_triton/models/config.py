@@ -114,7 +114,7 @@ class OrthrusConfig(PreTrainedConfig):
         if fields.get("block_size") is None:
             raise ValueError(
                 f"config: block_size must be set in a dual-view checkpoint, but this is a plain {model_type!r} one; "
-                "OrthrusForCausalLM.from_base makes a dual-view model of it"
+                "OrthrusForCausalLM.from_base, or orthrus-triton convert, makes a dual-view model of it"
             )
         return super().from_dict(fields, **kwargs)
 

@@ -175,6 +175,7 @@ def test_command_prints_a_table(folder):
         (("--prompts", "missing.txt"), "missing.txt"),
         (("--prompts", "{folder}/code.txt", "--corpus", "{folder}"), "--corpus"),
         (("--prompts", "{folder}/code.txt", "--limit", 0), "--limit"),
+        (("--builtin", 0), "--builtin must be >= 1"),
         (("--prompts", "{folder}/code.txt", "--output", "{folder}/code.txt"), "--output"),
         (("--prompts", "{folder}/code.txt", "--block-size", 9), "block_size"),
         (("--prompts", "{folder}/code.txt", "--max-new-tokens", 1), "max_new_tokens"),
