@@ -70,6 +70,28 @@ def resolve_folder(model_or_path: str | PathLike[str], **hub: Any) -> Path:
         ) from error
 
 
+@contextmanager
+def open_safetensors(path: str | PathLike[str]) -> Iterator[Any]:
+    """safetensors' reader of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is not a complete safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a file that whoever the umask grants may read; safetensors would leave it to its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -97,7 +119,7 @@ def folder_source(folder: Path) -> WeightSource:
     shapes, dtypes = {}, {}
     paths = _weight_files(folder)
     for path, indexed in paths.items():
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             names = list(file.keys())
             for name in names:
                 if name in shapes:
@@ -110,7 +132,7 @@ def folder_source(folder: Path) -> WeightSource:
 
     def read() -> Iterator[tuple[str, torch.Tensor]]:
         for path in paths:
-            with _open(path) as file:
+            with open_safetensors(path) as file:
                 for name in file.keys():
                     yield name, file.get_tensor(name)
 
@@ -185,11 +207,7 @@ def write_weights(folder: Path, state_dict: dict[str, torch.Tensor], max_shard_s
     split = split_torch_state_dict_into_shards(state_dict, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
         shard = {name: state_dict[name].detach().clone(memory_format=torch.contiguous_format) for name in names}
-        path = folder / filename
-        path.touch()
-        mode = path.stat().st_mode  # what the umask grants: safetensors would leave the file to its owner alone
-        save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(mode)
+        write_safetensors(folder / filename, shard, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -258,12 +276,3 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
 
 def _is_redundant(name: str, tied: bool) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error

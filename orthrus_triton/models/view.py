@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from orthrus_triton.models.checkpoint import open_safetensors, write_safetensors
 from orthrus_triton.models.config import VIEW_FIELDS
 from orthrus_triton.models.modeling import OrthrusForCausalLM
 
@@ -85,10 +84,7 @@ def save_view(
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        staged.touch()
-        mode = staged.stat().st_mode  # what the umask grants: safetensors would leave the file to its owner alone
-        save_file(tensors, staged, metadata=metadata)
-        staged.chmod(mode)
+        write_safetensors(staged, tensors, metadata)
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
@@ -220,11 +216,8 @@ def _read(path: str | PathLike[str], metadata_only: bool = False) -> tuple[dict[
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no view file {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{str(path)!r} must be a view file ({FORMAT}), but got {metadata.get('format')!r}")
-            return metadata, {} if metadata_only else {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} must be a view file ({FORMAT}), but got {metadata.get('format')!r}")
+        return metadata, {} if metadata_only else {name: file.get_tensor(name) for name in file.keys()}

@@ -7,16 +7,17 @@ from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
+from orthrus_triton.models.checkpoint import open_safetensors
 from orthrus_triton.models.modeling import OrthrusForCausalLM
+
+ABOUT = ("block_size", "anchor_view", "chain_width")
 
 
 def checkpoint_metadata(model: OrthrusForCausalLM, block_size: int) -> dict[str, str]:
     """What a training checkpoint's safetensors file says about the view it holds."""
-    about = {"block_size": block_size, "anchor_view": model.config.anchor_view, "chain_width": model.config.chain_width}
-    return {"format": "pt"} | {name: json.dumps(value) for name, value in about.items()}
+    about = (block_size, model.config.anchor_view, model.config.chain_width)
+    return {"format": "pt"} | {name: json.dumps(value) for name, value in zip(ABOUT, about)}
 
 
 def read_checkpoint_metadata(path: str | PathLike[str]) -> dict[str, Any]:
@@ -24,14 +25,11 @@ def read_checkpoint_metadata(path: str | PathLike[str]) -> dict[str, Any]:
     holds a mask_embedding.
 
     Raises:
-        ValueError: it is not a complete safetensors file.
+        FileNotFoundError: there is no such file. ValueError: it is not a complete safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name != "format"}
-            return found | {"mask_embedding": any(name.endswith("mask_embedding_diff") for name in file.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error
+    with open_safetensors(path) as file:
+        found = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in ABOUT}
+        return found | {"mask_embedding": any(name.endswith("mask_embedding_diff") for name in file.keys())}
 
 
 @torch.no_grad()
@@ -50,10 +48,8 @@ def load_checkpoint_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -
         raise ValueError(
             f"{str(path)!r} was trained with anchor_view={anchor_view!r}, not {model.config.anchor_view!r}"
         )
-    try:
-        stored = {name[name.find("model.") :]: tensor for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} must be a complete safetensors file, but: {error}") from error
+    with open_safetensors(path) as file:
+        stored = {name[max(name.find("model."), 0) :]: file.get_tensor(name) for name in file.keys()}
     needed = {name: tensor for name, tensor in model.state_dict().items() if "_diff" in name}
     for name in sorted({*needed, *stored}):
         found, expected = (tuple(t[name].shape) if name in t else None for t in (stored, needed))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from orthrus_triton.cli import app
 from orthrus_triton.models import OrthrusForCausalLM, demo
 from orthrus_triton.models.view import load_view, merge_view, read_view_config, save_view
+from orthrus_triton.models.view_checkpoint import load_checkpoint_view, read_checkpoint_metadata
 from orthrus_triton.modules import ConsensusDecoder
 from tests.models.tiny_bases import base_config, build_base, randomise_view
 
@@ -223,6 +224,15 @@ def test_export_from_a_model_and_from_a_checkpoint(tmp_path, monkeypatch):
     load_view(model, out)
     assert worst_error(model, trained) < 0.005
     assert torch.equal(model.model.mask_embedding_diff, trained.model.mask_embedding_diff)
+
+
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path):
+    """Whatever its metadata and its tensors are called."""
+    weights = tmp_path / "model.safetensors"
+    save_file({"bias": torch.ones(2)}, weights, metadata={"format": "pt", "made_by": "another program"})
+    assert read_checkpoint_metadata(weights) == {"mask_embedding": False}
+    with pytest.raises(ValueError, match=r"must hold 'bias' with shape None, but has \(2,\)"):
+        load_checkpoint_view(make_model("llama"), weights)
 
 
 def test_export_names_bad_input(tmp_path):
