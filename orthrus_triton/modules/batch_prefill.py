@@ -27,7 +27,7 @@ class BatchPrefill:
     """
 
     def __init__(self, model: DualViewModel, longest: int, width: int) -> None:
-        self.model = model
+        self.model, self.longest = model, longest
         rows = -(-longest // ROW_QUANTUM) * ROW_QUANTUM
         self.width = max(1, min(width, GPU_CHUNK * 8 // rows))
         self.buffers = model.new_cache(self.width, rows, 1)
@@ -37,12 +37,21 @@ class BatchPrefill:
         self, slots: Sequence[int], prompts: Sequence[torch.Tensor], cache: SharedKVCache, state: DecodeState,
         max_new_tokens: int, impl: str,
     ) -> None:  # fmt: skip
-        """Put prompts [L] int64 into `slots` of a run's buffers, with nothing committed yet."""
+        """Put prompts [L] int64 into `slots` of a run's buffers, with nothing committed yet.
+
+        Raises:
+            ValueError: a prompt is longer than the buffers were made for.
+        """
+        if (most := max(map(len, prompts))) > self.longest:
+            raise ValueError(f"prompts must have at most longest={self.longest} tokens, but one has {most}")
         for first in range(0, len(slots), self.width):
             part = slice(first, first + self.width)
             self._fill(list(slots[part]), prompts[part], cache, state, max_new_tokens, impl)
 
-    def _fill(self, slots, prompts, cache, state, max_new_tokens, impl) -> None:
+    def _fill(
+        self, slots: list[int], prompts: Sequence[torch.Tensor], cache: SharedKVCache, state: DecodeState,
+        max_new_tokens: int, impl: str,
+    ) -> None:  # fmt: skip
         buffers, device = self.buffers, cache.context_len.device
         lengths = [prompt.numel() for prompt in prompts]
         rows = -(-max(lengths) // ROW_QUANTUM) * ROW_QUANTUM

@@ -122,18 +122,10 @@ class DecodeRun:
             ValueError: no such slot or it is taken, a prompt or a length that cannot be, too much for the cache, or
                 `params` that the run is not open for.
         """
-        if not 0 <= b < len(self.slots):
-            raise ValueError(f"b must be a slot in 0..{len(self.slots) - 1}, but got {b}")
         (prompt,) = split_prompts([prompt], None, self._decoder.model.vocab_size)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, but got {max_new_tokens}")
+        self._require_room(b, prompt, max_new_tokens)
         if not 0 <= cached < prompt.numel():
             raise ValueError(f"cached must be in 0..{prompt.numel() - 1}, but got {cached}")
-        if not self.slots[b].finished:
-            raise ValueError(f"slot {b} must be free, but its sequence has not finished: release it first")
-        needed = tokens_to_cache(prompt.numel(), max_new_tokens)
-        if needed > self.cache.capacity:
-            raise ValueError(f"prompt + max_new_tokens - 1 must be at most {self.cache.capacity}, but is {needed}")
         self._require_current()
         self.choosing.require(params)
         params.require_vocab(self._decoder.model.vocab_size)
@@ -164,15 +156,9 @@ class DecodeRun:
             )
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots must each be named once, but got {list(slots)}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, but got {max_new_tokens}")
         prompts = split_prompts(prompts, None, self._decoder.model.vocab_size)
         for b, prompt in zip(slots, prompts, strict=True):
-            if not 0 <= b < len(self.slots):
-                raise ValueError(f"slots must be in 0..{len(self.slots) - 1}, but got {b}")
-            needed = tokens_to_cache(prompt.numel(), max_new_tokens)
-            if not self.slots[b].finished or needed > self.cache.capacity:
-                raise ValueError(f"slot {b} must be free and have room for {needed} tokens of {self.cache.capacity}")
+            self._require_room(b, prompt, max_new_tokens)
         self._require_current()
         for b, prompt in zip(slots, prompts):  # failed until the pass is through, as in `admit`
             self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
@@ -285,6 +271,18 @@ class DecodeRun:
         if work.size:
             self.rule.observe(work.size, report.seconds / work.cycles, accepted)
         return progress
+
+    def _require_room(self, b: int, prompt: torch.Tensor, max_new_tokens: int) -> None:
+        """Raise a ValueError unless there is a slot `b`, it is free, and this sequence fits."""
+        if not 0 <= b < len(self.slots):
+            raise ValueError(f"a slot must be in 0..{len(self.slots) - 1}, but got {b}")
+        if not self.slots[b].finished:
+            raise ValueError(f"slot {b} must be free, but its sequence has not finished: release it first")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, but got {max_new_tokens}")
+        needed = tokens_to_cache(prompt.numel(), max_new_tokens)
+        if needed > self.cache.capacity:
+            raise ValueError(f"prompt + max_new_tokens - 1 must be at most {self.cache.capacity}, but is {needed}")
 
     def _require_current(self) -> None:
         if self._decoder.run is not self:

@@ -119,7 +119,7 @@ def test_a_run_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="at most 512, but is 515"):
         run.admit(0, PROMPTS[0], 510)
     for arguments, message in (
-        ((1, PROMPTS[0], 2), r"b must be a slot in 0..0, but got 1"),
+        ((1, PROMPTS[0], 2), r"a slot must be in 0..0, but got 1"),
         ((0, PROMPTS[0][:0], 2), "at least one token"),
         ((0, PROMPTS[0] - 1000, 2), "ids in 0.."),
         ((0, PROMPTS[0], 0), "max_new_tokens must be >= 1, but got 0"),
@@ -141,15 +141,17 @@ def test_sequences_admitted_together() -> None:
     run.admit(1, PROMPTS[0], 4)
     for slots, prompts, tokens, message in (
         ([0, 0], PROMPTS[:2], 2, r"slots must each be named once, but got \[0, 0\]"),
-        ([0, 3], PROMPTS[:2], 2, "slots must be in 0..2, but got 3"),
+        ([0, 3], PROMPTS[:2], 2, "a slot must be in 0..2, but got 3"),
         ([0, 1], PROMPTS[:2], 2, "slot 1 must be free"),
         ([0, 2], PROMPTS[:2], 0, "max_new_tokens must be >= 1, but got 0"),
         ([0, 2], [PROMPTS[0], PROMPTS[1] - 1000], 2, "ids in 0.."),
-        ([0, 2], PROMPTS[:2], 600, "room for 605 tokens of 512"),
+        ([0, 2], PROMPTS[:2], 600, "at most 512, but is 605"),
     ):
         with pytest.raises(ValueError, match=message):
             run.admit_together(slots, prompts, tokens, prefill)
     assert run.slots[0].prompt is None and run.slots[2].prompt is None  # nothing was begun
+    with pytest.raises(ValueError, match="prompts must have at most longest=4 tokens, but one has 11"):
+        BatchPrefill(MODEL, 4, 2)([0, 2], PROMPTS[1:3], run.cache, run.state, 5, "torch")
     run.admit_together([2, 0], PROMPTS[1:3], 5, prefill)
     drain(run)
     assert [slot.tokens for slot in run.slots] == [
