@@ -190,10 +190,10 @@ class DualViewAttention(nn.Module):
     def copy_ar_to_diffusion(self) -> None:
         """Start the diffusion view as a copy of the AR view (for a low-rank view: a zero delta)."""
         for name, parameter in self.named_parameters():
-            if "_diff" in name and not (self.view_rank is not None and "_proj_diff" in name):
-                parameter.copy_(self.get_parameter(name.replace("_diff", "")))
-            elif name.endswith("up.weight"):
+            if ".up." in name:
                 parameter.zero_()
+            elif "_diff" in name and ".down." not in name:
+                parameter.copy_(self.get_parameter(name.replace("_diff", "")))
 
     def extra_repr(self) -> str:
         return (

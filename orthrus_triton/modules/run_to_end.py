@@ -13,9 +13,7 @@ from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats
 from orthrus_triton.modules.sampling_params import SamplingParams
 
 Stop = Callable[[int, list[int]], bool]
-
-
-NO_TOKEN = "the model gave NaN or infinity, or its processors banned every token"
+WHY_NO_TOKEN = "the model gave NaN or infinity, or its processors banned every token"
 
 
 class NonFiniteLogitsError(ValueError):
@@ -23,10 +21,10 @@ class NonFiniteLogitsError(ValueError):
     its logits. `output` has what every sequence got; those in `failed` end before it."""
 
     def __init__(self, failed: list[int], output: DecodeOutput) -> None:
-        lengths = {b: output.stats.sequence_tokens[b] for b in failed}
+        lengths = [output.stats.sequence_tokens[b] for b in failed]
         super().__init__(
-            f"logits must be finite, but {NO_TOKEN} in sequence(s) {failed} after {list(lengths.values())} new tokens; "
-            "the others are whole, see `output` of this error"
+            f"logits must be finite, but {WHY_NO_TOKEN} in sequence(s) {failed} after {lengths} new tokens; the "
+            "others are whole, see `output` of this error"
         )
         self.failed, self.output = failed, output
 

@@ -144,8 +144,8 @@ def params_of(
         ValueError: not one for each, keywords beside them, or a token that does not exist.
         TypeError: a keyword that is no field.
     """
-    if unknown := sorted(set(options) - {one.name for one in fields(SamplingParams)}):
-        known = [one.name for one in fields(SamplingParams)]
+    known = [one.name for one in fields(SamplingParams)]
+    if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"generate() got options it does not know: {unknown}; of sampling it knows {known}")
     if params is None:
         params = [SamplingParams(**{"sequence": b} | options) for b in range(count)]

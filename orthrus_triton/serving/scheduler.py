@@ -14,7 +14,7 @@ import torch
 
 from orthrus_triton.modules import Choosing, ConsensusDecoder, DecodeRun, SamplingParams
 from orthrus_triton.modules.decode_run import Progress
-from orthrus_triton.modules.run_to_end import NO_TOKEN
+from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.modules.sampling_params import SamplingRule
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class Scheduler:
                 reason = "stop"
         error = ""
         if part.finished and slot.failed:
-            reason, error = "error", NO_TOKEN
+            reason, error = "error", WHY_NO_TOKEN
         if request.stop is not None:
             for count in range(1, len(tokens) + 1):
                 if request.stop(slot.tokens[: request.delivered + count]):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
-from orthrus_triton.modules.run_to_end import NO_TOKEN
+from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.serving import QueueFullError, Request, Scheduler
 from tests.modules.ledger_model import LedgerModel, oracle
 
@@ -35,7 +35,7 @@ def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch
 
     healthy = oracle(LedgerModel(VOCAB), [1], 6, SamplingParams(logit_bias={5: -torch.inf}))
     assert ask([1], 6) == (healthy, "length", "")
-    assert ask([1, 5], 6) == ([], "error", NO_TOKEN)
+    assert ask([1, 5], 6) == ([], "error", WHY_NO_TOKEN)
     with monkeypatch.context() as patch:
         patch.setattr(LedgerModel, "forward_view", lambda *args: 1 / 0)
         assert ask([1, 2, 3, 4], 6)[1:] == ("error", "ZeroDivisionError: division by zero")
