@@ -13,8 +13,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from orthrus_triton.models.generation_settings import GenerationSettings, merged_config
 from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.modules import ConsensusDecoder, DecodeStats
+from orthrus_triton.modules.decode_options import BlockSize, Mode
 from orthrus_triton.modules.prompts import split_prompts
 from orthrus_triton.modules.run_to_end import Stop
+from orthrus_triton.modules.sampling_params import SamplingRule
 
 # what callers pass out of habit, with the only values that mean what happens here
 HABITS = {
@@ -38,7 +40,7 @@ class OrthrusGenerationMixin:
         """transformers asks."""
         return True
 
-    def consensus_decoder(self, mode: str = "consensus") -> ConsensusDecoder:
+    def consensus_decoder(self, mode: Mode = "consensus") -> ConsensusDecoder:
         """The decoder that `generate` uses for "consensus" or "ar". It keeps its cache from call to call; set its
         attributes (impl, max_cache_len ...) to change how it runs."""
         decoders = self.__dict__.setdefault("_decoders", {})
@@ -62,8 +64,8 @@ class OrthrusGenerationMixin:
         *,
         use_diffusion_mode: bool = True,
         seed: int | None = None,
-        sampling: str = "coupled",
-        block_size: int | None = None,
+        sampling: SamplingRule = "coupled",
+        block_size: BlockSize | None = None,
         reuse_cache: bool = False,
         tokenizer: Any | None = None,
         **options: Any,
@@ -82,7 +84,7 @@ class OrthrusGenerationMixin:
             use_diffusion_mode: False decodes with the AR view alone. The tokens are the same.
             seed: of sampling; by default drawn from torch's global generator.
             sampling: "coupled", or "rejection"; see `ConsensusDecoder.generate`.
-            block_size: rows of a draft block.
+            block_size: rows of a draft block, or "auto"; by default the model's own.
             reuse_cache: go on from the cache of the last call where the prompt begins as that text did. Its K/V have
                 the bits of a fresh prefill only with `consensus_decoder(mode).batch_invariant_prefill = True`: by
                 default a prompt is read by the library's product, which may round differently from decoding.

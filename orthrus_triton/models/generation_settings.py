@@ -18,6 +18,7 @@ from transformers import (
     SuppressTokensAtBeginLogitsProcessor,
 )
 
+from orthrus_triton.models.convert import eos_token_ids
 from orthrus_triton.modules import SamplingParams
 
 # with do_sample and nothing said, as in transformers
@@ -38,6 +39,7 @@ UNSUPPORTED = {
     "output_scores": "tokens leave the cycle without logits; model(sequences) gives logits of every position",
     "output_logits": "tokens leave the cycle without logits; model(sequences) gives logits of every position",
     "output_attentions": "attention weights are never formed", "output_hidden_states": "they are not kept",
+    "remove_invalid_values": "a sequence ends where the logits are not finite, and the error has what the others got",
     "renormalize_logits": "nothing reads the logits afterwards",
 }  # fmt: skip
 NEUTRAL = (None, False, 0, 0.0, 1, 1.0)
@@ -48,7 +50,7 @@ class GenerationSettings:
     """A GenerationConfig, resolved for prompts of `prompt_length` columns."""
 
     max_new_tokens: int
-    eos_token_ids: list[int] | None
+    eos_token_ids: list[int]
     pad_token_id: int
     num_return_sequences: int
     return_dict: bool
@@ -87,13 +89,12 @@ class GenerationSettings:
                     f"max_length must exceed the prompt's {prompt_length} tokens, but is "
                     f"{config.max_length or DEFAULT_MAX_LENGTH}: pass max_new_tokens"
                 )
-        eos = config.eos_token_id
-        eos_ids = default_eos if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
-        pad = config.pad_token_id
-        if isinstance(config.stop_strings, str):
-            stop_strings = [config.stop_strings]
-        else:
-            stop_strings = list(config.stop_strings or [])
+        eos_ids = default_eos if config.eos_token_id is None else eos_token_ids(config)
+        pad_id = config.pad_token_id
+        if pad_id is None:
+            pad_id = eos_ids[0] if eos_ids else 0
+        strings = config.stop_strings or []
+        strings = [strings] if isinstance(strings, str) else list(strings)
         copies = 1 if config.num_return_sequences is None else config.num_return_sequences
         if copies < 1:
             raise ValueError(f"num_return_sequences must be >= 1, but got {copies}")
@@ -107,8 +108,7 @@ class GenerationSettings:
             for row, length in enumerate(lengths) for _ in range(copies)
         ]  # fmt: skip
         return cls(
-            max_new, eos_ids, pad if pad is not None else (eos_ids[0] if eos_ids else 0), copies,
-            bool(config.return_dict_in_generate), stop_strings, config.max_time,
+            max_new, eos_ids, pad_id, copies, bool(config.return_dict_in_generate), strings, config.max_time,
             [SamplingParams(**shared, sequence=b, logits_processor=host or None) for b, host in enumerate(hosts)],
         )  # fmt: skip
 

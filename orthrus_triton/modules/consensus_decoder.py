@@ -37,7 +37,7 @@ class ConsensusDecoder(DecodeCycle):
         block_size: rows of a block, anchor included, 2..model.block_size; by default the trained one. "auto" chooses
             before each cycle, by measured times and recent acceptance, among AR, powers of two and the trained block.
             In AR mode there are no blocks.
-        impl: "auto", "triton" or "torch" for every op of a cycle.
+        impl: "auto", "triton", "torch" or "reference" for every op of a cycle.
         exact: in AR mode, use arithmetic whose bits equal the verify pass. Triton needs nothing for that, the torch
             implementation rounds its rows up to eight; exact=False gives it the library's product of one row instead,
             the fair baseline for wall-clock on a CPU.

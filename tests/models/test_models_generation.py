@@ -193,6 +193,7 @@ def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
     [
         ({"num_beams": 4}, ValueError, "num_beams must be left at its default, but got 4"),
         ({"output_scores": True}, ValueError, "output_scores must be left at its default"),
+        ({"remove_invalid_values": True}, ValueError, "remove_invalid_values must be left"),
         ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha must be left"),
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences"),
         ({"do_sample": True, "num_return_sequences": 0}, ValueError, "num_return_sequences must be >= 1, but got 0"),
