@@ -186,7 +186,7 @@ def text_streamer(tokenizer: Any) -> Any:
 
 
 def parse_seconds(text: str) -> float | None:
-    """ "300s", "5m", "1h" as seconds; "none" as None.
+    """Seconds of "300s", "5m", "1h" or a bare number; of "none", None.
 
     Raises:
         ValueError: another form.

@@ -3,7 +3,7 @@ Both must give the same token ids."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -23,8 +23,12 @@ from orthrus_triton.cli.common import (
 from orthrus_triton.cli.load import load_demo
 
 if TYPE_CHECKING:
-    from orthrus_triton.modules import DecodeStats
+    import torch
 
+    from orthrus_triton.models import OrthrusForCausalLM
+    from orthrus_triton.modules import DecodeOutput, DecodeStats
+
+CYCLE, EXACT, CHEAPEST = "dual-view cycle", "AR, exact", "AR, cheapest pass"
 DEFAULT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 
 
@@ -58,35 +62,20 @@ def demo(
         precision = resolve_dtype(dtype, where)
         runs = require_impl("auto", where)
         model, tokenizer, model_name = load_demo(view, precision, where, block_size)
-        from orthrus_triton.modules import ConsensusDecoder, first_difference
+        from orthrus_triton.modules import first_difference
 
         input_ids = encode_prompt(tokenizer, " ".join(prompt) if prompt else DEFAULT_PROMPT, chat=None)
-        decoders = {
-            "dual-view cycle": ConsensusDecoder(model),
-            "AR, exact": ConsensusDecoder(model, mode="ar"),
-        }
-        if runs != "triton":  # Triton's one-row pass is exact and cheapest at once
-            decoders["AR, cheapest pass"] = ConsensusDecoder(model, mode="ar", exact=False)
-        options = {"max_new_tokens": max_new_tokens}
-        outputs = {}
-        for name, decoder in decoders.items():
-            with busy(f"Warming up: {name}"):
-                decoder.generate(input_ids, max_new_tokens=min(4, max_new_tokens))
-            if not outputs:
-                outputs[name] = decoder.generate(input_ids, **options, streamer=text_streamer(tokenizer))
-                continue
-            with busy(f"The same prompt again: {name}"):
-                outputs[name] = decoder.generate(input_ids, **options)
-    consensus, ar = (outputs[name].sequences[0][input_ids.shape[1] :].tolist() for name in list(outputs)[:2])
+        outputs = _decode(model, tokenizer, input_ids, max_new_tokens, runs)
+    consensus, ar = (outputs[name].sequences[0][input_ids.shape[1] :].tolist() for name in (CYCLE, EXACT))
     console = result_console()
     dtype_name = str(precision).removeprefix("torch.")
     title = f"{model_name}; {dtype_name} on {where} ({runs}), block {model.block_size}"
     console.print()
     console.print(_table(title, {name: output.stats for name, output in outputs.items()}))
-    if "AR, cheapest pass" in outputs:
+    if CHEAPEST in outputs:
         console.print(
-            "AR, exact: in the verify pass's arithmetic, compared below. AR, cheapest pass: exact=False, the fair "
-            "baseline for time.",
+            f"{EXACT}: in the verify pass's arithmetic, compared below. {CHEAPEST}: exact=False, the fair baseline for "
+            "time.",
             style="dim",
         )
     at = first_difference(consensus, ar)
@@ -99,6 +88,28 @@ def demo(
         raise typer.Exit(1)
     console.print(f"AR decoding gave the same {len(ar)} token ids.", style="bold green")
     console.print(_verdict(model_name, [output.stats for output in outputs.values()]))
+
+
+def _decode(
+    model: OrthrusForCausalLM, tokenizer: Any, input_ids: torch.Tensor, max_new_tokens: int, impl: str
+) -> dict[str, DecodeOutput]:
+    """The prompt in every way of decoding, each warmed up by a few tokens; the first streams its text to stdout."""
+    from orthrus_triton.modules import ConsensusDecoder
+
+    decoders = {CYCLE: ConsensusDecoder(model), EXACT: ConsensusDecoder(model, mode="ar")}
+    if impl != "triton":  # Triton's one-row pass is exact and cheapest at once
+        decoders[CHEAPEST] = ConsensusDecoder(model, mode="ar", exact=False)
+    outputs = {}
+    for name, decoder in decoders.items():
+        with busy(f"Warming up: {name}"):
+            decoder.generate(input_ids, max_new_tokens=min(4, max_new_tokens))
+        if not outputs:
+            streamer = text_streamer(tokenizer)
+            outputs[name] = decoder.generate(input_ids, max_new_tokens=max_new_tokens, streamer=streamer)
+            continue
+        with busy(f"The same prompt again: {name}"):
+            outputs[name] = decoder.generate(input_ids, max_new_tokens=max_new_tokens)
+    return outputs
 
 
 def _verdict(model_name: str, runs: list[DecodeStats]) -> str:
