@@ -154,14 +154,14 @@ class OrthrusConfig(PreTrainedConfig):
             raise ValueError(f"block_size must be an integer >= 2, but got {self.block_size!r}")
         if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id must be in 0..{self.vocab_size - 1}, but got {self.mask_token_id!r}")
-        if self.view_rank is not None and (not isinstance(self.view_rank, int) or self.view_rank < 1):
-            raise ValueError(f"view_rank must be an integer >= 1 or None, but got {self.view_rank!r}")
+        for name in ("view_rank", "chain_width"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1 or None, but got {value!r}")
         if not isinstance(self.mask_embedding, bool):
             raise ValueError(f"mask_embedding must be true or false, but got {self.mask_embedding!r}")
         if self.anchor_view not in ("diffusion", "ar"):
             raise ValueError(f"anchor_view must be 'diffusion' or 'ar', but got {self.anchor_view!r}")
-        if self.chain_width is not None and (not isinstance(self.chain_width, int) or self.chain_width < 1):
-            raise ValueError(f"chain_width must be an integer >= 1 or None, but got {self.chain_width!r}")
         if self.hidden_act != "silu":
             raise ValueError(
                 f"hidden_act must be 'silu', the activation that is implemented, but got {self.hidden_act!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -45,7 +46,7 @@ def open_base(model_or_path: PreTrainedModel | str | PathLike[str]) -> BaseModel
         return BaseModel(
             config=model_or_path.config,
             weights=state_dict_source(type(model_or_path).__name__, model_or_path.state_dict()),
-            generation_config=getattr(model_or_path, "generation_config", None),
+            generation_config=copy.deepcopy(getattr(model_or_path, "generation_config", None)),
             dtype=model_or_path.dtype,
             device=model_or_path.device,
             folder=None,

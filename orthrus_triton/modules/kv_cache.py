@@ -74,7 +74,8 @@ class SharedKVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_len", max_len), ("block_size", block_size)):
+        sizes = {"num_layers": num_layers, "batch_size": batch_size, "max_len": max_len, "block_size": block_size}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, but got {value}")
         self.batch_size, self.block_size = batch_size, block_size
@@ -160,7 +161,7 @@ class SharedKVCache:
 
     def nbytes(self) -> int:
         """Bytes of K/V buffers, scratch included."""
-        scratch = self.layers[0].k_block.nbytes + self.layers[0].v_block.nbytes if self.layers else 0
+        scratch = self.layers[0].k_block.nbytes + self.layers[0].v_block.nbytes
         return scratch + sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
 
     def __repr__(self) -> str:
