@@ -118,7 +118,7 @@ class OrthrusGenerationMixin:
             processors=logits_processor, prefix_allowed=prefix_allowed_tokens_fn,
         )  # fmt: skip
         prompts = [prompt for prompt in prompts for _ in range(settings.num_return_sequences)]
-        rows = inputs.repeat_interleave(settings.num_return_sequences, dim=0)
+        rows = inputs.long().repeat_interleave(settings.num_return_sequences, dim=0)
         strings = None
         if settings.stop_strings:
             if tokenizer is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ def split_prompts(
         vocab_size: ids must lie in 0..vocab_size-1.
 
     Raises:
-        ValueError: no prompt, an empty prompt, a mask with holes, or an id outside the vocabulary.
+        ValueError: no prompt, an empty prompt, a mask with holes, or what is no id of the vocabulary.
     """
     if isinstance(input_ids, torch.Tensor):
         if input_ids.dim() == 1:
@@ -28,6 +28,8 @@ def split_prompts(
                 f"input_ids must be [B, L] or a list of 1-D tensors, but got shape {tuple(input_ids.shape)}"
             )
         rows = _unpad(input_ids, attention_mask)
+    elif input_ids is None or isinstance(input_ids, (str, Mapping)):
+        raise ValueError(f"input_ids must be [B, L] or a list of 1-D tensors, but got a {type(input_ids).__name__}")
     else:
         if attention_mask is not None:
             raise ValueError("attention_mask goes with a [B, L] tensor, but input_ids is a list of prompts")
@@ -37,7 +39,7 @@ def split_prompts(
     for b, row in enumerate(rows):
         if row.dim() != 1 or row.numel() == 0:
             raise ValueError(f"input_ids: prompt {b} must be 1-D with at least one token, but got {tuple(row.shape)}")
-        if row.is_floating_point():
+        if row.is_floating_point() or row.dtype == torch.bool:
             raise ValueError(f"input_ids: prompt {b} must hold integers, but got {row.dtype}")
         low, high = int(row.min()), int(row.max())
         if low < 0 or high >= vocab_size:

@@ -80,6 +80,8 @@ def test_padded_batches_in_and_out(pair) -> None:
     options = {"max_new_tokens": 6, "prefix_allowed_tokens_fn": lambda row, _: [5 + row, 20 + row]}
     allowed = model.generate(ids, attention_mask=mask, **options)
     assert allowed.tolist() == base.generate(ids, attention_mask=mask, do_sample=False, **options).tolist()
+    narrow = model.generate(ids.to(torch.uint8), attention_mask=mask, max_new_tokens=12)  # has no room for all ids
+    assert narrow.dtype == torch.int64 and narrow.tolist() == expected.tolist()
     ar = model.generate(ids, attention_mask=mask, max_new_tokens=12, use_diffusion_mode=False)
     assert ar.tolist() == expected.tolist() and model.last_stats.tokens_per_cycle == 1
 
