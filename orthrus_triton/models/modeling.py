@@ -64,6 +64,11 @@ class OrthrusForCausalLM(OrthrusGenerationMixin, PreTrainedModel):
         return self.config.mask_token_id
 
     @property
+    def static_rope_len(self) -> int | None:
+        """Prompts longer than this are rotated by their length (longrope, dynamic NTK); None where none is."""
+        return self.model.rotary_emb.original_max_len
+
+    @property
     def vocab_size(self) -> int:
         """Ids are 0..vocab_size-1."""
         return self.config.vocab_size

@@ -168,8 +168,11 @@ class DecodeRun:
 
     def cached_prefix(self, b: int, prompt: torch.Tensor) -> int:
         """How many of `prompt`'s first tokens have their K/V in slot `b`: at most all but the last."""
+        slot, static_len = self.slots[b], getattr(self._decoder.model, "static_rope_len", None)
+        if static_len is not None and slot.prompt is not None and max(len(slot.prompt), len(prompt)) > static_len:
+            return 0
         length = 0
-        for held, token in zip(self.slots[b].cached, prompt[:-1].tolist()):
+        for held, token in zip(slot.cached, prompt[:-1].tolist()):
             if held != token:
                 break
             length += 1

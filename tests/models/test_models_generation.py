@@ -165,6 +165,23 @@ def test_a_continued_cache_has_a_fresh_ones_bits_where_the_prefill_is_the_cycles
     assert all(torch.equal(kept, fresh) for kept, fresh in zip(*held))
 
 
+@pytest.mark.parametrize("case", ["llama longrope", "llama dynamic"])
+@pytest.mark.parametrize(("first", "second"), [(12, 12), (30, 5), (30, -24)])
+def test_a_cache_whose_angles_belong_to_another_length_is_not_gone_on_from(case: str, first: int, second: int) -> None:
+    """Beyond the original length (20 here) all of a prompt is rotated otherwise, and what is cached is of another."""
+    model = OrthrusForCausalLM.from_base(build_base(base_config(case)), block_size=5, mask_token_id=100)
+    decoder = model.consensus_decoder()
+    decoder.batch_invariant_prefill, decoder.max_cache_len = True, 64
+    ids = random_ids(first)
+    said = model.generate(ids, max_new_tokens=4, eos_token_id=[])
+    turn = torch.cat((said, random_ids(second, seed=9)), dim=1) if second > 0 else ids[:, :second]
+    held = []
+    for reuse in (True, False):
+        model.generate(turn, max_new_tokens=6, eos_token_id=[], reuse_cache=reuse)
+        held.append([layer.k[:, :, : turn.shape[1]].clone() for layer in decoder.cache.layers])
+    assert all(torch.equal(kept, fresh) for kept, fresh in zip(*held))
+
+
 def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
     _, model = pair
     model.save_pretrained(tmp_path, tokenizer=tokenizer)
