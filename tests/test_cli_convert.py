@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -57,4 +59,6 @@ def test_convert_bad_input(base_folder, model_folder, tmp_path):
     assert_bad_input(run("convert", base_folder, target, "--block-size", 1), "block_size")
     assert_bad_input(run("convert", base_folder, target, "--view-rank", 0), "view_rank")
     assert_bad_input(run("convert", base_folder, target, "--mask-token-id", 10**6), "mask_token_id")
+    bare = shutil.copytree(base_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert_bad_input(run("convert", bare, target), f"{bare} must have a tokenizer")
     assert not target.exists()

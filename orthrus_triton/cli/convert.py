@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from orthrus_triton.cli.common import busy, one_line_errors, resolve_dtype, status_console
+from orthrus_triton.cli.load import load_tokenizer
 
 if TYPE_CHECKING:
     from orthrus_triton.models import OrthrusForCausalLM
@@ -43,7 +44,7 @@ def convert(
         with busy(f"Reading {source}"):
             from orthrus_triton.models import OrthrusForCausalLM
 
-            base, tokenizer, mask = (source, None, None) if not source.endswith(".gguf") else _open_gguf(source)
+            base, tokenizer, mask = _open_gguf(source) if source.endswith(".gguf") else (source, None, None)
             model = OrthrusForCausalLM.from_base(
                 base,
                 block_size=block_size,
@@ -51,10 +52,7 @@ def convert(
                 view_rank=view_rank,
                 dtype=precision,
             )
-            if tokenizer is None:
-                from transformers import AutoTokenizer
-
-                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer = tokenizer or load_tokenizer(source)
         with busy(f"Writing {target}"):
             model.save_pretrained(target, tokenizer=tokenizer)
         status_console.print(_summary(model, target))

@@ -50,9 +50,21 @@ def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> tu
     if name is None:
         return load_demo("shipped", dtype, device)
     with busy(f"Loading {name}"):
-        from transformers import AutoTokenizer
-
         from orthrus_triton.models import OrthrusForCausalLM
 
         model = OrthrusForCausalLM.from_pretrained(name, dtype=dtype, device=device)
-        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), name
+        return model, load_tokenizer(name), name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer in a model's folder, or of its hub id.
+
+    Raises:
+        ValueError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} must have a tokenizer that transformers can read, but: {error}") from error

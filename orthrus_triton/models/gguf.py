@@ -34,7 +34,8 @@ def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.T
     """A Llama in GGUF as transformers would have it: configuration, fp32 weights by name, tokenizer.
 
     Raises:
-        ImportError: gguf is not installed. ValueError: another architecture, another tokenizer, or an unknown tensor.
+        ImportError: gguf is not installed. ValueError: the file is damaged, or has another architecture, another
+            tokenizer, or an unknown tensor.
     """
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -64,7 +65,10 @@ def _open(path: str | PathLike[str]) -> Any:
         def data(self, mapped: np.memmap) -> None:
             self._plain = mapped.view(np.ndarray)
 
-    return PlainReader(path)
+    try:
+        return PlainReader(path)
+    except (ValueError, IndexError) as error:  # what a read past the end looks like
+        raise ValueError(f"{str(path)!r} must be a complete GGUF file, but: {error}") from error
 
 
 def _read_weights(reader: Any, fields: dict[str, Any]) -> dict[str, torch.Tensor]:

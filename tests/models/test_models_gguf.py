@@ -80,6 +80,14 @@ def test_a_missing_demo_package_names_the_command(monkeypatch: pytest.MonkeyPatc
         demo.find_demo_gguf()
 
 
+@pytest.mark.parametrize("content", [b"", b"ab", b"GGUF", b"GGUF\3\0\0\0", b"PK\3\4" * 20])
+def test_a_file_that_is_no_whole_gguf_is_named(content: bytes, tmp_path: Path):
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match="model.gguf' must be a complete GGUF file, but"):
+        load_gguf(tmp_path / "model.gguf")
+
+
 def test_a_missing_gguf_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match="needs the package gguf: pip install gguf"):
