@@ -79,7 +79,8 @@ class OrthrusGenerationMixin:
                 (input_ids, scores) alone.
             stopping_criteria: asked after every token, sequence by sequence, with the prompt as it came (padding
                 included, as in transformers) and scores None.
-            prefix_allowed_tokens_fn: as in transformers.
+            prefix_allowed_tokens_fn: as in transformers; its batch_id is the prompt's row, of all
+                num_return_sequences alike.
             streamer: TextStreamer, TextIteratorStreamer or the like; one sequence.
             use_diffusion_mode: False decodes with the AR view alone. The tokens are the same.
             seed: of sampling; by default drawn from torch's global generator.

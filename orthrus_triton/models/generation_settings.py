@@ -14,6 +14,7 @@ from transformers import (
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
 )
@@ -102,7 +103,7 @@ class GenerationSettings:
             raise ValueError(f"num_return_sequences must be 1 without do_sample, but got {copies}: all would be equal")
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ())) if config.do_sample else 0
-        shared = _shared_params(config, prompt_length, seed)
+        shared = _shared_params(config, prompt_length, seed, eos_ids)
         hosts = [
             _host_processors(config, length, processors, prefix_allowed, row)
             for row, length in enumerate(lengths) for _ in range(copies)
@@ -113,14 +114,14 @@ class GenerationSettings:
         )  # fmt: skip
 
 
-def _shared_params(config: GenerationConfig, prompt_length: int, seed: int) -> dict[str, Any]:
+def _shared_params(config: GenerationConfig, prompt_length: int, seed: int, eos_ids: list[int]) -> dict[str, Any]:
     bias = {token: -torch.inf for token in config.suppress_tokens or []}
     for words in config.bad_words_ids or []:
-        if len(words) == 1:
+        if len(words) == 1 and words[0] not in eos_ids:
             bias[words[0]] = -torch.inf
     params = {
         "seed": seed,
-        "repetition_penalty": 1.0 if config.repetition_penalty is None else config.repetition_penalty,
+        "repetition_penalty": 1.0 if config.sequence_bias else _repetition_penalty(config),
         "min_new_tokens": max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length),
         "logit_bias": bias,
     }
@@ -143,6 +144,8 @@ def _host_processors(
     found = LogitsProcessorList()
     if config.sequence_bias:
         found.append(SequenceBiasLogitsProcessor(config.sequence_bias))
+        # comes behind the bias in transformers, and so behind it here
+        found.append(RepetitionPenaltyLogitsProcessor(float(_repetition_penalty(config))))
     if config.no_repeat_ngram_size:
         found.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     several = [words for words in config.bad_words_ids or [] if len(words) > 1]
@@ -154,6 +157,10 @@ def _host_processors(
         found.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, prompt_length))
     found.extend(processors or [])
     return found
+
+
+def _repetition_penalty(config: GenerationConfig) -> float:
+    return 1.0 if config.repetition_penalty is None else config.repetition_penalty
 
 
 def merged_config(own: GenerationConfig | None, given: GenerationConfig | None, options: dict[str, Any]) -> tuple:

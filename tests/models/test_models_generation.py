@@ -57,6 +57,8 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
         {"no_repeat_ngram_size": 2}, {"suppress_tokens": [11, 12]}, {"min_length": 11}, {"max_length": 14},
         {"sequence_bias": [[[5], 4.0]]}, {"begin_suppress_tokens": [4, 5, 6]},
         {"prefix_allowed_tokens_fn": lambda row, ids: [5 + row, 9, 10 + len(ids)]},
+        {"eos_token_id": 95, "bad_words_ids": [[95], [7]]},  # a stop token is no bad word
+        {"sequence_bias": [[[80], 5.0], [[38], 5.0]], "repetition_penalty": 1.8},  # the bias before the penalty
     ],
 )  # fmt: skip
 def test_greedy_is_transformers_own(pair, options: dict) -> None:
