@@ -17,6 +17,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
 )
 
 from orthrus_triton.models.convert import eos_token_ids
@@ -42,6 +43,12 @@ UNSUPPORTED = {
     "output_attentions": "attention weights are never formed", "output_hidden_states": "they are not kept",
     "remove_invalid_values": "a sequence ends where the logits are not finite, and the error has what the others got",
     "renormalize_logits": "nothing reads the logits afterwards",
+}  # fmt: skip
+# a processor of the caller's own stands in for what the field asks for, as in transformers
+REPLACED = {
+    RepetitionPenaltyLogitsProcessor: "repetition_penalty", NoRepeatNGramLogitsProcessor: "no_repeat_ngram_size",
+    SequenceBiasLogitsProcessor: "sequence_bias", NoBadWordsLogitsProcessor: "bad_words_ids",
+    SuppressTokensLogitsProcessor: "suppress_tokens", SuppressTokensAtBeginLogitsProcessor: "begin_suppress_tokens",
 }  # fmt: skip
 NEUTRAL = (None, False, 0, 0.0, 1, 1.0)
 
@@ -72,7 +79,7 @@ class GenerationSettings:
             lengths: of the prompts without padding; with num_return_sequences > 1 each is decoded that often.
             seed: of sampling; None draws one from torch's global generator.
             default_eos: stop tokens when the config has none.
-            processors: the caller's own, run on the host.
+            processors: the caller's own, run on the host, in place of what `config` asks for by the same class.
             prefix_allowed: transformers' `prefix_allowed_tokens_fn`.
 
         Raises:
@@ -82,6 +89,10 @@ class GenerationSettings:
             value = getattr(config, name, None)
             if (value is True or value not in NEUTRAL) and not (name == "speculation_type" and value == "none"):
                 raise ValueError(f"{name} must be left at its default, but got {value!r}: {instead}")
+        config = copy.copy(config)
+        for one in processors or []:
+            if type(one) in REPLACED:
+                setattr(config, REPLACED[type(one)], None)
         max_new = config.max_new_tokens
         if max_new is None:
             max_new = (config.max_length or DEFAULT_MAX_LENGTH) - prompt_length

@@ -16,7 +16,9 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
     TextIteratorStreamer,
     pipeline,
 )
@@ -59,6 +61,8 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
         {"prefix_allowed_tokens_fn": lambda row, ids: [5 + row, 9, 10 + len(ids)]},
         {"eos_token_id": 95, "bad_words_ids": [[95], [7]]},  # a stop token is no bad word
         {"sequence_bias": [[[80], 5.0], [[38], 5.0]], "repetition_penalty": 1.8},  # the bias before the penalty
+        {"repetition_penalty": 1.8, "logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)])},
+        {"suppress_tokens": [80], "logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor([38])])},
     ],
 )  # fmt: skip
 def test_greedy_is_transformers_own(pair, options: dict) -> None:
