@@ -97,7 +97,8 @@ def read_view_config(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is not a view file.
     """
-    return {"anchor_view": "diffusion", "chain_width": None, **json.loads(_read(path, metadata_only=True)[0]["config"])}
+    stored = json.loads(_read(path, metadata_only=True)[0]["config"])
+    return {"anchor_view": "diffusion", "chain_width": None, **stored}  # the first files were of no other form
 
 
 @torch.no_grad()
