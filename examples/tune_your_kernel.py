@@ -1,5 +1,5 @@
-"""A kernel of your own in the tuner and the store: declare its space, its key and its reference.
-Run it as it is; on a GPU it then tunes itself for H = 4096 and says what won."""
+"""A kernel of your own with tuned configurations: declare the values to try, the key and a reference.
+Run it as it is: on a GPU it tunes itself for H = 4096 and prints the winner; on a CPU set TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scaled_add_kernel(x_ptr, y_ptr, scale_ptr, out_ptr, H: tl.constexpr, BLOCK: 
     rows_of=(0, 1),  # x and y have rows, scale has none
 )
 def scaled_add(x, y, scale, config):
-    """x [rows, H] + y [rows, H] * scale [H]; the configuration is looked up, or given as `config=`."""
+    """x [rows, H] + y [rows, H] * scale [H]. The configuration is looked up unless the caller passes `config=`."""
     out, (rows, H) = torch.empty_like(x), x.shape
     scaled_add_kernel[(rows, triton.cdiv(H, config["BLOCK"]))](
         x, y, scale, out, H=H, BLOCK=config["BLOCK"], **config.launch, enable_fp_fusion=False
@@ -41,11 +41,11 @@ def scaled_add(x, y, scale, config):
 
 
 if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, with TRITON_INTERPRET=1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     x, y, scale = (torch.randn(*shape, device=device) for shape in [(3, 4096), (3, 4096), (4096,)])
     torch.testing.assert_close(scaled_add(x, y, scale), x + y * scale)
     try:
         tune(scaled_add.problem("bf16", H=4096), budget=60)
-    except ValueError as error:  # no GPU
+    except ValueError as error:  # without a GPU there is nothing to time
         print(error)
     print(*describe([scaled_add.problem("bf16", H=4096)]), sep="\n")
