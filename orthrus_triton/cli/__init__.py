@@ -68,7 +68,7 @@ def _root(
     orthrus-triton chat ./orthrus                 talk with it
     orthrus-triton serve ./orthrus                answer HTTP requests, as OpenAI's API does
     orthrus-triton distill-data OUT --builtin     write training data with the frozen model
-    orthrus-triton evaluate --prompts FILE        measure what its drafts are worth
+    orthrus-triton evaluate --prompts FILE        measure acceptance, speed and exactness
     orthrus-triton verify --prompts FILE          check that both modes give the same tokens
     orthrus-triton autotune --model ./orthrus     tune the kernels to this GPU
     orthrus-triton doctor                         what runs where, and why

@@ -43,13 +43,13 @@ def autotune(
         Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="auto: each model's own, else bf16.")
     ] = "auto",
     device: DeviceOption = "auto",
-    budget: Annotated[str, typer.Option(metavar="TIME", help="For all: 300s, 5m, 1h, or none.")] = "5m",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for the whole run: 300s, 5m, 1h, or none.")] = "5m",
     jobs: Annotated[int | None, typer.Option(help="Compiling processes; by default one per core.")] = None,
     candidates: Annotated[int, typer.Option(help="Most configurations to try per key.")] = 32,
-    repeat: Annotated[int, typer.Option(help="Time and choose this many times, and say how often it differed.")] = 1,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on with an interrupted run.")] = False,
+    repeat: Annotated[int, typer.Option(help="Time and choose this many times; report differing winners.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, do not resume an interrupted run.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only compile: what fits the GPU. Needs none, writes no user file.")
+        bool, typer.Option("--dry-run", help="Only compile, to see what fits a GPU; needs no GPU, stores nothing.")
     ] = False,
     target: Annotated[
         str | None, typer.Option(help="With --dry-run: sm_80, sm_90, sm_100 or gfx942, by default this GPU's.")

@@ -42,16 +42,16 @@ BlockSizeOption = Annotated[
     Any,
     typer.Option(
         parser=_block_size, metavar="<int>|auto",
-        help="Rows of a draft block, anchor included; by default the model's own. auto: whatever is fastest just then.",
+        help="Rows of a draft block, anchor included; by default the model's own. auto: the fastest, cycle by cycle.",
     ),
 ]  # fmt: skip
 
 # one sequence's sampling, as SamplingParams has it
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopKOption = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
-TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
-MinPOption = Annotated[float, typer.Option(help="Keep tokens this times as likely as the likeliest.")]
-SeedOption = Annotated[int, typer.Option(help="Of sampling: the same one gives the same text.")]
+TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability together.")]
+MinPOption = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of sampling; the same one gives the same text.")]
 
 
 def result_console(**options: Any) -> Console:

@@ -55,7 +55,7 @@ def demo(
     orthrus-triton demo
     orthrus-triton demo Write a Python function that reverses a string.
     orthrus-triton demo --max-new-tokens 32 --dtype fp32
-    orthrus-triton demo --view copy               # what training is worth
+    orthrus-triton demo --view copy               # an untrained view, for comparison
     """
     with one_line_errors():
         where = resolve_device(device)
@@ -74,8 +74,8 @@ def demo(
     console.print(_table(title, {name: output.stats for name, output in outputs.items()}))
     if CHEAPEST in outputs:
         console.print(
-            f"{EXACT}: in the verify pass's arithmetic, compared below. {CHEAPEST}: exact=False, the fair baseline for "
-            "time.",
+            f"{EXACT}: rounds like the verify pass; its token ids are compared below. {CHEAPEST}: exact=False, the fair "
+            "baseline for time.",
             style="dim",
         )
     at = first_difference(consensus, ar)

@@ -45,13 +45,13 @@ def distill_data(
         list[str] | None,
         typer.Option(metavar="NAME", help="With --builtin: another package whose docstrings to read; may be repeated."),
     ] = None,
-    phrasings: Annotated[int, typer.Option(help="With --builtin: ways of putting each of our own tasks.")] = 1,
+    phrasings: Annotated[int, typer.Option(help="With --builtin: phrasings of each task from a template.")] = 1,
     prompts_only: Annotated[
         bool, typer.Option("--prompts-only", help="Write the prompts to OUT, a .jsonl file for --prompts, and stop.")
     ] = False,
     held_out: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Prompts for evaluation: leave out what repeats them; may be repeated."),
+        typer.Option(metavar="FILE", help="Prompts for evaluation, whose repeats are left out; may be repeated."),
     ] = None,
     model: Annotated[
         str | None,
@@ -67,10 +67,10 @@ def distill_data(
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard.")] = 256,
     budget: Annotated[
         str,
-        typer.Option(metavar="TIME", help="Stop after 300s, 5m, 1h, with the shards that are whole; none: when done."),
+        typer.Option(metavar="TIME", help="Stop after 300s, 5m or 1h and keep the complete shards; none: no limit."),
     ] = "none",
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts only.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the built-in prompts' phrasings and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the built-in prompts' phrasings and order.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     impl: ImplOption = "auto",
@@ -78,8 +78,8 @@ def distill_data(
     """Let the frozen model answer prompts, as training data for its diffusion view.
 
     Rows are {"id", "domain", "prompt_ids", "answer_ids"}, in shards of jsonl. Stop it whenever you like: the same
-    command goes on where it stopped. Where two words are equally likely, such a run may answer otherwise than an
-    unbroken one.
+    command goes on where it stopped. Where two tokens nearly tie, such a run may answer differently from an
+    uninterrupted one.
 
     \b
     orthrus-triton distill-data ./data --prompts questions.txt
@@ -126,7 +126,7 @@ def distill_data(
     status_console.print(
         f"{folder}: {manifest['finished_rows']} rows, {manifest['answer_tokens']} answer tokens, "
         f"{manifest['domains']}, {manifest['left_out']} prompts left out as too long"
-        + ("" if manifest["complete"] else "; not all shards are whole: run it again to go on"),
+        + ("" if manifest["complete"] else "; not all shards are complete: run it again to go on"),
     )
 
 

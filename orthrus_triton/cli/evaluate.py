@@ -42,10 +42,10 @@ def evaluate(
         ),
     ] = None,
     builtin: Annotated[
-        int | None, typer.Option(metavar="N", help="N code tasks each from the docstrings of NumPy and pip, too.")
+        int | None, typer.Option(metavar="N", help="Add N code tasks each from the docstrings of NumPy and pip.")
     ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="With --builtin: text files, N openings of which to continue.")
+        Path | None, typer.Option(metavar="DIR", help="With --builtin: text files; N of their openings to continue.")
     ] = None,
     model: ModelOption = None,
     view: Annotated[
@@ -74,8 +74,8 @@ def evaluate(
     """Measure a view: tokens per cycle, TPF, acceptance, repetition, exactness and time against AR decoding.
 
     A text file called code, chat, prose or docs gives its prompts that domain. Ends with code 1 if an answer differs
-    from the AR view's own; then no speed-up is given. The built-in prompts are of sources the shipped view was not
-    trained on.
+    from the AR view's own; then no speed-up is given. The built-in prompts come from packages that the shipped
+    view was not trained on.
 
     \b
     orthrus-triton evaluate --prompts questions.txt

@@ -14,7 +14,7 @@ from orthrus_triton.cli.common import busy, one_line_errors, status_console
 def train(
     config: Annotated[Path, typer.Option(metavar="FILE", help="YAML with the options of the run.")],
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One option over the file's; repeatable.")
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Replaces an option of FILE; repeatable.")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start at step 0, and remove the checkpoints that output_dir has.")
@@ -34,8 +34,8 @@ def train(
     eval_data: held-out, eval_strategy: steps, eval_steps: 200
 
     A run that was stopped, even by kill -9, goes on from its last checkpoint when the command is given again, and ends
-    with the same bits as an unbroken one; one that `max_seconds` bounds goes on with the time that is left, and ends
-    with other bits. On several GPUs (DDP, or FSDP2 with `fsdp: true`):
+    with the same bits as an uninterrupted one. (With `max_seconds` it goes on with the time that is left, and ends with
+    other bits.) torchrun trains on several GPUs: with DDP, or with FSDP2 where the file has `fsdp: true`.
 
     \b
     orthrus-triton distill-data rows --builtin
