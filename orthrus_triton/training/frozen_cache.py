@@ -177,8 +177,12 @@ def _hash_rows(rows: Sequence[TextRow]) -> str:
 
 
 def _hash_model(model: OrthrusForCausalLM) -> str:
-    """Of the frozen weights: one column of each is enough to tell two models apart."""
-    digest = hashlib.sha256()
+    """Of the frozen weights, of which one column each is enough to tell two models apart, and of what is computed with
+    them."""
+    config = model.config
+    layers = [{name: value for name, value in one.items() if name != "view_rank"} for one in config.layer_options()]
+    arithmetic = [str(model.dtype), config.rope_parameters, config.max_position_embeddings, layers]
+    digest = hashlib.sha256(json.dumps(arithmetic, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if "_diff" not in name:
             digest.update(name.encode() + tensor.reshape(tensor.shape[0], -1)[:, 0].float().cpu().numpy().tobytes())

@@ -22,7 +22,7 @@ from orthrus_triton.training.data import TextRow, pack_rows, read_rows
 from orthrus_triton.training.frozen_cache import FrozenCache
 from orthrus_triton.training.trainer import ViewTrainer
 from tests.cli_models import make_tokenizer, save_base_model
-from tests.models.tiny_bases import tiny_tokenizer
+from tests.models.tiny_bases import base_config, build_base, random_ids, tiny_tokenizer
 from tests.training.view_runs import make_args, make_model, make_trainer, own_rows, saved_view
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +117,26 @@ def test_a_cache_of_other_rows_or_weights_is_not_reused(tmp_path):
     assert path.read_text() != manifest
     with pytest.raises(ValueError, match="top_k must be in 1..101, but got 102"):
         FrozenCache.open_or_build(tmp_path, model, rows, top_k=102)
+
+
+def test_a_cache_of_the_same_weights_in_another_model_is_not_reused(tmp_path):
+    rows = [TextRow("prose", random_ids(20)[0].tolist(), [(4, 20)])]
+
+    def built(dtype=torch.float32, view_rank=None, **fields) -> tuple[str, torch.Tensor]:
+        base = build_base(base_config("llama", **fields), rounded_to=torch.bfloat16)
+        model = OrthrusForCausalLM.from_base(base, block_size=4, view_rank=view_rank, dtype=dtype)
+        cache = FrozenCache.open_or_build(tmp_path, model, rows, top_k=4, dtype=torch.float32)
+        return (tmp_path / "manifest.json").read_text(), cache.kv.clone()
+
+    manifest, kv = built()
+    for change in (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {"rms_norm_eps": 0.1},
+        {"dtype": torch.bfloat16},
+    ):  # fmt: skip
+        changed, other = built(**change)
+        assert changed != manifest and not torch.equal(kv, other), change
+    again, same = built(view_rank=2)
+    assert again == manifest and torch.equal(kv, same)
 
 
 def test_a_cache_that_was_cut_short_is_completed(tmp_path, monkeypatch):
