@@ -74,8 +74,8 @@ def demo(
     console.print(_table(title, {name: output.stats for name, output in outputs.items()}))
     if CHEAPEST in outputs:
         console.print(
-            f"{EXACT}: rounds like the verify pass; its token ids are compared below. {CHEAPEST}: exact=False, the fair "
-            "baseline for time.",
+            f"{EXACT}: rounds like the verify pass; its token ids are compared below. {CHEAPEST}: exact=False, the "
+            "fair baseline for time.",
             style="dim",
         )
     at = first_difference(consensus, ar)

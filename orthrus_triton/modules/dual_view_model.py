@@ -22,8 +22,8 @@ class DualViewModel(Protocol):
     it is then used. And it may have `anchor_rows`, 1 where the frozen view reads a draft block's anchor, by default 0;
     drafts then come with `ViewPass.parts`, which layers hand to `DualViewAttention` as it is. With `has_chain` true,
     drafts are `chain_drafts(hidden [B, T, H], logits [B, T, V], own [B], noise, recalled) -> [B, T]`; see
-    `DraftChain.choose`. With `static_rope_len` n, the angles of a token depend on the prompt's length where that exceeds
-    n; K/V of another prompt are then not used again.
+    `DraftChain.choose`. With `static_rope_len` n, the angles of a token depend on the prompt's length where that
+    exceeds n; K/V of another prompt are then not used again.
     """
 
     block_size: int

@@ -56,11 +56,26 @@ def _frequencies(positions, prompt_len, inv_freq, long_inv_freq, theta, factor, 
     beyond = length > original_max_len
     if long_inv_freq is not None:
         return torch.where(beyond, long_inv_freq, inv_freq)
-    head_dim = 2 * inv_freq.shape[0]
+    stretched = _stretched_on_cpu if length.is_cpu else _stretched
+    return torch.where(beyond, stretched(length, inv_freq.shape[0], theta, factor, original_max_len), inv_freq)
+
+
+def _stretched(length: torch.Tensor, half: int, theta: float, factor: float, original_max_len: int) -> torch.Tensor:
+    """Frequencies [..., D // 2] of dynamic NTK for lengths [..., 1]."""
+    head_dim = 2 * half
     stretch = factor * length.float() / original_max_len - (factor - 1)
     base = theta * stretch.clamp(min=1.0) ** (head_dim / (head_dim - 2))
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    return torch.where(beyond, base**-exponents, inv_freq)
+    exponents = torch.arange(0, head_dim, 2, device=length.device, dtype=torch.float32) / head_dim
+    return base**-exponents
+
+
+def _stretched_on_cpu(
+    length: torch.Tensor, half: int, theta: float, factor: float, original_max_len: int
+) -> torch.Tensor:  # fmt: skip
+    """The same, length by length: a CPU's powers round by where they stand in a vector."""
+    lengths, places = length.unique(return_inverse=True)
+    rows = [_stretched(one, half, theta, factor, original_max_len) for one in lengths.view(-1, 1)]
+    return torch.stack(rows)[places[..., 0]]
 
 
 @torch.library.custom_op(

@@ -189,3 +189,63 @@ def test_rejection_without_a_draft_draws_from_the_ar_distribution(impl: str, mon
     logits[0, 0], logits[1, 1] = torch.nan, -torch.inf
     choice[0, 0] = choice[1, 1] = ops.VOID
     assert torch.equal(ops.rejection_choice(logits, nothing, candidate, positions, how, impl=impl), choice)
+
+
+class Drafting(ConsensusDecoder):
+    """Drafts `script` behind what is generated so far, or POISON."""
+
+    script: tuple[int, ...] = ()
+
+    def draft(self, cache, state, block_size, impl):
+        drafted = super().draft(cache, state, block_size, impl).clone()
+        rest = self.script[int(state.output_len[0]) :][: block_size - 1]
+        drafted[0, 1:] = POISON
+        drafted[0, 1 : 1 + len(rest)] = torch.tensor(rest, dtype=torch.int64)
+        return drafted
+
+
+def overflowing(token: int, value: float, dtype: torch.dtype, window: int | None) -> TinyDualViewModel:
+    """A model that never says POISON; reading `token` it computes K/V that are not finite."""
+    torch.manual_seed(0)
+    model = TinyDualViewModel(block_size=4, window=window)
+    model.lm_head.weight.data[POISON] = 0
+    model.embed_tokens.weight.data[token] = value
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_draft_that_overflows_is_a_draft_that_is_rejected(value: float, dtype: torch.dtype, window: int) -> None:
+    model, prompt = overflowing(POISON, value, dtype, window), [torch.tensor([1, 2, 3])]
+    said = ConsensusDecoder(model, mode="ar", impl="torch").generate(prompt, max_new_tokens=12).sequences[0]
+    assert POISON not in said
+    assert torch.equal(Drafting(model, impl="torch").generate(prompt, max_new_tokens=12).sequences[0], said)
+
+
+def test_what_is_said_before_an_overflow_is_said_in_both_modes() -> None:
+    prompt, answers = [torch.tensor([1, 2, 3])], []
+    healthy = overflowing(POISON, 0.0, torch.float32, None)
+    whole = ConsensusDecoder(healthy, mode="ar", impl="torch").generate(prompt, max_new_tokens=12)
+    script = whole.sequences[0][3:].tolist()
+    assert script[6] not in script[:6]
+    model = overflowing(script[6], torch.nan, torch.float32, None)
+    for decoder in (ConsensusDecoder(model, mode="ar", impl="torch"), Drafting(model, impl="torch")):
+        decoder.script = tuple(script)
+        with pytest.raises(NonFiniteLogitsError) as caught:
+            decoder.generate(prompt, max_new_tokens=12)
+        answers.append(caught.value.output.sequences[0][3:].tolist())
+    assert answers[0] == answers[1] == script[:7]
+
+
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_view_that_has_diverged_costs_time_and_no_token(anchor_rows: int, window: int | None) -> None:
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([5, 6])]
+    torch.manual_seed(0)
+    model = TinyDualViewModel(block_size=4, anchor_rows=anchor_rows, window=window)
+    said = ConsensusDecoder(model, mode="ar", impl="torch").generate(prompts, max_new_tokens=12).sequences
+    model.layers[0].self_attn.qkv_proj_diff.weight.data.fill_(torch.nan)
+    assert all(
+        map(torch.equal, ConsensusDecoder(model, impl="torch").generate(prompts, max_new_tokens=12).sequences, said)
+    )

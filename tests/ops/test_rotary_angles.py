@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,3 +52,13 @@ def test_what_callers_get_wrong() -> None:
         ops.rotary_angles(ids, ids[0], inv_freq)
     with pytest.raises(ValueError, match="inv_freq must have dtype torch.float32"):
         ops.rotary_angles(ids, ids[:, 0], inv_freq.double())
+
+
+def test_stretched_angles_of_a_position_are_its_own() -> None:
+    """Torch's powers on a CPU round by where a number stands in a vector."""
+    options = {"dynamic_ntk": (1e4, 2.0), "original_max_len": 64}
+    positions = ints([list(range(first, first + 64)) for first in range(100, 450, 70)])
+    together = torch.stack(ops.rotary_angles(positions, ints([9] * 5), frequencies(32), **options))
+    for b, t in itertools.product(range(5), range(64)):
+        alone = torch.stack(ops.rotary_angles(positions[b : b + 1, t : t + 1], ints([9]), frequencies(32), **options))
+        assert torch.equal(together[:, b, t], alone[:, 0, 0]), (b, t)

@@ -73,6 +73,8 @@ def _attend_cache(
         # garbage that is not finite, or whose scores are not, outlives a mask
         keys, values = (_without_garbage(tiles, seen) for tiles in (keys, values))
         out, lse = _sdpa(rows, keys, values, seen.mask, scale)
+        if seen.mask is not None and not math.isfinite(out.sum(dtype=torch.float32).item()):
+            _mend_rows(out, lse, rows, keys, values, seen.mask, scale)
     out, lse = out[:, :, :num_rows], lse[:, :, :num_rows]
     if seen.blind is not None:
         out, lse = out.masked_fill(seen.blind, 0.0), lse.masked_fill(seen.blind[..., 0], -torch.inf)
@@ -90,6 +92,23 @@ def _without_garbage(tiles: torch.Tensor, seen: VisibleTiles) -> torch.Tensor:
     """A copy with 0 in what no row of a sequence sees."""
     visible = torch.arange(seen.start, seen.end, device=tiles.device) < seen.limit.amax(dim=1)[:, None]
     return torch.where(visible[:, None, :, None], tiles, 0)
+
+
+def _mend_rows(
+    out: torch.Tensor, lse: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    mask: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
+    """Give rows that see nothing but finite numbers, and are not finite themselves, what they are without the keys that
+    only others see: a drafted token after which the model overflows must not reach the tokens before it."""
+    bad_keys = ~(keys.isfinite().all(-1) & values.isfinite().all(-1))[:, :, None]
+    seen = mask == 0
+    ill = ~out.isfinite().all(-1) & rows.isfinite().all(-1) & ~(seen & bad_keys).any(-1)
+    for r in ill.any(0).any(0).nonzero()[:, 0].tolist():
+        # the same shapes, and so the same products, as before
+        own = seen[:, :, r, :, None]
+        alone = _sdpa(rows, torch.where(own, keys, 0), torch.where(own, values, 0), mask, scale)
+        out[:, :, r] = torch.where(ill[:, :, r, None], alone[0][:, :, r], out[:, :, r])
+        lse[:, :, r] = torch.where(ill[:, :, r], alone[1][:, :, r], lse[:, :, r])
 
 
 def _sdpa(
