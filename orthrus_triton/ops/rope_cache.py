@@ -41,6 +41,9 @@ def rope_cache(
     Returns:
         q: [B, T, HQ, D].
 
+    In Triton a value that is not finite is written as 0, and all of its key as NaN: a row that sees it is NaN all the
+    same, and one that does not is none the worse.
+
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
@@ -148,11 +151,26 @@ def rope_cache_kernel(
         # a slot outside the cache is not written
         writable = half < tl.where(slot < 0, 0, tl.where(slot < S, HALF, 0))
         b = token // T
+        # A mask hides a score, but 0 times a value that is not finite is NaN, in every row of attention's tile. So such
+        # a value is written as 0 and its key as NaN: rows that see the key get NaN as before, the others nothing.
         if head < HQ + HKV:
+            value_low = _half_head(
+                qkv_ptr, bias_ptr, token, HKV * D + cols, mask, rows, dtype, WIDTH, SPLIT_K, HAS_BIAS
+            )
+            value_high = _half_head(
+                qkv_ptr, bias_ptr, token, HKV * D + HALF + cols, mask, rows, dtype, WIDTH, SPLIT_K, HAS_BIAS
+            )
+            # NaN fails every comparison
+            finite = (tl.abs(value_low) < float("inf")) & (tl.abs(value_high) < float("inf"))
+            whole = tl.min(finite.to(tl.int32), axis=0) == 1
+            low = tl.where(whole, low, float("nan"))
+            high = tl.where(whole, high, float("nan"))
             k_row_ptr = k_out_ptr + b * stride_k_b + (head - HQ) * stride_k_h + slot * stride_k_s
             tl.store(k_row_ptr + half, low.to(dtype), mask=writable)
             tl.store(k_row_ptr + HALF + half, high.to(dtype), mask=writable)
         else:
+            low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
+            high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
             v_row_ptr = v_out_ptr + b * stride_v_b + (head - HQ - HKV) * stride_v_h + slot * stride_v_s
             tl.store(v_row_ptr + half, low.to(dtype), mask=writable)
             tl.store(v_row_ptr + HALF + half, high.to(dtype), mask=writable)

@@ -213,24 +213,30 @@ def overflowing(token: int, value: float, dtype: torch.dtype, window: int | None
     return model.to(dtype)
 
 
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float16), ("triton", torch.float32)],
+)
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_draft_that_overflows_is_a_draft_that_is_rejected(value: float, dtype: torch.dtype, window: int) -> None:
+def test_a_draft_that_overflows_is_a_draft_that_is_rejected(
+    value: float, window: int | None, impl: str, dtype: torch.dtype
+) -> None:
     model, prompt = overflowing(POISON, value, dtype, window), [torch.tensor([1, 2, 3])]
-    said = ConsensusDecoder(model, mode="ar", impl="torch").generate(prompt, max_new_tokens=12).sequences[0]
+    said = ConsensusDecoder(model, mode="ar", impl=impl).generate(prompt, max_new_tokens=8).sequences[0]
     assert POISON not in said
-    assert torch.equal(Drafting(model, impl="torch").generate(prompt, max_new_tokens=12).sequences[0], said)
+    assert torch.equal(Drafting(model, impl=impl).generate(prompt, max_new_tokens=8).sequences[0], said)
 
 
-def test_what_is_said_before_an_overflow_is_said_in_both_modes() -> None:
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_what_is_said_before_an_overflow_is_said_in_both_modes(impl: str) -> None:
     prompt, answers = [torch.tensor([1, 2, 3])], []
     healthy = overflowing(POISON, 0.0, torch.float32, None)
     whole = ConsensusDecoder(healthy, mode="ar", impl="torch").generate(prompt, max_new_tokens=12)
     script = whole.sequences[0][3:].tolist()
     assert script[6] not in script[:6]
     model = overflowing(script[6], torch.nan, torch.float32, None)
-    for decoder in (ConsensusDecoder(model, mode="ar", impl="torch"), Drafting(model, impl="torch")):
+    for decoder in (ConsensusDecoder(model, mode="ar", impl=impl), Drafting(model, impl=impl)):
         decoder.script = tuple(script)
         with pytest.raises(NonFiniteLogitsError) as caught:
             decoder.generate(prompt, max_new_tokens=12)
@@ -238,14 +244,13 @@ def test_what_is_said_before_an_overflow_is_said_in_both_modes() -> None:
     assert answers[0] == answers[1] == script[:7]
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("anchor_rows", [0, 1])
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_view_that_has_diverged_costs_time_and_no_token(anchor_rows: int, window: int | None) -> None:
+def test_a_view_that_has_diverged_costs_time_and_no_token(anchor_rows: int, window: int | None, impl: str) -> None:
     prompts = [torch.tensor([1, 2, 3]), torch.tensor([5, 6])]
     torch.manual_seed(0)
     model = TinyDualViewModel(block_size=4, anchor_rows=anchor_rows, window=window)
-    said = ConsensusDecoder(model, mode="ar", impl="torch").generate(prompts, max_new_tokens=12).sequences
+    said = ConsensusDecoder(model, mode="ar", impl=impl).generate(prompts, max_new_tokens=6).sequences
     model.layers[0].self_attn.qkv_proj_diff.weight.data.fill_(torch.nan)
-    assert all(
-        map(torch.equal, ConsensusDecoder(model, impl="torch").generate(prompts, max_new_tokens=12).sequences, said)
-    )
+    assert all(map(torch.equal, ConsensusDecoder(model, impl=impl).generate(prompts, max_new_tokens=6).sequences, said))
