@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from typing import Any
+
+from orthrus_triton.serving.errors import error_response
 
 BODY_SECONDS = 30  # a client that sends its request slower than this is sent away
 OPEN_PATHS = ("/health",)
@@ -28,12 +29,16 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        # constant time: how much of a guess was right does not show
-        given = headers.get(b"authorization", b"")
+
+        async def refuse(status: int, message: str) -> None:
+            # what is left of the request is not read
+            await error_response(status, message, {"Connection": "close"})(scope, receive, send)
+
         if self.expected is not None and scope["path"] not in OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            # constant time: how much of a guess was right does not show
             if not hmac.compare_digest(given, self.expected):
-                await _refuse(send, 401, "authorization: a valid API key is needed, sent as a bearer token")
+                await refuse(401, "authorization: a valid API key is needed, sent as a bearer token")
                 return
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
@@ -41,10 +46,10 @@ class Guard:
         try:
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
-            await _refuse(send, 408, f"body: must arrive within {BODY_SECONDS} s")
+            await refuse(408, f"body: must arrive within {BODY_SECONDS} s")
             return
         if body is None:
-            await _refuse(send, 413, f"body: must have at most {self.max_body_bytes} bytes")
+            await refuse(413, f"body: must have at most {self.max_body_bytes} bytes")
             return
         pending = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -67,11 +72,3 @@ class Guard:
                 return None
             if not message.get("more_body"):
                 return b"".join(parts)
-
-
-async def _refuse(send: Any, status: int, message: str) -> None:
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
-    body = json.dumps({"error": {"message": message, "type": kind, "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
-    await send({"type": "http.response.body", "body": body})

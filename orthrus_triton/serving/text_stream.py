@@ -15,6 +15,10 @@ class TextStream:
     Args:
         tokenizer: of transformers.
         stop: strings that end the text and are not part of it, or None.
+
+    Attributes:
+        tokens: all that were pushed.
+        stopped: a stop string came; nothing more is given out.
     """
 
     def __init__(self, tokenizer: Any, stop: StopStrings | None = None) -> None:
@@ -22,7 +26,7 @@ class TextStream:
         self.tokens: list[int] = []
         self._done, self._shown = 0, 0  # tokens whose text is final, and from where on they are decoded again
         self._held = ""
-        self._stopped = False
+        self.stopped = False
 
     def push(self, tokens: list[int], last: bool = False) -> str:
         """Take new tokens, the last ones or not; give what text is certain now."""
@@ -35,11 +39,11 @@ class TextStream:
         if self.stop is None:
             text, self._held = self._held, ""
             return text
-        if self._stopped:
+        if self.stopped:
             return ""
         cut = self.stop.cut(self._held)
         if cut != self._held:
-            self._stopped = True
+            self.stopped = True
             return cut
         length = len(self._held) if last else self.stop.safe_length(self._held)
         text, self._held = self._held[:length], self._held[length:]

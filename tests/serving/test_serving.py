@@ -128,6 +128,58 @@ def test_chat_and_stop_strings(server: Running) -> None:
         assert (text, reason) == (free[: free.index(stop)], "stop")
 
 
+def test_the_first_chunk_of_a_chat_says_whose_it_is(server: Running) -> None:
+    for tokens in (1, 5):
+        chunks = server.client().chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "w1"}], max_tokens=tokens, stream=True
+        )
+        roles = [chunk.choices[0].delta.role for chunk in chunks]
+        assert roles == ["assistant"] + [None] * (len(roles) - 1)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_stop_string_around_a_special_token_ends_the_sequence(streamed: bool) -> None:
+    """Special tokens are not in the text, where the stop string then stands."""
+    server = Running()
+    try:
+        ids = oracle(server.model, [1], 2800, SamplingParams())
+        before, special, after = next(
+            part for part in zip(ids[5:], ids[6:], ids[7:]) if part[1] not in (1, *ids[:5], part[0], part[2])
+        )
+        server.tokenizer.add_special_tokens({"additional_special_tokens": [f"w{special}"]})
+        text = server.tokenizer.decode(ids, skip_special_tokens=True)
+        stop = f"w{before} w{after}"
+        reply = server.client().completions.create(
+            model="tiny", prompt="w1", max_tokens=2800, temperature=0, stop=stop, stream=streamed
+        )
+        choices = [chunk.choices[0] for chunk in reply] if streamed else reply.choices
+        assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+        server.wait_until(lambda: server.scheduler.running == 0)
+        assert max(len(slot.tokens) for slot in server.scheduler._run.slots) < 2500
+    finally:
+        server.close()
+
+
+def test_a_long_prompt_holds_nobody_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize, started, go_on = type(server.tokenizer).__call__, threading.Event(), threading.Event()
+
+    def slowly(*arguments, **options):
+        started.set()
+        assert go_on.wait(20)
+        return tokenize(*arguments, **options)
+
+    monkeypatch.setattr(type(server.tokenizer), "__call__", slowly)
+    ask = threading.Thread(target=server.client().completions.create, kwargs={"model": "tiny", "prompt": "w1"})
+    ask.start()
+    try:
+        assert started.wait(20)
+        assert httpx.get(f"{server.url}/health", timeout=5).json()["status"] == "ok"
+    finally:
+        go_on.set()
+        ask.join()
+
+
 def test_load(server: Running) -> None:
     """Thirty clients over three slots: each gets the text it would get alone."""
 
@@ -248,6 +300,22 @@ def test_what_json_may_hold_instead(server: Running) -> None:
     ):  # fmt: skip
         assert reply.status_code == status and reply.json()["error"]["code"] == status
     assert "body: JSON decode error" in ask("/v1/completions", "{").json()["error"]["message"]
+
+
+def test_a_template_may_quote_what_is_no_text(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.tokenizer, "chat_template", "{{ raise_exception('bad ' + messages[0]['content']) }}")
+    body = '{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    reply = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    assert reply.status_code == 400 and reply.json()["error"]["message"] == "messages: bad \ud800"
+
+
+def test_a_body_that_does_not_say_it_is_json(server: Running) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/x-www-form-urlencoded"}
+    reply = httpx.post(f"{server.url}/v1/completions", content='{"prompt": "w1"}', headers=headers)
+    assert reply.status_code == 400
+    message = "content-type: must be application/json, but got 'application/x-www-form-urlencoded'"
+    assert reply.json()["error"]["message"] == message
 
 
 def test_a_burst_may_fill_slots_and_queue() -> None:

@@ -1,0 +1,101 @@
+"""One generation on behalf of an HTTP request: from the prompt's ids to text, piece by piece.
+The scheduler's thread delivers tokens into the event loop; whoever reads the pieces frees the slot by stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+
+from orthrus_triton.models.stop_strings import StopStrings
+from orthrus_triton.serving.scheduler import FinishReason, QueueFullError, Request, Scheduler
+from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
+from orthrus_triton.serving.text_stream import TextStream
+
+DEFAULT_MAX_TOKENS = 512
+
+
+class Generation:
+    """Queued when it is made, by a task of the event loop that will read its `pieces`.
+
+    Args:
+        scheduler: runs it.
+        tokenizer: of transformers.
+        ids: the prompt's.
+        body: what the client asked for.
+        max_tokens: most tokens to generate; None is the default, or as many as there is room for.
+
+    Attributes:
+        id, created: name it in the reply.
+        reason: why it has ended; None until then.
+
+    Raises:
+        HTTPException: the request cannot run, now or ever.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, tokenizer: Any, ids: list[int], body: CompletionRequest | ChatRequest,
+        max_tokens: int | None,
+    ) -> None:  # fmt: skip
+        self.id, self.created = uuid.uuid4().hex, int(time.time())
+        self.reason: FinishReason | None = None
+        self._scheduler, self._prompt_tokens = scheduler, len(ids)
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
+        stop = None
+        try:
+            if body.stop_strings:
+                stop = StopStrings(tokenizer, body.stop_strings)
+        except ValueError as error:
+            raise HTTPException(400, f"stop: {error}") from error
+        self._text = TextStream(tokenizer, stop)
+        if max_tokens is None:
+            max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(ids), 1))
+        try:
+            prompt = torch.tensor(ids, dtype=torch.int64)
+            self._request = Request(prompt, max_tokens, body.params(), self._deliver, stop)
+            scheduler.submit(self._request)
+        except QueueFullError as error:
+            raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        except RuntimeError as error:
+            raise HTTPException(503, str(error)) from error
+
+    def _deliver(self, tokens: list[int], reason: FinishReason | None, error: str) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, (tokens, reason, error))
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Text as it becomes certain. However this ends, the slot is free afterwards.
+
+        Raises:
+            HTTPException: the generation failed.
+        """
+        try:
+            while self.reason is None:
+                tokens, reason, error = await self._events.get()
+                if reason == "error":
+                    raise HTTPException(500, error)
+                text = self._text.push(tokens, last=reason is not None)
+                # a stop string may be in the text alone: special tokens, which the text leaves out, stood inside it
+                self.reason = "stop" if self._text.stopped else reason
+                if text:
+                    yield text
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Free the slot, or the place in the queue."""
+        self._scheduler.cancel(self._request)
+
+    def usage(self) -> dict[str, int]:
+        """Tokens of prompt and text, as the reply reports them."""
+        completion = len(self._text.tokens)
+        return {
+            "prompt_tokens": self._prompt_tokens, "completion_tokens": completion,
+            "total_tokens": self._prompt_tokens + completion,
+        }  # fmt: skip

@@ -1,0 +1,90 @@
+"""What a client reads: a generation as one JSON object, or as server-sent events while it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
+
+from fastapi import HTTPException
+from fastapi.responses import StreamingResponse
+
+from orthrus_triton.serving.errors import error_body
+from orthrus_triton.serving.generation import Generation
+
+
+class ReplyFormat(NamedTuple):
+    """How one endpoint names things: a reply, a chunk of one, and the text in either (of a chunk: is it the first?)."""
+
+    object: str
+    chunk_object: str
+    text: Callable[[str], dict[str, Any]]
+    chunk_text: Callable[[str, bool], dict[str, Any]]
+
+
+def _delta(text: str, first: bool) -> dict[str, Any]:
+    # clients add up what the deltas say, so the role comes once
+    return {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
+
+
+COMPLETION = ReplyFormat(
+    "text_completion", "text_completion", lambda text: {"text": text}, lambda text, _: {"text": text}
+)
+CHAT = ReplyFormat(
+    "chat.completion", "chat.completion.chunk", lambda text: {"message": {"role": "assistant", "content": text}}, _delta
+)
+
+
+def whole_reply(generation: Generation, text: str, model_name: str, reply: ReplyFormat) -> dict[str, Any]:
+    """The reply of a generation that has ended with this text."""
+    return {
+        **_head(generation, model_name, reply.object), "choices": [_choice(reply.text(text), generation.reason)],
+        "usage": generation.usage(),
+    }  # fmt: skip
+
+
+async def reply_events(
+    generation: Generation, model_name: str, reply: ReplyFormat, include_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events, as the openai client reads them: a chunk per piece of text, one with the finish reason."""
+    head, first = _head(generation, model_name, reply.chunk_object), True
+    pieces = generation.pieces()
+    try:
+        async for text in pieces:
+            yield _event({**head, "choices": [_choice(reply.chunk_text(text, first), None)]})
+            first = False
+        yield _event({**head, "choices": [_choice(reply.chunk_text("", first), generation.reason)]})
+        if include_usage:
+            yield _event({**head, "choices": [], "usage": generation.usage()})
+        yield "data: [DONE]\n\n"
+    except HTTPException as error:
+        yield _event(error_body(error.status_code, str(error.detail)))
+    finally:
+        await pieces.aclose()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that free the generation's slot however they end, even before the first was asked for."""
+
+    def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._generation = generation
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI calls it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.cancel()
+
+
+def _head(generation: Generation, model_name: str, kind: str) -> dict[str, Any]:
+    return {"id": generation.id, "created": generation.created, "model": model_name, "object": kind}
+
+
+def _choice(text: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    return {"index": 0, **text, "logprobs": None, "finish_reason": reason}
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
