@@ -318,6 +318,25 @@ def test_a_body_that_does_not_say_it_is_json(server: Running) -> None:
     assert reply.json()["error"]["message"] == message
 
 
+def test_connections_that_ask_for_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that is silent from the start nor one that never ends a head; but one that waits for its answer is
+    left alone."""
+    monkeypatch.setattr("orthrus_triton.serving.server.HEAD_SECONDS", 0.1)
+    server = Running()
+    try:
+        health = b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n"
+        for said in (b"", health[:9], health + health[:9]):
+            with socket.create_connection(server.socket.getsockname(), timeout=10) as connection:
+                connection.sendall(said)
+                while connection.recv(1000):
+                    pass
+        started = time.monotonic()
+        reply = server.client().completions.create(model="tiny", prompt="w1", max_tokens=500, temperature=0)
+        assert reply.choices[0].text == server.expected("w1", 500) and time.monotonic() - started > 0.3
+    finally:
+        server.close()
+
+
 def test_a_burst_may_fill_slots_and_queue() -> None:
     server = Running(slots=2, max_waiting=2)
     try:
