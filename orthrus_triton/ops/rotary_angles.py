@@ -31,17 +31,23 @@ def rotary_angles(
         scaling: multiplies cos and sin.
         long_inv_freq: [D // 2] fp32 frequencies of longer sequences (longrope), or None.
         dynamic_ntk: (theta, factor) to stretch the base for longer sequences (dynamic NTK), or None.
-        original_max_len: needed by both rules.
+        original_max_len: needed by both rules, of which at most one may be asked for.
 
     Returns:
         (cos, sin), each [B, T, D // 2] fp32.
 
     Raises:
-        ValueError: shapes or dtypes that do not agree.
+        ValueError: shapes or dtypes that do not agree, both rules, or a rule without `original_max_len`.
     """
     require_same("positions", positions.dtype, torch.int32, "dtype")
     require_same("prompt_len", tuple(prompt_len.shape), (positions.shape[0],), "shape")
     require_same("inv_freq", inv_freq.dtype, torch.float32, "dtype")
+    if long_inv_freq is not None:
+        require_same("long_inv_freq", tuple(long_inv_freq.shape), tuple(inv_freq.shape), "shape")
+        if dynamic_ntk is not None:
+            raise ValueError("long_inv_freq and dynamic_ntk are two rules for longer sequences: give one of them")
+    if original_max_len is None and (long_inv_freq is not None or dynamic_ntk is not None):
+        raise ValueError("original_max_len must be given with long_inv_freq or dynamic_ntk, but is None")
     theta, factor = dynamic_ntk or (None, None)
     return torch.ops.orthrus_triton.rotary_angles(
         positions, prompt_len, inv_freq, scaling, long_inv_freq, theta, factor, original_max_len

@@ -52,6 +52,13 @@ def test_what_callers_get_wrong() -> None:
         ops.rotary_angles(ids, ids[0], inv_freq)
     with pytest.raises(ValueError, match="inv_freq must have dtype torch.float32"):
         ops.rotary_angles(ids, ids[:, 0], inv_freq.double())
+    with pytest.raises(ValueError, match="long_inv_freq must have shape"):
+        ops.rotary_angles(ids, ids[:, 0], inv_freq, long_inv_freq=frequencies(5), original_max_len=4)
+    for rule in ({"long_inv_freq": inv_freq}, {"dynamic_ntk": (1e4, 2.0)}):
+        with pytest.raises(ValueError, match="original_max_len must be given"):
+            ops.rotary_angles(ids, ids[:, 0], inv_freq, **rule)
+    with pytest.raises(ValueError, match="are two rules"):
+        ops.rotary_angles(ids, ids[:, 0], inv_freq, long_inv_freq=inv_freq, dynamic_ntk=(1e4, 2.0), original_max_len=4)
 
 
 def test_stretched_angles_of_a_position_are_its_own() -> None:
