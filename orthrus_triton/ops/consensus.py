@@ -54,6 +54,8 @@ def consensus_(
         ("finished", finished, torch.bool), ("accepted_histogram", accepted_histogram, torch.int32),
     ):  # fmt: skip
         require_same(name, tensor.dtype, dtype, "dtype")
+        if name != "eos_ids":
+            require_same(name, tensor.shape[0], B, "batch size")
     if block.shape[1] < K or accepted_histogram.shape != block.shape:
         raise ValueError(
             f"block and accepted_histogram must have one shape [B, W >= {K}], "

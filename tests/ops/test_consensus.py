@@ -87,3 +87,11 @@ def test_what_ends_a_sequence_without_being_a_token_is_never_looked_up(impl: str
     state = run(impl, [[1, 2, 3]], [[2, VOID, 3]], [VOID], [9], [0], [False], width=3, capacity=9)
     assert state["output_ids"][0, :2].tolist() == [2, VOID] and bool(state["finished"][0])
     assert state["block"].tolist() == [[0, MASK, MASK]]
+
+
+def test_one_entry_for_each_sequence() -> None:
+    """A kernel would read and write beyond the others' ends."""
+    with pytest.raises(ValueError, match="limit must have batch size 2, but got 1"):
+        run("torch", [[1, 2], [1, 2]], [[1, 2], [1, 2]], [], [9], [0, 0], [False, False], 2, 9)
+    with pytest.raises(ValueError, match="finished must have batch size 1, but got 2"):
+        run("torch", [[1, 2]], [[1, 2]], [], [9], [0], [False, False], 2, 9)
