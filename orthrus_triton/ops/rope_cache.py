@@ -45,7 +45,7 @@ def rope_cache(
     same, and one that does not is none the worse.
 
     Raises:
-        ValueError: shapes or dtypes that do not agree.
+        ValueError: shapes, dtypes or strides that do not fit.
     """
     check_rope_cache(tuple(qkv.shape), qkv.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     impl = resolve_impl(impl, qkv)
@@ -82,6 +82,9 @@ def check_rope_cache(
     require_same("k_out", k_out.shape[0], B, "batch size")
     require_same("k_out", k_out.dtype, dtype, "dtype")
     require_same("v_out", v_out.dtype, dtype, "dtype")
+    for name, out in (("k_out", k_out), ("v_out", v_out)):
+        if out.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, but has strides {out.stride()}")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm must be given together: got only one of them")
     if q_norm is not None:
@@ -228,7 +231,7 @@ _placements: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _placement(slots: torch.Tensor, num_slots: int, keep: bool) -> _Placement:
     """All layers of a pass write to the same slots, so the answer is kept as long as the tensor lives."""
-    if not keep or slots.is_inference():  # the latter do not tell whether they changed
+    if not keep or slots.is_inference():  # inference tensors do not tell whether they changed
         return _place(slots, num_slots)
     of, placement = _placements.get(slots, (None, None))
     if of != (slots._version, num_slots):
