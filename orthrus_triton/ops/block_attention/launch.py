@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
 
 # Forward, gradient of q, gradient of the block's keys and values, by head_dim up to 64, 128 and 256. Chosen by
 # compiling with Triton 3.7.1: they fit and do not spill (with 3.6 a few of fp32 and of 256 spill up to 32 bytes). Not
-# measured on a GPU yet.
+# tuned on a GPU yet.
 HALF_TILES = {
     "sm80": {
         64: (Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),

@@ -43,9 +43,8 @@ def visible_tiles(
 
     With exact=False the tiles end where the longest row's keys end. With keep=True the answer is kept.
     """
-    if (
-        not keep or key_limit.shape[1] > KEPT_TOKENS or key_limit.is_inference()
-    ):  # the latter do not tell whether they changed
+    # inference tensors do not tell whether they changed
+    if not keep or key_limit.shape[1] > KEPT_TOKENS or key_limit.is_inference():
         return _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype, head_dim)
     version, kept = _kept.get(key_limit, (None, {}))
     if version != key_limit._version:
