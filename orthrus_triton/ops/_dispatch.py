@@ -41,6 +41,12 @@ def runs_directly(impl: str) -> bool:
     return impl == "torch" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def require_kernel(config: object | None, impl: str) -> None:
+    """Raise a ValueError if a kernel configuration was given to an implementation that has no kernel."""
+    if config is not None and impl != "triton":
+        raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which torch implementations compute: fp64 stays, everything else goes to fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

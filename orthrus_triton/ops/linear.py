@@ -8,7 +8,7 @@ import torch
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._cpu_product import library_product, tiled_product
-from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import require_kernel, require_same, resolve_impl, runs_directly
 from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
 
 
@@ -32,13 +32,13 @@ def linear(
         out_dtype: dtype of the result, by default that of `x`; fp32 keeps the accumulator (the LM head asks for that).
         impl: "auto", "triton", "torch" or "reference"; or "library", the vendor's product (cuBLAS, BLAS) for many rows
             at once, whose row bits may depend on the row count.
-        config: kernel configuration, by default the one looked up for this weight shape.
+        config: kernel configuration, by default the one looked up for this weight shape. Only with impl="triton".
 
     Returns:
         [..., N].
 
     Raises:
-        ValueError: shapes or dtypes that do not agree.
+        ValueError: shapes or dtypes that do not agree, or a weight that is not contiguous.
     """
     check_product(x, weight, bias)
     out_dtype = out_dtype or x.dtype
@@ -46,9 +46,8 @@ def linear(
         require_same("residual", tuple(residual.shape), (*x.shape[:-1], weight.shape[0]), "shape")
         require_same("residual", residual.dtype, out_dtype, "dtype")
     impl = impl if impl == "library" else resolve_impl(impl, x)
+    require_kernel(config, impl)
     if config is not None:
-        if impl != "triton":
-            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
         return launch_linear(x, weight, bias, residual, out_dtype, config)
     if impl == "library" and runs_directly("torch"):
         return linear_library(x, weight, bias, residual, out_dtype)
@@ -58,9 +57,11 @@ def linear(
 
 
 def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise what does not agree between the factors [..., K] and [N, K] of a product and its bias [N], by name."""
+    """Raise what is wrong with the factors [..., K] and [N, K] of a product and its bias [N], by name."""
     require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
     require_same("weight", weight.dtype, x.dtype, "dtype")
+    if not weight.is_contiguous():  # kernels would read other numbers, and a copy in every call would be dear
+        raise ValueError(f"weight must be contiguous, but has strides {weight.stride()}")
     if bias is not None:
         require_same("bias", tuple(bias.shape), (weight.shape[0],), "shape")
         require_same("bias", bias.dtype, x.dtype, "dtype")

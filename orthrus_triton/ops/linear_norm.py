@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import require_kernel, require_same, resolve_impl, runs_directly
 from orthrus_triton.ops.linear import (
     check_product,
     launch_linear,
@@ -58,9 +58,8 @@ def linear_norm(
         require_same(name, tuple(tensor.shape), shape, "shape")
         require_same(name, tensor.dtype, x.dtype, "dtype")
     impl = resolve_impl(impl, x)
+    require_kernel(config, impl)
     if config is not None:
-        if impl != "triton":
-            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
         return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, config)
     if runs_directly(impl):
         return linear_norm_torch(x, weight, bias, residual, norm_weight, eps)

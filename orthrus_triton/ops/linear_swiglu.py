@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import accumulate_dtype, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_kernel, resolve_impl, runs_directly
 from orthrus_triton.ops.linear import (
     COMBINE_BLOCK_N,
     COMBINE_WARPS,
@@ -48,9 +48,8 @@ def linear_swiglu(
     if weight.shape[0] % 2:
         raise ValueError(f"weight must have an even number of rows, gate and up, but got shape {tuple(weight.shape)}")
     impl = resolve_impl(impl, x)
+    require_kernel(config, impl)
     if config is not None:
-        if impl != "triton":
-            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
         return launch_linear_swiglu(x, weight, bias, config)
     if runs_directly(impl):
         return linear_swiglu_torch(x, weight, bias)

@@ -7,8 +7,8 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
-from orthrus_triton.ops.linear import launch_linear, linear_reference, linear_torch, product_tile
+from orthrus_triton.ops._dispatch import require_kernel, resolve_impl
+from orthrus_triton.ops.linear import check_product, launch_linear, linear_reference, linear_torch, product_tile
 from orthrus_triton.ops.row_tiles import tiles_for_rows
 from orthrus_triton.ops.sample import greedy_choice_reference, greedy_choice_torch, launch_greedy_choice
 
@@ -31,12 +31,10 @@ def lm_head_choice(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    require_same("weight", weight.shape[-1], hidden.shape[-1], "as last dimension")
-    require_same("weight", weight.dtype, hidden.dtype, "dtype")
+    check_product(hidden, weight, None)
     impl = resolve_impl(impl, hidden)
+    require_kernel(config, impl)
     if config is not None:
-        if impl != "triton":
-            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
         return launch_lm_head_choice(hidden, weight, config)
     return torch.ops.orthrus_triton.lm_head_choice(hidden, weight, impl)
 

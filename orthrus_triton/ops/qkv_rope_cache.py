@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import accumulate_dtype, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import accumulate_dtype, require_kernel, resolve_impl, runs_directly
 from orthrus_triton.ops.linear import check_product, launch_linear, launch_partial, linear_reference, linear_torch
 from orthrus_triton.ops.rope_cache import check_rope_cache, launch_rope_cache, rope_cache_torch
 
@@ -47,9 +47,8 @@ def qkv_rope_cache(
     check_rope_cache((*x.shape[:-1], weight.shape[0]), x.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     impl = resolve_impl(impl, x)
     rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+    require_kernel(config, impl)
     if config is not None:
-        if impl != "triton":
-            raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
         return launch_qkv_rope_cache(x, weight, bias, *rope, config)
     if runs_directly(impl):
         qkv = linear_torch(x, weight, bias, None, x.dtype)

@@ -242,6 +242,7 @@ def test_many_column_tiles_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -
         (lambda x: ops.lm_head_choice(x, torch.ones(5, 9)), "weight must have as last dimension 8, but got 9"),
         (lambda x: ops.lm_head_choice(x, torch.ones(5, 8).half()), "weight must have dtype torch.float32"),
         (lambda x: ops.lm_head_choice(x, torch.ones(5, 8), impl="torch", config=config()), "config belongs to"),
+        (lambda x: ops.lm_head_choice(x, torch.ones(8, 5).T), "weight must be contiguous"),
         (lambda x: ops.linear_swiglu(x, torch.ones(5, 8)), "weight must have an even number of rows"),
         (lambda x: ops.linear_swiglu(x, torch.ones(6, 8), torch.ones(3)), r"bias must have shape \(6,\)"),
         (lambda x: ops.linear_swiglu(x, torch.ones(6, 8), impl="torch", config=config()), "config belongs to"),

@@ -121,6 +121,15 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
     assert [set(row.nonzero().flatten().tolist()) for row in written] == expected_rows
 
 
+def test_rope_cache_needs_whole_rows() -> None:
+    """A kernel would write to places that belong to others."""
+    angles, slots = torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.int32)
+    whole, apart = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 8)[..., ::2]
+    for name, out in (("k_out", (apart, whole)), ("v_out", (whole, apart))):
+        with pytest.raises(ValueError, match=f"{name} must be contiguous in its last dimension"):
+            ops.rope_cache(torch.ones(1, 2, 12), angles, angles, *out, slots)
+
+
 def test_rope_cache_rotates_by_halves() -> None:
     """A quarter turn sends the first half to minus the second, and the second to the first."""
     qkv = torch.zeros(1, 1, 3 * 64, device=DEVICE)
@@ -150,6 +159,8 @@ def test_greedy_choice_ignores_nan() -> None:
         (lambda x: ops.swiglu(x[:, :7]), "even last dimension"),
         (lambda x: ops.linear(x, torch.ones(3, 9)), "weight must have as last dimension 8, but got 9"),
         (lambda x: ops.linear(x, torch.ones(3, 8), torch.ones(4)), r"bias must have shape \(3,\)"),
+        (lambda x: ops.linear(x, torch.ones(8, 3).T), r"weight must be contiguous, but has strides \(1, 3\)"),
+        (lambda x: ops.linear(x, torch.ones(3, 8), impl="torch", config=KernelConfig({})), "config belongs to"),
         (lambda x: ops.greedy_choice(x.long()), "must be floating point"),
         (lambda x: ops.swiglu(x, impl="cpu"), "impl must be one of"),
     ],

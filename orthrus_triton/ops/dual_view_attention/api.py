@@ -6,7 +6,7 @@ import torch
 
 from orthrus_triton.autotune.store import KernelConfig
 from orthrus_triton.ops._attention_arguments import require_attention_arguments
-from orthrus_triton.ops._dispatch import resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import require_kernel, resolve_impl, runs_directly
 from orthrus_triton.ops.dual_view_attention import schema  # noqa: F401  (registers the op)
 from orthrus_triton.ops.dual_view_attention.launch import launch
 from orthrus_triton.ops.dual_view_attention.torch_impl import attention_torch
@@ -67,8 +67,7 @@ def dual_view_attention(
     impl = impl if impl == "library" else resolve_impl(impl, q)
     if impl == "triton" and q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {HEAD_DIMS} with impl='triton', but got {q.shape[-1]}")
-    if impl != "triton" and config is not None:
-        raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
+    require_kernel(config, impl)
     scale = float(scale) if scale is not None else q.shape[-1] ** -0.5
     if config is not None:
         return launch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config)
