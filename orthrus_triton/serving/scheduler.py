@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from orthrus_triton.modules import Choosing, ConsensusDecoder, DecodeRun, SamplingParams
-from orthrus_triton.modules.decode_run import Progress
+from orthrus_triton.modules.decode_run import Progress, Slot
 from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.modules.sampling_params import SamplingRule
 
@@ -37,7 +37,7 @@ class Request:
         params: how it samples.
         deliver: called from the scheduler's thread with new tokens, the reason once it has finished, and what went
             wrong if the reason is "error". Must not block.
-        stop: called after every token with all new tokens; True ends the sequence there.
+        stop: called after every token with all new tokens, also from that thread; True ends the sequence there.
     """
 
     prompt: torch.Tensor
@@ -195,26 +195,30 @@ class Scheduler:
             _deliver(request, [], "error", str(error))
 
     def _hand_out(self, part: Progress, request: Request) -> None:
-        b, tokens, slot = part.slot, part.tokens, self._run.slots[part.slot]
-        reason: FinishReason | None = None
-        if part.finished:
-            reason = "length" if len(slot.tokens) >= slot.limit else "stop"
-            if tokens and tokens[-1] in self.decoder.model.eos_token_ids:
-                reason = "stop"
-        error = ""
-        if part.finished and slot.failed:
-            reason, error = "error", WHY_NO_TOKEN
-        if request.stop is not None:
-            for count in range(1, len(tokens) + 1):
-                if request.stop(slot.tokens[: request.delivered + count]):
-                    self._run.release(b, keep=request.delivered + count)
-                    tokens, reason, error = tokens[:count], "stop", ""
-                    break
+        tokens, slot = part.tokens, self._run.slots[part.slot]
+        reason, error = self._ending(slot) if part.finished else (None, "")
+        try:
+            count = _tokens_to_stop(request, slot.tokens, len(tokens))
+        except Exception as failure:  # of a function that belongs to this request alone
+            logger.exception("a stop function failed; its request ends")
+            self._run.release(part.slot)
+            reason, error = "error", f"stop: {type(failure).__name__}: {failure}"
+        else:
+            if count is not None:
+                self._run.release(part.slot, keep=request.delivered + count)
+                tokens, reason, error = tokens[:count], "stop", ""
         if reason is not None:
-            self._slots[b] = None
+            self._slots[part.slot] = None
         request.delivered += len(tokens)
         if tokens or reason:
             _deliver(request, tokens, reason, error)
+
+    def _ending(self, slot: Slot) -> tuple[FinishReason, str]:
+        """Why a sequence ended by itself, and what went wrong."""
+        if slot.failed:
+            return "error", WHY_NO_TOKEN
+        at_eos = slot.tokens[-1] in self.decoder.model.eos_token_ids
+        return ("length" if len(slot.tokens) >= slot.limit and not at_eos else "stop"), ""
 
     def _end_all(self, error: str) -> None:
         with self._wake:
@@ -225,6 +229,16 @@ class Scheduler:
             self._slots = [None] * len(self._slots)
         for request in ended:
             _deliver(request, [], "error", error)
+
+
+def _tokens_to_stop(request: Request, generated: list[int], new: int) -> int | None:
+    """After how many of the `new` tokens behind those delivered the request's own function ends it; None if it does
+    not."""
+    if request.stop is not None:
+        for count in range(1, new + 1):
+            if request.stop(generated[: request.delivered + count]):
+                return count
+    return None
 
 
 def _deliver(request: Request, tokens: list[int], reason: FinishReason | None, error: str) -> None:

@@ -75,6 +75,22 @@ def test_a_listener_that_fails_is_dropped_alone() -> None:
     scheduler.close()
 
 
+def test_a_stop_function_that_fails_ends_its_request_alone() -> None:
+    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=2, max_len=64)
+    got, failed = [], []
+
+    def stop(new: list[int]) -> bool:
+        return len(new) == 3 and 1 / 0
+
+    scheduler.submit(Request(torch.tensor([2]), 30, SamplingParams(), lambda *part: got.append(part)))
+    scheduler.submit(Request(torch.tensor([1]), 30, SamplingParams(), lambda *part: failed.append(part), stop))
+    wait_for(lambda: got and got[-1][1] and failed and failed[-1][1])
+    assert failed[-1][1:] == ("error", "stop: ZeroDivisionError: division by zero")
+    assert got[-1][1:] == ("length", "")
+    assert [token for part in got for token in part[0]] == oracle(LedgerModel(VOCAB), [2], 30, SamplingParams())
+    scheduler.close()
+
+
 def test_a_lost_device_is_said_to_all_who_wait_and_come(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=1, max_len=64)
     heard: list[str] = []
