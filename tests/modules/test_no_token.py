@@ -213,12 +213,15 @@ def overflowing(token: int, value: float, dtype: torch.dtype, window: int | None
     return model.to(dtype)
 
 
-@pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float16), ("triton", torch.float32)],
-)
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+OVERFLOWS = [
+    (value, window, "torch", dtype)
+    for value in (torch.nan, torch.inf)
+    for window in (None, 5)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("value", "window", "impl", "dtype"), [*OVERFLOWS, (torch.nan, None, "triton", torch.float32)])
 def test_a_draft_that_overflows_is_a_draft_that_is_rejected(
     value: float, window: int | None, impl: str, dtype: torch.dtype
 ) -> None:
@@ -244,9 +247,10 @@ def test_what_is_said_before_an_overflow_is_said_in_both_modes(impl: str) -> Non
     assert answers[0] == answers[1] == script[:7]
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("anchor_rows", [0, 1])
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    ("anchor_rows", "window", "impl"),
+    [(0, None, "torch"), (0, 5, "torch"), (1, None, "torch"), (1, 5, "torch"), (1, None, "triton")],
+)
 def test_a_view_that_has_diverged_costs_time_and_no_token(anchor_rows: int, window: int | None, impl: str) -> None:
     prompts = [torch.tensor([1, 2, 3]), torch.tensor([5, 6])]
     torch.manual_seed(0)

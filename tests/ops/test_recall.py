@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orthrus_triton import ops
-from orthrus_triton.ops.recall import BLOCK, LONGEST
+from orthrus_triton.ops.recall import BLOCK, BONUS, LONGEST
 from tests.ops.sampling_cases import DEVICE
 
 
@@ -25,7 +25,7 @@ def recall_by_hand(ids: list[int], count: int) -> tuple[list[int] | None, list[f
     text = list(ids)
     while len(text) <= place + count:
         text.append(text[place + 1 + len(text) - len(ids)])
-    bonus = [float(min(length - 1 + t, LONGEST)) for t in range(count)]
+    bonus = [BONUS * min(length - 1 + t, LONGEST) for t in range(count)]
     return text[place + 1 : place + 1 + count], bonus
 
 
