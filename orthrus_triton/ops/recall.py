@@ -11,7 +11,7 @@ from orthrus_triton.ops._dispatch import require_same, resolve_impl
 
 LONGEST = 8  # newest tokens that are compared, and the most that count for a bonus
 BONUS = 0.5  # logits per token: a whole one gave the shipped view more drafts of quoted text, and fewer of code
-BLOCK, NUM_WARPS = 1024, 4
+BLOCK, NUM_WARPS = 512, 4
 
 
 def recall(

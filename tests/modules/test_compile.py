@@ -53,7 +53,9 @@ def test_ar_compiles_and_follows_new_weights() -> None:
     assert_same_run(compiled, eager, 12, [5])
     model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
     assert_same_run(compiled, eager, 12, [5])
-    assert graphs() == 1
+    assert (
+        graphs() == 2
+    )  # K/V of other weights are worth nothing: a new cache, and what was compiled over the old one goes
 
 
 def test_many_decoders_do_not_exhaust_the_compiler() -> None:
