@@ -4,6 +4,7 @@ Or a rehearsal of all that on random weights of the same shape, which can also p
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 import tarfile
@@ -29,10 +30,12 @@ from orthrus_triton.models.view import save_view
 from orthrus_triton.training.config import read_config
 from orthrus_triton.training.distill import distill
 from orthrus_triton.training.evaluate import evaluate
-from orthrus_triton.training.prompts import encode, read_prompts
+from orthrus_triton.training.invent import invent
+from orthrus_triton.training.prompts import encode, read_prompts, write_prompts
 from orthrus_triton.training.run import train_view
 from orthrus_triton.training.trainer import last_checkpoint
 
+BEGINNINGS = Path("examples/prompts/beginnings.txt")
 STAGES = ("data", "train", "export", "evaluate")
 # hidden, layers, heads, key heads, intermediate, vocabulary
 RANDOM = {"smollm2-135m": (576, 30, 9, 3, 1536, 49_152), "tiny": (128, 2, 2, 1, 96, 300)}
@@ -104,17 +107,29 @@ def random_model(folder: Path, shape: str, device: torch.device) -> Path:
     return folder
 
 
-def make_data(visit: Visit, prompts: Path, limit: int | None, seconds: float, batch_size: int) -> None:
-    """Answers to prompts, as many as there is time for, into work/rows."""
+def make_data(
+    visit: Visit, prompts: Path, limit: int | None, invented: dict[str, int], seconds: float, batch_size: int
+) -> None:
+    """Answers to prompts, some of which the model invents, as many as there is time for, into work/rows."""
     network, tokenizer = visit.load()
     tokens: list[int] = []
+    started = time.monotonic()
+    questions = read_prompts(prompts)[:limit]
+    for domain, count in invented.items():
+        beginnings = [prompt.text for prompt in read_prompts(BEGINNINGS)] if domain == "code" else [""]
+        questions += invent(
+            network, tokenizer, count, beginnings=beginnings, domain=domain, batch_size=2 * batch_size
+        )  # fmt: skip
+        print(f"{count} prompts for {domain} invented after {time.monotonic() - started:.1f} s", flush=True)
+    random.Random(0).shuffle(questions)  # what there is no time for is of no particular kind
+    write_prompts(questions, visit.out / "prompts.jsonl")
     started = time.monotonic()
 
     def plan(done: int, total: int) -> None:
         print(f"{total - done} prompts after {time.monotonic() - started:.1f} s", flush=True)
 
     manifest = distill(
-        network, tokenizer, read_prompts(prompts)[:limit], visit.work / "rows", batch_size=batch_size,
+        network, tokenizer, questions, visit.work / "rows", batch_size=batch_size,
         max_new_tokens=192 if network.vocab_size > 1000 else 24, seconds=seconds, on_row=tokens.append, on_plan=plan,
     )  # fmt: skip
     taken = time.monotonic() - started
@@ -126,11 +141,15 @@ def make_data(visit: Visit, prompts: Path, limit: int | None, seconds: float, ba
 
 
 def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes: dict[str, Any], profile: bool) -> None:
-    """Train on the folder with most rows into work/run. A run that fails within 90 seconds is tried again without
+    """Train on the rows of all folders into work/run. A run that fails within 90 seconds is tried again without
     compiled layers, which may be what failed."""
-    sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.jsonl")) for folder in rows}
-    data = max(sizes, key=sizes.__getitem__)
-    if not sizes[data]:
+    data = visit.work / "all_rows"
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
+    for n, folder in enumerate(rows):
+        for shard in folder.glob("*.jsonl"):
+            (data / f"{n}-{shard.name}").symlink_to(shard.resolve())
+    if not any(data.iterdir()):
         raise FileNotFoundError(f"rows must be in one of {[str(folder) for folder in rows]}, but there are none")
     changes = {"output_dir": str(visit.work / "run"), "data": str(data), "eval_data": str(held_out), **changes}
     if visit.model is not None:
@@ -222,7 +241,7 @@ def _learning_rates(text: str) -> list[float]:
 def main(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for results.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompts of distill-data --prompts-only.")] = None,
-    rows: Annotated[Path | None, typer.Option(help="Rows to train on if there are no new ones.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="More rows to train on, besides the new ones.")] = None,
     held_out: Annotated[Path, typer.Option(help="Held-out rows.")] = Path("held-out"),
     config: Annotated[Path, typer.Option()] = Path("examples/train_smollm2_gpu.yaml"),
     stages: Annotated[
@@ -232,11 +251,15 @@ def main(
     train_seconds: Annotated[float, typer.Option(help="For steps after the first.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Answers generated side by side.")] = 256,
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts.")] = None,
+    invent_code: Annotated[int, typer.Option(help="Prompts for code that the model invents, besides.")] = 0,
+    invent_chat: Annotated[int, typer.Option(help="Other prompts that the model invents, besides.")] = 0,
     eval_prompts: Annotated[list[Path] | None, typer.Option(help="By default the code prompts.")] = None,
     eval_limit: Annotated[int | None, typer.Option(help="Of each file.")] = None,
     eval_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 128,
     block_sizes: Annotated[str, typer.Option(help="To evaluate at; by default the trained one and 8.")] = "",
-    random: Annotated[str | None, typer.Option(help=f"Rehearse on random weights: {', '.join(RANDOM)}.")] = None,
+    rehearse: Annotated[
+        str | None, typer.Option("--random", help=f"Rehearse on random weights: {', '.join(RANDOM)}.")
+    ] = None,
     rates: Annotated[str, typer.Option(help="Instead of training, try learning rates: 1e-3,2e-3.")] = "",
     profile: Annotated[bool, typer.Option("--profile", help="Show what a training step consists of.")] = False,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Over the config.")] = None,
@@ -260,18 +283,20 @@ def main(
         learning_rates = _learning_rates(rates) if rates else []
         overrides = parse_changes(changes or []) | {"max_seconds": train_seconds}
         work = work or out.with_name(f"{out.name}_work")
-        visit = Visit(out, work / (random or "smollm2"), resolve_device(device), None, {}, {})
+        visit = Visit(out, work / (rehearse or "smollm2"), resolve_device(device), None, {}, {})
     out.mkdir(parents=True, exist_ok=True)
     visit.work.mkdir(parents=True, exist_ok=True)
     visit.figures |= environment(visit.device)
-    if random is not None:
+    if rehearse is not None:
         with stage(visit, "random model"):
             shutil.rmtree(visit.work)
-            visit.model = random_model(visit.work / "base", random, visit.device)
+            visit.model = random_model(visit.work / "base", rehearse, visit.device)
     if "data" in wanted and prompts is not None:
         with stage(visit, "data"):
-            make_data(visit, prompts, limit, data_seconds, batch_size)
-    found = [visit.work / "rows", *([rows] if rows and not random else [])]
+            invented = {"code": invent_code, "chat": invent_chat}
+            invented = {domain: count for domain, count in invented.items() if count}
+            make_data(visit, prompts, limit, invented, data_seconds, batch_size)
+    found = [visit.work / "rows", *([rows] if rows and not rehearse else [])]
     if learning_rates:
         with stage(visit, "rates"):
             try_rates(visit, learning_rates, config, found, held_out, changes=overrides)

@@ -40,7 +40,7 @@ def test_a_rehearsal_passes_through_all_stages(tmp_path: Path, device: str) -> N
     assert figures["data"]["finished_rows"] == 24 and figures["train"]["steps"] > 1
     assert {"train_log", "step", "evaluation_k16", "evaluation_k8"} == figures["details"].keys()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "figures.json", "rows.tgz", "view.safetensors.0",
+        "figures.json", "prompts.jsonl", "rows.tgz", "view.safetensors.0",
     ]  # fmt: skip
 
 

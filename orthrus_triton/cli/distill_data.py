@@ -46,6 +46,15 @@ def distill_data(
         typer.Option(metavar="NAME", help="With --builtin: another package whose docstrings to read; may be repeated."),
     ] = None,
     phrasings: Annotated[int, typer.Option(help="With --builtin: phrasings of each task from a template.")] = 1,
+    invent: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --prompts-only: N prompts that the model invents as a user's messages."),
+    ] = None,
+    beginnings: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --invent: how these begin, one a line; else the model is free."),
+    ] = None,
+    domain: Annotated[str, typer.Option(help="With --invent: of these prompts.")] = "chat",
     prompts_only: Annotated[
         bool, typer.Option("--prompts-only", help="Write the prompts to OUT, a .jsonl file for --prompts, and stop.")
     ] = False,
@@ -70,7 +79,7 @@ def distill_data(
         typer.Option(metavar="TIME", help="Stop after 300s, 5m or 1h and keep the complete shards; none: no limit."),
     ] = "none",
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts only.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the built-in prompts' phrasings and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of --builtin's phrasings and order, or of what --invent gives.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     impl: ImplOption = "auto",
@@ -86,25 +95,33 @@ def distill_data(
     orthrus-triton distill-data ./data --builtin --held-out examples/prompts/code.txt
     orthrus-triton distill-data ./data --model ./orthrus --prompts chats.jsonl --max-new-tokens 512
     orthrus-triton distill-data prompts.jsonl --builtin --package torch --phrasings 4 --prompts-only   # for elsewhere
+    orthrus-triton distill-data prompts.jsonl --invent 10000 --prompts-only   # no corpus needed
     """  # fmt: skip
     with one_line_errors():
         from orthrus_triton.training.prompts import require_jsonl, write_prompts
 
         if prompts_only:
             require_jsonl(folder)
-        questions = _gather(prompts, builtin, corpus, package or [], phrasings, held_out, limit, seed)
+        _require_sources(prompts, builtin, corpus, package, phrasings, limit, invent, beginnings, prompts_only)
+        seconds = parse_seconds(budget)
+        network, tokenizer = None, None
+        if invent is not None or not prompts_only:
+            where = resolve_device(device)
+            precision = resolve_dtype(dtype, where)
+            require_impl(impl, where)
+            # the demo model's own view is not used, so an untrained one does
+            network, tokenizer, _ = (
+                load_demo("copy", precision, where) if model is None else load_model(model, precision, where)
+            )
+        if invent is not None:
+            questions = _invent(network, tokenizer, invent, beginnings, domain, batch_size, seed, impl)
+        else:
+            questions = _gather(prompts, builtin, corpus, package or [], phrasings, seed)
+        questions = _without_repeats(questions, held_out)[:limit]
         if prompts_only:
             write_prompts(questions, folder)
             status_console.print(f"{folder}: {len(questions)} prompts")
             return
-        seconds = parse_seconds(budget)
-        where = resolve_device(device)
-        precision = resolve_dtype(dtype, where)
-        require_impl(impl, where)
-        # the demo model's own view is not used, so an untrained one does
-        network, tokenizer, _ = (
-            load_demo("copy", precision, where) if model is None else load_model(model, precision, where)
-        )
         from orthrus_triton.training.distill import distill
 
         columns = (
@@ -148,37 +165,62 @@ class _Meter:
         self.progress.update(self.task, advance=1, rate=f"{rate:.0f} tokens/s")
 
 
-def _gather(
-    files: list[Path] | None,
-    builtin: bool,
-    corpus: Path | None,
-    packages: list[str],
-    phrasings: int,
-    held_out: list[Path] | None,
-    limit: int | None,
-    seed: int,
-) -> list[Any]:
-    from orthrus_triton.training.overlap import find_overlaps
-    from orthrus_triton.training.prompts import read_prompts
-
-    if bool(files) == builtin:
-        raise ValueError("prompts must come from --prompts FILE or from --builtin, one of them")
+def _require_sources(
+    files: list[Path] | None, builtin: bool, corpus: Path | None, packages: list[str] | None, phrasings: int,
+    limit: int | None, invent: int | None, beginnings: Path | None, prompts_only: bool,
+) -> None:  # fmt: skip
+    if bool(files) + builtin + (invent is not None) != 1:
+        raise ValueError("prompts must come from --prompts FILE, from --builtin or from --invent N, one of them")
     if not builtin and (corpus is not None or packages or phrasings != 1):
-        raise ValueError("--corpus, --package and --phrasings go with --builtin, but --prompts was given")
+        raise ValueError("--corpus, --package and --phrasings go with --builtin, but it was not given")
+    if invent is None and beginnings is not None:
+        raise ValueError("--beginnings goes with --invent, but it was not given")
+    if invent is not None and not prompts_only:
+        raise ValueError("--invent must come with --prompts-only: a run that goes on needs the same prompts in a file")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be >= 1, but got {limit}")
+
+
+def _invent(
+    network: Any, tokenizer: Any, count: int, beginnings: Path | None, domain: str, batch_size: int, seed: int,
+    impl: str,
+) -> list[Any]:  # fmt: skip
+    from orthrus_triton.training.invent import invent
+    from orthrus_triton.training.prompts import read_prompts
+
+    texts = [""] if beginnings is None else [prompt.text for prompt in read_prompts(beginnings)]
+    columns = (TextColumn("inventing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=status_console) as progress:
+        task = progress.add_task("", total=count)
+        return invent(
+            network, tokenizer, count, beginnings=texts, domain=domain, batch_size=batch_size, seed=seed, impl=impl,
+            on_prompt=lambda text: progress.advance(task),
+        )  # fmt: skip
+
+
+def _gather(
+    files: list[Path] | None, builtin: bool, corpus: Path | None, packages: list[str], phrasings: int, seed: int
+) -> list[Any]:
+    from orthrus_triton.training.prompts import read_prompts
+
     if builtin:
         from orthrus_triton.training.prompts_builtin import builtin_prompts
 
         with busy("Reading docstrings of installed packages"):
-            questions = builtin_prompts(seed, corpus, packages, phrasings)
-    else:
-        questions = [prompt for file in files or [] for prompt in read_prompts(file)]
-    if held_out:
-        reserved = [prompt.text for file in held_out for prompt in read_prompts(file)]
-        repeats = {overlap.training for overlap in find_overlaps(reserved, [prompt.text for prompt in questions])}
-        status_console.print(f"{len(repeats)} prompts repeat held-out ones and are left out")
-        questions = [prompt for n, prompt in enumerate(questions) if n not in repeats]
-        if not questions:
-            raise ValueError("--held-out must leave some prompts, but it covers all of them")
-    return questions[:limit]
+            return builtin_prompts(seed, corpus, packages, phrasings)
+    return [prompt for file in files or [] for prompt in read_prompts(file)]
+
+
+def _without_repeats(questions: list[Any], held_out: list[Path] | None) -> list[Any]:
+    from orthrus_triton.training.overlap import find_overlaps
+    from orthrus_triton.training.prompts import read_prompts
+
+    if not held_out:
+        return questions
+    reserved = [prompt.text for file in held_out for prompt in read_prompts(file)]
+    repeats = {overlap.training for overlap in find_overlaps(reserved, [prompt.text for prompt in questions])}
+    status_console.print(f"{len(repeats)} prompts repeat held-out ones and are left out")
+    questions = [prompt for n, prompt in enumerate(questions) if n not in repeats]
+    if not questions:
+        raise ValueError("--held-out must leave some prompts, but it covers all of them")
+    return questions

@@ -141,27 +141,32 @@ class DecodeRun:
 
     @_device_work
     def admit_together(
-        self, slots: Sequence[int], prompts: Sequence[torch.Tensor], max_new_tokens: int, prefill: BatchPrefill
-    ) -> None:
-        """As `admit`, greedily, into several free slots with few passes for all of them. A prompt's K/V may then
-        differ in their last bits from what it would have alone, and so may a token where two are equally likely.
+        self, slots: Sequence[int], prompts: Sequence[torch.Tensor], max_new_tokens: int, prefill: BatchPrefill,
+        params: Sequence[SamplingParams] | None = None,
+    ) -> None:  # fmt: skip
+        """As `admit` into several free slots, with few passes for all of them. A prompt's K/V may then differ in their
+        last bits from what it would have alone, and so may a token where two are equally likely.
 
         Raises:
-            ValueError: the run is open for more than greedy decoding, a slot is named twice, does not exist or is
-                taken, or a prompt or a length that cannot be.
+            ValueError: the run is open for processed logits, a slot is named twice, does not exist or is taken, a
+                prompt or a length that cannot be, or `params` that the run is not open for.
         """
-        if any(self.choosing):  # what the slots' last sequences were sampled by would go on
+        if self.choosing.processed or self.choosing.hosted:  # what processes the slots' last sequences would go on
             raise ValueError(
-                f"admit_together is for runs that decode greedily, but this one is open for {self.choosing}"
+                f"admit_together is for runs that do not process logits, but this one is open for {self.choosing}"
             )
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots must each be named once, but got {list(slots)}")
+        params = [GREEDY_PARAMS] * len(slots) if params is None else params
         prompts = split_prompts(prompts, None, self._decoder.model.vocab_size)
-        for b, prompt in zip(slots, prompts, strict=True):
+        for b, prompt, of_slot in zip(slots, prompts, params, strict=True):
             self._require_room(b, prompt, max_new_tokens)
+            self.choosing.require(of_slot)
         self._require_current()
         for b, prompt in zip(slots, prompts):  # failed until the pass is through, as in `admit`
             self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
+        if self.choosing.sampled:
+            self.state.sampling.start_together(slots, params)
         prefill(slots, prompts, self.cache, self.state, max_new_tokens, self.impl)
         for b in slots:
             self.slots[b].failed = False

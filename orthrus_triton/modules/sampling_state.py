@@ -3,6 +3,7 @@ Made when a run first needs them; they keep their addresses, as all buffers of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +82,13 @@ class SamplingState:
         processors.history.zero_()
         processors.history[0, prompt.to(device)] = IN_PROMPT
         self.absorbed.zero_()
+
+    def start_together(self, slots: Sequence[int], params: Sequence[SamplingParams]) -> None:
+        """Set up several slots, whose logits nothing processes, for new sequences."""
+        where = torch.tensor(slots, device=self.absorbed.device)
+        for name, tensor in self.sampling._asdict().items():
+            values = torch.tensor([getattr(of_slot, name) for of_slot in params], dtype=tensor.dtype)
+            tensor[where] = values.to(tensor.device)
 
     def absorb(self, output_ids: torch.Tensor, output_len: torch.Tensor, width: int) -> None:
         """Count what was committed since the last time, at most `width` tokens per slot, in the history."""

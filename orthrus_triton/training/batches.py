@@ -91,16 +91,19 @@ class ViewDistillation(nn.Module):
         block_size: K.
         loss: "kl" or "ce".
         position_decay: see `position_weights`.
+        streak_focus: see `block_loss`. Where the view has a chain, it is for the blocks that the chain corrects: the
+            others must have good candidates behind wrong drafts, too, which the chain may mend.
     """
 
     _no_split_modules = BlockStudent._no_split_modules
 
     def __init__(
-        self, model: OrthrusForCausalLM, block_size: int, loss: Loss = "kl", position_decay: float | None = None
-    ) -> None:
+        self, model: OrthrusForCausalLM, block_size: int, loss: Loss = "kl", position_decay: float | None = None,
+        streak_focus: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.student = BlockStudent(model)
-        self.block_size, self.loss = block_size, loss
+        self.block_size, self.loss, self.streak_focus = block_size, loss, streak_focus
         self.register_buffer("weights", position_weights(block_size, position_decay), persistent=False)
         self._reader = FrozenReader(self.student)
 
@@ -134,7 +137,10 @@ class ViewDistillation(nn.Module):
             teacher, index = ops.LabelTeacher(targets.flatten().clamp(min=0)), of_targets
         hidden = self.student.draft(anchor_ids, anchors, prompt_len, layers, self.block_size)
         hidden = self.student.chain(hidden, own_ids)
-        loss, matches = block_loss(hidden, self.student.head_weight, teacher, index, targets, self.weights)
+        chained = None if self.student.draft_chain_diff is None else own_ids[..., 0] >= 0
+        loss, matches = block_loss(
+            hidden, self.student.head_weight, teacher, index, targets, self.weights, self.streak_focus, chained
+        )
         return {"loss": loss, "matches": matches}
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, torch.Tensor]:

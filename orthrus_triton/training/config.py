@@ -54,6 +54,9 @@ class ViewTrainingArguments(TrainingArguments):
     mask_embedding: bool = _option(True, "Train an embedding of the mask token that the frozen model does not see.")
     loss: Loss = _option("kl", "kl: the frozen model's probabilities; ce: its own tokens.")
     position_decay: float | None = _option(4.0, "Row i of a block weighs exp(-i / decay); null: all alike.")
+    streak_focus: float = _option(
+        0.0, "Share of its weight that a draft loses behind a wrong one, for it would not be accepted anyway."
+    )
     anchor_focus: float = _option(
         0.0, "Share of the anchors drawn where the frozen model was unsure, as decoding does."
     )
@@ -100,6 +103,7 @@ class ViewTrainingArguments(TrainingArguments):
                  self.position_decay)  # fmt: skip
         _require(self.domain_weights is None or isinstance(self.domain_weights, dict), "domain_weights",
                  "a share for each domain or null", self.domain_weights)  # fmt: skip
+        _require(0 <= self.streak_focus <= 1, "streak_focus", "in [0, 1]", self.streak_focus)
         _require(0 <= self.anchor_focus < 1, "anchor_focus", "in [0, 1)", self.anchor_focus)
         _require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "> 0 or null", self.max_seconds)
         _require(self.deepspeed_plugin is None or not self.deepspeed_plugin.hf_ds_config.is_zero3(), "deepspeed",

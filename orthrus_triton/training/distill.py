@@ -6,18 +6,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from os import PathLike
 from typing import Any
 
-import torch
-
 from orthrus_triton.models.modeling import OrthrusForCausalLM
 from orthrus_triton.models.view import fingerprint
 from orthrus_triton.modules import ConsensusDecoder
-from orthrus_triton.modules.batch_prefill import BatchPrefill
+from orthrus_triton.training.answers import answer_all
 from orthrus_triton.training.prompts import Prompt, encode
 from orthrus_triton.training.shards import Question, ShardFolder
 
@@ -97,10 +94,10 @@ def distill(
     on_plan(len(questions) - len(pending), len(questions))
     with closing(output):
         decoder = ConsensusDecoder(model, mode="ar", exact=False, impl=impl)
-        if prefill_batch is None:
-            prefill_batch = batch_size // 4 if model.device.type == "cuda" else 1
         started = time.perf_counter()
-        for n, answer in _answers(decoder, questions, pending, max_new_tokens, batch_size, max(prefill_batch, 1)):
+        prompt_ids = [questions[n].ids for n in pending]
+        for i, answer in answer_all(decoder, prompt_ids, max_new_tokens, batch_size, prefill_batch=prefill_batch):
+            n = pending[i]
             output.add(n, answer)
             on_row(len(answer))
             if seconds is not None and time.perf_counter() - started > seconds:
@@ -119,41 +116,6 @@ def _encode(tokenizer: Any, prompts: Sequence[Prompt], longest: int) -> tuple[li
             continue
         questions.append(Question(prompt.domain, ids[:longest]))
     return questions, left_out
-
-
-def _answers(
-    decoder: ConsensusDecoder,
-    questions: Sequence[Question],
-    pending: Sequence[int],
-    max_new_tokens: int,
-    slots: int,
-    prefill_batch: int,
-) -> Iterator[tuple[int, list[int]]]:
-    """(question, answer) as answers end; free slots take the next questions."""
-    if not pending:
-        return
-    longest = max(len(questions[n].ids) for n in pending)
-    run = decoder.open(min(slots, len(pending)), longest + max_new_tokens - 1)
-    prefill = BatchPrefill(decoder.model, longest, prefill_batch) if prefill_batch > 1 else None
-    waiting, free, occupant = deque(pending), list(range(len(run.slots))), {}
-    while waiting or occupant:
-        if waiting and (len(free) >= prefill_batch or not occupant or len(waiting) <= len(free)):
-            count = min(len(free), len(waiting))
-            taken, free = free[:count], free[count:]
-            occupant |= {slot: waiting.popleft() for slot in taken}
-            prompts = [torch.tensor(questions[occupant[slot]].ids) for slot in taken]
-            if prefill is not None:
-                run.admit_together(taken, prompts, max_new_tokens, prefill)
-            else:
-                for slot, prompt in zip(taken, prompts):
-                    run.admit(slot, prompt, max_new_tokens)
-        for progress in run.advance():
-            if progress.finished:
-                n, slot = occupant.pop(progress.slot), run.slots[progress.slot]
-                if slot.failed:
-                    raise ValueError(f"model must give finite logits, but gave NaN or infinity for prompt {n}")
-                free.append(progress.slot)
-                yield n, list(slot.tokens)
 
 
 def _hash_prompts(questions: Sequence[Question]) -> str:

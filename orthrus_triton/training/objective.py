@@ -26,8 +26,13 @@ def block_loss(
     index: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor,
+    streak_focus: float = 0.0,
+    in_streaks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergence from the teacher, and where the draft is right.
+
+    A draft behind a wrong one is never accepted, so it hardly matters what it says: with `streak_focus` f it has only
+    1 - f of its weight. That follows the drafts as they are now; no gradient goes through which of them are right.
 
     The sum over all rows is divided by the weight that whole blocks have, whether or not a text ends inside one: a
     constant, so that the mean over accumulated steps or over processes is the loss of the whole batch.
@@ -39,12 +44,28 @@ def block_loss(
         index: [B, A, K-1] int64, the teacher's position for each row.
         targets: [B, A, K-1], the text's own tokens, -1 beyond its end: such rows weigh nothing.
         weights: [K-1] of `position_weights`.
+        streak_focus: in 0..1.
+        in_streaks: [B, A] bool, the blocks that `streak_focus` is for; None for all of them.
 
     Returns:
         (loss, matches): fp32 scalar in nats; [B, A, K-1] bool, the draft is the text's token.
     """
     row_weight = (weights * (targets >= 0)).flatten()
-    result = ops.linear_kl(hidden.flatten(0, 2).to(head.dtype), head, teacher, index.flatten(), row_weight.contiguous())
+    rows = hidden.flatten(0, 2).to(head.dtype)
+    result = ops.linear_kl(rows, head, teacher, index.flatten(), row_weight.contiguous())
     whole_blocks = weights.sum() * (targets.shape[0] * targets.shape[1])
     loss = result.loss * (row_weight.sum() / whole_blocks)
-    return loss, result.choice.view(targets.shape) == targets
+    matches = result.choice.view(targets.shape) == targets
+    if streak_focus:
+        scale = _streak_scale(matches, streak_focus, in_streaks).flatten()
+        if rows.requires_grad:  # a row's gradient comes from its own divergence alone
+            rows.register_hook(lambda grad: grad * scale[:, None].to(grad.dtype))
+        loss = loss + ((result.row_kl * row_weight * scale).sum() / whole_blocks - loss).detach()
+    return loss, matches
+
+
+def _streak_scale(matches: torch.Tensor, focus: float, in_streaks: torch.Tensor | None) -> torch.Tensor:
+    """[B, A, K-1]: 1 behind right drafts alone, 1 - focus behind a wrong one."""
+    right = matches[..., :-1].float().cumprod(dim=-1)
+    scale = 1 - focus + focus * torch.cat((torch.ones_like(right[..., :1]), right), dim=-1)
+    return scale if in_streaks is None else torch.where(in_streaks[..., None], scale, 1.0)

@@ -86,7 +86,7 @@ class ViewTrainer(Trainer):
         self._matched, self._blocks = torch.zeros(()), 0
         self.watch = FiniteWatch(args.output_dir, deferred=args.device.type != "cpu")
         self._staging: Path | None = None
-        distillation = ViewDistillation(model, block_size, args.loss, args.position_decay)
+        distillation = ViewDistillation(model, block_size, args.loss, args.position_decay, args.streak_focus)
         if args.compile_layers:
             distillation.student.compile_layers()
         self.clock = None if args.max_seconds is None else TrainingClock(args.max_seconds)

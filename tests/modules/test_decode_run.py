@@ -159,14 +159,26 @@ def test_sequences_admitted_together() -> None:
     ]  # fmt: skip
 
 
-def test_sequences_admitted_together_are_greedy() -> None:
+def test_sequences_admitted_together_sample_as_each_says() -> None:
     decoder = ConsensusDecoder(MODEL, impl="torch", mode="ar")
-    hot = SamplingParams(temperature=2.0, seed=1)
-    run = decoder.open(1, 64, eos_token_id=[], choosing=Choosing.of([hot]))
-    run.admit(0, PROMPTS[0], 4, hot)
+    hot = [SamplingParams(temperature=2.0, seed=1, sequence=n) for n in range(4)]
+    params = [hot[0], SamplingParams(), hot[1]]
+    expected = decoder.generate(PROMPTS[:3], max_new_tokens=6, eos_token_id=[], params=params).sequences
+    run = decoder.open(3, 64, eos_token_id=[], choosing=Choosing.of(hot))
+    prefill = BatchPrefill(MODEL, 16, 2)
+    run.admit_together([0, 1, 2], PROMPTS[:3], 6, prefill, [hot[2], hot[3], SamplingParams()])  # whose traces must go
     drain(run)
-    with pytest.raises(ValueError, match="runs that decode greedily"):
-        run.admit_together([0], PROMPTS[1:2], 4, BatchPrefill(MODEL, 16, 1))
+    other = [slot.tokens for slot in run.slots]
+    run.admit_together([0, 2, 1], [PROMPTS[0], PROMPTS[2], PROMPTS[1]], 6, prefill, [params[0], params[2], params[1]])
+    drain(run)
+    assert [slot.tokens for slot in run.slots] == [ids[len(p) :].tolist() for ids, p in zip(expected, PROMPTS)]
+    assert [slot.tokens for slot in run.slots] != other
+    run = decoder.open(1, 64, choosing=Choosing(processed=True))
+    with pytest.raises(ValueError, match="runs that do not process logits"):
+        run.admit_together([0], PROMPTS[1:2], 4, prefill)
+    run = decoder.open(1, 64)
+    with pytest.raises(ValueError, match="sampled=True"):
+        run.admit_together([0], PROMPTS[1:2], 4, prefill, hot[:1])
 
 
 def test_a_cache_that_was_half_filled_is_nobodys_prefix() -> None:
