@@ -31,11 +31,13 @@ from orthrus_triton.training.config import read_config
 from orthrus_triton.training.distill import distill
 from orthrus_triton.training.evaluate import evaluate
 from orthrus_triton.training.invent import invent
+from orthrus_triton.training.overlap import find_overlaps
 from orthrus_triton.training.prompts import encode, read_prompts, write_prompts
 from orthrus_triton.training.run import train_view
 from orthrus_triton.training.trainer import last_checkpoint
 
-BEGINNINGS = Path("examples/prompts/beginnings.txt")
+HELD_OUT = Path("examples/prompts")
+BEGINNINGS = HELD_OUT / "beginnings.txt"
 STAGES = ("data", "train", "export", "evaluate")
 # hidden, layers, heads, key heads, intermediate, vocabulary
 RANDOM = {"smollm2-135m": (576, 30, 9, 3, 1536, 49_152), "tiny": (128, 2, 2, 1, 96, 300)}
@@ -121,6 +123,10 @@ def make_data(
             network, tokenizer, count, beginnings=beginnings, domain=domain, batch_size=2 * batch_size
         )  # fmt: skip
         print(f"{count} prompts for {domain} invented after {time.monotonic() - started:.1f} s", flush=True)
+    reserved = [prompt.text for file in HELD_OUT.glob("*.txt") if file != BEGINNINGS for prompt in read_prompts(file)]
+    repeats = {overlap.training for overlap in find_overlaps(reserved, [prompt.text for prompt in questions])}
+    print(f"{len(repeats)} of {len(questions)} prompts repeat held-out ones and are left out", flush=True)
+    questions = [prompt for n, prompt in enumerate(questions) if n not in repeats]
     random.Random(0).shuffle(questions)  # what there is no time for is of no particular kind
     write_prompts(questions, visit.out / "prompts.jsonl")
     started = time.monotonic()
