@@ -3,7 +3,7 @@ What a view is trained on then resembles what the model was trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from orthrus_triton.models.modeling import OrthrusForCausalLM
@@ -14,7 +14,7 @@ from orthrus_triton.training.prompts import Prompt
 
 MARK = "<the message>"  # stands for it in a chat template
 FEWEST_WORDS = 4
-MOST_TRIES = 1000  # of which a tenth must count, or the model is given up
+FIRST_TRIES = 1000  # from then on a tenth of all must have counted, or the model is given up
 
 
 def invent(
@@ -34,20 +34,21 @@ def invent(
 ) -> list[Prompt]:
     """Let the AR view write the user's messages of chats, each of one line, no two alike.
 
-    A message counts if the model ends it by itself within `max_new_tokens`, and if it has four words or more.
+    A message counts if the model ends it with a stop token within `max_new_tokens`, and if it is plain text of four
+    words or more. Those that count are taken in the order in which they were begun, whatever `batch_size` is.
 
     Args:
         model: only its AR view is used.
         tokenizer: of transformers, with a chat template.
         count: messages to return.
-        beginnings: how messages begin, in turn; "" leaves the model all freedom.
+        beginnings: how messages begin, in turn; "" leaves the model free.
         domain: of the prompts returned.
         temperature, top_p: see `SamplingParams`.
         max_new_tokens: most tokens after the beginning.
         batch_size: messages written side by side.
         seed: another one gives other messages.
         impl: "auto", "triton" or "torch".
-        on_prompt: called with each message that counts.
+        on_prompt: called with each message returned, as soon as it is known.
 
     Raises:
         ValueError: an argument out of range, a tokenizer without a chat template, or a model that invents hardly
@@ -58,33 +59,49 @@ def invent(
     for name, value in (("count", count), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, but got {value!r}")
-    if not beginnings:
-        raise ValueError("beginnings must hold at least one text, which may be empty")
+    if isinstance(beginnings, str) or not beginnings:
+        raise ValueError(f"beginnings must hold at least one text, which may be empty, but got {beginnings!r}")
     before = _before_message(tokenizer)
     starts = [tokenizer(before + text, add_special_tokens=False)["input_ids"] for text in beginnings]
+    if not all(starts):
+        raise ValueError(
+            "beginnings must not be empty where the chat template writes nothing before a user's message: the model "
+            "has no token to go on from"
+        )
     decoder = ConsensusDecoder(model, mode="ar", exact=False, impl=impl)
     found: dict[str, None] = {}
-    begun = 0
+    numbers = range(0)
     while len(found) < count:
-        # of the messages begun, perhaps half will count
-        numbers = range(begun, begun + 2 * (count - len(found)))
-        begun = numbers.stop
+        # perhaps half of the messages begun will count
+        numbers = range(numbers.stop, numbers.stop + 2 * (count - len(found)))
         params = [SamplingParams(temperature=temperature, top_p=top_p, seed=seed, sequence=n) for n in numbers]
         taken = [starts[n % len(starts)] for n in numbers]
-        messages = {}
-        for i, tokens in answer_all(decoder, taken, max_new_tokens, batch_size, params_of=params.__getitem__):
-            text = beginnings[numbers[i] % len(starts)] + tokenizer.decode(tokens[:-1])
-            if tokens[-1] in model.eos_token_ids and _counts(text):
-                messages[i] = text
-                on_prompt(text)
-        # in the order in which they were begun, whichever ended first
-        found |= dict.fromkeys(messages[i] for i in sorted(messages))
-        if begun > MOST_TRIES and 10 * len(found) < begun:
-            raise ValueError(
-                f"model must invent messages that count, but only {len(found)} of {begun} did: it may not be trained "
-                "for chats, or max_new_tokens may be too few"
-            )
-    return [Prompt(text, domain, chat=True) for text in list(found)[:count]]
+        answers = answer_all(decoder, taken, max_new_tokens, batch_size, params_of=params.__getitem__)
+        for n, tokens in zip(numbers, _in_order(answers)):
+            if tokens[-1] in model.eos_token_ids:
+                text = _message(tokenizer, beginnings[n % len(starts)], starts[n % len(starts)], tokens[:-1])
+                if text is not None and text not in found:
+                    found[text] = None
+                    on_prompt(text)
+                    if len(found) == count:
+                        break  # what was begun later is not needed
+            tried = n + 1
+            if tried >= FIRST_TRIES and 10 * len(found) < tried:
+                raise ValueError(
+                    f"model must invent messages that count, but only {len(found)} of {tried} did: it may not be "
+                    "trained for chats, max_new_tokens may be too few, or it may repeat itself"
+                )
+    return [Prompt(text, domain, chat=True) for text in found]
+
+
+def _in_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:
+    """The answers by number, whichever ended first; each as soon as it and all before it have ended."""
+    ended, upcoming = {}, 0
+    for i, tokens in answers:
+        ended[i] = tokens
+        while upcoming in ended:
+            yield ended.pop(upcoming)
+            upcoming += 1
 
 
 def _before_message(tokenizer: Any) -> str:
@@ -98,5 +115,11 @@ def _before_message(tokenizer: Any) -> str:
     return before
 
 
-def _counts(text: str) -> bool:
-    return "\n" not in text and text.isprintable() and len(text.split()) >= FEWEST_WORDS
+def _message(tokenizer: Any, beginning: str, start: list[int], tokens: list[int]) -> str | None:
+    """What `tokens` behind `start` make of a beginning; None if it does not count."""
+    # read together, for alone some tokenizers would drop the space between the two
+    said = tokenizer.decode(start + tokens)[len(tokenizer.decode(start)) :]
+    if tokenizer.decode(tokens) != tokenizer.decode(tokens, skip_special_tokens=True):
+        return None  # the template's own tokens are no text of a user's
+    text = (beginning + said).strip(" ")
+    return text if text.isprintable() and len(text.split()) >= FEWEST_WORDS else None
