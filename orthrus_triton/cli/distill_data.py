@@ -48,13 +48,13 @@ def distill_data(
     phrasings: Annotated[int, typer.Option(help="With --builtin: phrasings of each task from a template.")] = 1,
     invent: Annotated[
         int | None,
-        typer.Option(metavar="N", help="With --prompts-only: N prompts that the model invents as a user's messages."),
+        typer.Option(metavar="N", help="With --prompts-only: N messages of a user, which the model invents."),
     ] = None,
     beginnings: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --invent: how these begin, one a line; else the model is free."),
+        typer.Option(metavar="FILE", help="With --invent: how messages begin, one a line; else the model is free."),
     ] = None,
-    domain: Annotated[str, typer.Option(help="With --invent: of these prompts.")] = "chat",
+    domain: Annotated[str, typer.Option(help="With --invent: the domain of these prompts.")] = "chat",
     prompts_only: Annotated[
         bool, typer.Option("--prompts-only", help="Write the prompts to OUT, a .jsonl file for --prompts, and stop.")
     ] = False,
@@ -70,7 +70,10 @@ def distill_data(
             show_default=DEMO_NAME,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 192,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of an answer, or of what is invented.", show_default="192, with --invent 48"),
+    ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(help="Longer raw prompts are cut, longer chats left out.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Answers generated side by side.")] = 64,
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard.")] = 256,
@@ -98,14 +101,30 @@ def distill_data(
     orthrus-triton distill-data prompts.jsonl --invent 10000 --prompts-only   # no corpus needed
     """  # fmt: skip
     with one_line_errors():
-        from orthrus_triton.training.prompts import require_jsonl, write_prompts
+        from orthrus_triton.training.prompts import read_prompts, require_jsonl, write_prompts
 
         if prompts_only:
             require_jsonl(folder)
-        _require_sources(prompts, builtin, corpus, package, phrasings, limit, invent, beginnings, prompts_only)
+        inventing = invent is not None
+        if bool(prompts) + builtin + inventing != 1:
+            raise ValueError("prompts must come from --prompts FILE, from --builtin or from --invent N, one of them")
+        _require_companions("--builtin", builtin, corpus=corpus, package=package, phrasings=phrasings != 1)
+        _require_companions("--invent", inventing, beginnings=beginnings, domain=domain != "chat")
+        if inventing and not prompts_only:
+            raise ValueError(
+                "--invent must come with --prompts-only: a run that goes on needs the same prompts in a file"
+            )
+        for name, value in (("--invent", invent), ("--limit", limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, but got {value}")
+        if max_new_tokens is None:
+            max_new_tokens = 48 if inventing else 192
         seconds = parse_seconds(budget)
+        # before anything that takes long
+        reserved = [prompt for file in held_out or [] for prompt in read_prompts(file)]
+        starts = [""] if beginnings is None else [prompt.text for prompt in read_prompts(beginnings)]
         network, tokenizer = None, None
-        if invent is not None or not prompts_only:
+        if inventing or not prompts_only:
             where = resolve_device(device)
             precision = resolve_dtype(dtype, where)
             require_impl(impl, where)
@@ -113,11 +132,14 @@ def distill_data(
             network, tokenizer, _ = (
                 load_demo("copy", precision, where) if model is None else load_model(model, precision, where)
             )
-        if invent is not None:
-            questions = _invent(network, tokenizer, invent, beginnings, domain, batch_size, seed, impl)
+        if inventing:
+            questions = _invent(
+                network, tokenizer, invent, beginnings=starts, domain=domain, max_new_tokens=max_new_tokens,
+                batch_size=batch_size, seed=seed, impl=impl,
+            )  # fmt: skip
         else:
             questions = _gather(prompts, builtin, corpus, package or [], phrasings, seed)
-        questions = _without_repeats(questions, held_out)[:limit]
+        questions = _without_repeats(questions, reserved)[:limit]
         if prompts_only:
             write_prompts(questions, folder)
             status_console.print(f"{folder}: {len(questions)} prompts")
@@ -165,37 +187,20 @@ class _Meter:
         self.progress.update(self.task, advance=1, rate=f"{rate:.0f} tokens/s")
 
 
-def _require_sources(
-    files: list[Path] | None, builtin: bool, corpus: Path | None, packages: list[str] | None, phrasings: int,
-    limit: int | None, invent: int | None, beginnings: Path | None, prompts_only: bool,
-) -> None:  # fmt: skip
-    if bool(files) + builtin + (invent is not None) != 1:
-        raise ValueError("prompts must come from --prompts FILE, from --builtin or from --invent N, one of them")
-    if not builtin and (corpus is not None or packages or phrasings != 1):
-        raise ValueError("--corpus, --package and --phrasings go with --builtin, but it was not given")
-    if invent is None and beginnings is not None:
-        raise ValueError("--beginnings goes with --invent, but it was not given")
-    if invent is not None and not prompts_only:
-        raise ValueError("--invent must come with --prompts-only: a run that goes on needs the same prompts in a file")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be >= 1, but got {limit}")
+def _require_companions(owner: str, given: bool, **others: object) -> None:
+    """Raise a ValueError if an option was given that means nothing without `owner`."""
+    if not given and any(others.values()):
+        names = " and ".join(f"--{name}" for name in others)
+        raise ValueError(f"{names} must come with {owner}, but it was not given")
 
 
-def _invent(
-    network: Any, tokenizer: Any, count: int, beginnings: Path | None, domain: str, batch_size: int, seed: int,
-    impl: str,
-) -> list[Any]:  # fmt: skip
+def _invent(network: Any, tokenizer: Any, count: int, **options: Any) -> list[Any]:
     from orthrus_triton.training.invent import invent
-    from orthrus_triton.training.prompts import read_prompts
 
-    texts = [""] if beginnings is None else [prompt.text for prompt in read_prompts(beginnings)]
     columns = (TextColumn("inventing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=status_console) as progress:
         task = progress.add_task("", total=count)
-        return invent(
-            network, tokenizer, count, beginnings=texts, domain=domain, batch_size=batch_size, seed=seed, impl=impl,
-            on_prompt=lambda text: progress.advance(task),
-        )  # fmt: skip
+        return invent(network, tokenizer, count, on_prompt=lambda text: progress.advance(task), **options)
 
 
 def _gather(
@@ -211,14 +216,13 @@ def _gather(
     return [prompt for file in files or [] for prompt in read_prompts(file)]
 
 
-def _without_repeats(questions: list[Any], held_out: list[Path] | None) -> list[Any]:
+def _without_repeats(questions: list[Any], reserved: list[Any]) -> list[Any]:
     from orthrus_triton.training.overlap import find_overlaps
-    from orthrus_triton.training.prompts import read_prompts
 
-    if not held_out:
+    if not reserved:
         return questions
-    reserved = [prompt.text for file in held_out for prompt in read_prompts(file)]
-    repeats = {overlap.training for overlap in find_overlaps(reserved, [prompt.text for prompt in questions])}
+    texts, held_out = ([prompt.text for prompt in prompts] for prompts in (questions, reserved))
+    repeats = {overlap.training for overlap in find_overlaps(held_out, texts)}
     status_console.print(f"{len(repeats)} prompts repeat held-out ones and are left out")
     questions = [prompt for n, prompt in enumerate(questions) if n not in repeats]
     if not questions:
