@@ -124,7 +124,7 @@ class OrthrusGenerationMixin:
         if settings.stop_strings:
             if tokenizer is None:
                 raise ValueError("tokenizer must be given with stop_strings, but got None")
-            strings = StopStrings(tokenizer, settings.stop_strings)
+            strings = [StopStrings(tokenizer, settings.stop_strings) for _ in prompts]
         output = self.consensus_decoder("consensus" if use_diffusion_mode else "ar").generate(
             prompts, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_ids, streamer=streamer,
             block_size=block_size, params=settings.params, sampling=sampling, reuse_cache=reuse_cache,
@@ -138,7 +138,7 @@ class OrthrusGenerationMixin:
 
 
 def _stop(
-    criteria: StoppingCriteriaList, strings: StopStrings | None, rows: torch.Tensor, max_time: float | None
+    criteria: StoppingCriteriaList, strings: list[StopStrings] | None, rows: torch.Tensor, max_time: float | None
 ) -> Stop | None:
     if not criteria and strings is None and max_time is None:
         return None
@@ -147,7 +147,7 @@ def _stop(
     def stop(b: int, new: list[int]) -> bool:
         if deadline is not None and time.monotonic() > deadline:
             return True
-        if strings is not None and strings(new):
+        if strings is not None and strings[b](new):
             return True
         ids = torch.cat((rows[b], rows[b].new_tensor(new)))[None]
         return any(bool(torch.as_tensor(one(ids, None)).all()) for one in criteria)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from orthrus_triton.models.token_text import TokenText
+
 MOST_STRINGS, MOST_CHARACTERS = 64, 1000
-TOKENS_PER_CHARACTER = 4  # a byte-level tokenizer may need four tokens for one character
 
 
 class StopStrings:
-    """Looks for strings in what was generated, called after every token with all new tokens.
+    """Looks for strings in what was generated, called after every token with all new tokens of one sequence.
 
     Args:
         tokenizer: of transformers; only `decode` is used.
@@ -27,11 +28,22 @@ class StopStrings:
             if not isinstance(string, str) or not 1 <= len(string) <= MOST_CHARACTERS:
                 raise ValueError(f"stop_strings must have 1..{MOST_CHARACTERS} characters each, but got {string!r:.80}")
         self.tokenizer, self.strings = tokenizer, tuple(strings)
-        self._window = TOKENS_PER_CHARACTER * max(map(len, strings)) + TOKENS_PER_CHARACTER
+        self._longest = max(map(len, strings))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._text, self._seen = TokenText(self.tokenizer), 0
+        self._tail = ""  # final text in which a stop string may have begun
 
     def __call__(self, new: Sequence[int]) -> bool:
-        """Whether one of the strings is in the text of the newest tokens."""
-        text = self.tokenizer.decode(list(new[-self._window :]))
+        """Whether one of the strings is in the text that came with the tokens since the last call."""
+        if len(new) < self._seen:  # another sequence
+            self._begin()
+        final, unsure = self._text.push(list(new[self._seen :]))
+        self._seen = len(new)
+        self._tail += final
+        text = self._tail + unsure
+        self._tail = self._tail[max(len(self._tail) - self._longest + 1, 0) :]
         return any(string in text for string in self.strings)
 
     def cut(self, text: str) -> str:
@@ -41,7 +53,10 @@ class StopStrings:
 
     def safe_length(self, text: str) -> int:
         """How many characters of `text` cannot become part of a stop string, whatever follows."""
-        for length in range(min(len(text), max(map(len, self.strings)) - 1), 0, -1):
-            if any(string.startswith(text[-length:]) for string in self.strings):
-                return len(text) - length
-        return len(text)
+        safe = len(text)
+        for string in self.strings:
+            at = text.find(string[0], max(len(text) - len(string) + 1, 0), safe)
+            while at >= 0 and not string.startswith(text[at:]):
+                at = text.find(string[0], at + 1, safe)
+            safe = at if at >= 0 else safe
+        return safe

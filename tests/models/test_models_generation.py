@@ -117,6 +117,10 @@ def test_stopping_and_streaming(pair, tokenizer) -> None:
     stopped = model.generate(ids, max_new_tokens=12, stop_strings=[word], tokenizer=tokenizer, eos_token_id=[])
     first = min(i for i, token in enumerate(free) if word in tokenizer.decode(free[: i + 1]))
     assert stopped[0, 4:].tolist() == free[: first + 1]
+    both = model.generate(  # each sequence of a batch has its own text
+        torch.cat((ids, ids.flip(1))), max_new_tokens=12, stop_strings=[word], tokenizer=tokenizer, eos_token_id=[]
+    )
+    assert both[0, 4 : 4 + first + 1].tolist() == free[: first + 1] and (both[0, 4 + first + 1 :] == PAD).all()
     criteria = StoppingCriteriaList([MaxLengthCriteria(7)])
     assert model.generate(ids, max_new_tokens=12, stopping_criteria=criteria).shape[1] == 7
     batch, mask = padded()  # as in transformers, padding counts

@@ -1,18 +1,45 @@
-"""Tokens as text: whole characters, and nothing of a stop string."""
+"""Tokens as text: whole characters, and nothing of a stop string; every token costs the same."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.serving.text_stream import TextStream
 
+SPECIAL = 256
+
 
 class ByteTokenizer:
-    """Token i is byte i."""
+    """Token i is byte i; one more is special."""
 
-    def decode(self, tokens, **_: object) -> str:
-        return bytes(tokens).decode("utf-8", errors="replace")
+    def __init__(self) -> None:
+        self.most = 0  # tokens in one call
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+        self.most = max(self.most, len(tokens))
+        special = b"" if skip_special_tokens else b"<s>"
+        return b"".join(special if i == SPECIAL else bytes([i]) for i in tokens).decode("utf-8", errors="replace")
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As of Llama 2: one invalid byte spoils the characters beside it, and a text's first blank is left out."""
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"<s>": SPECIAL, "▁a": 257, "b": 258, "▁": 259}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", clean_up_tokenization_spaces=False)
+
+
+def streamed(tokenizer: object, tokens: list[int], size: int = 1) -> str:
+    stream = TextStream(tokenizer)
+    return "".join(stream.push(tokens[at : at + size], at + size >= len(tokens)) for at in range(0, len(tokens), size))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -26,3 +53,68 @@ def test_text_comes_in_whole_characters_without_the_stop_string(size: int) -> No
         ]
         assert "".join(parts) == expected
         assert all("\ufffd" not in part for part in parts) and sum(map(bool, parts)) > 1
+
+
+@pytest.mark.parametrize("tail", [[], list("é🙂 end".encode())])
+@pytest.mark.parametrize("noise", [[0x80], [0xF0, 0x9F, 0x99], [SPECIAL], [0xE2, 0x82, SPECIAL, 0xFF]])
+def test_tokens_that_never_become_text_cost_no_more_than_others(noise: list[int], tail: list[int]) -> None:
+    tokenizer, tokens = ByteTokenizer(), list("né".encode()) + noise * 500 + tail
+    assert streamed(tokenizer, tokens) == tokenizer.decode(tokens, skip_special_tokens=True)
+    tokenizer.most = 0
+    streamed(tokenizer, tokens)
+    assert tokenizer.most < 50
+
+
+def test_any_bytes_come_as_the_text_of_all_of_them() -> None:
+    chance, tokenizer = random.Random(0), ByteTokenizer()
+    alphabet = [0x41, 0x80, 0xBF, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x99, 0x82, 0xFF, SPECIAL]
+    for _ in range(100):
+        letters = chance.sample(alphabet, chance.randint(1, 5))
+        tokens = chance.choices(letters, k=90) + chance.choices(alphabet, k=30) + list("🙂€".encode())
+        assert streamed(tokenizer, tokens, chance.randint(1, 4)) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_bytes_among_words_keep_their_blanks() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    for middle in ([0x80] * 200, [SPECIAL] * 200, list("🙂é".encode()) * 50, [0x80, *"🙂".encode()] * 40):
+        tokens = [257, 258, *middle, 257, 259, 258]
+        assert streamed(tokenizer, tokens) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("length", [1, 3, 1000])
+def test_a_long_stop_string_costs_a_token_no_more_than_a_short_one(length: int) -> None:
+    said = ("né🙂" * length)[:length]
+    tokenizer = ByteTokenizer()
+    tokens = [*(b"zz" * 50), SPECIAL, *said.encode()[: len(said.encode())]]
+    stop = StopStrings(tokenizer, [said, "never"])
+    found = [stop(tokens[: count + 1]) for count in range(len(tokens))]
+    assert found == [False] * (len(tokens) - 1) + [True]
+    assert tokenizer.most < 50
+
+
+def test_stop_strings_end_where_the_text_of_all_tokens_first_has_them() -> None:
+    chance = random.Random(0)
+    for tokenizer, alphabet in (
+        (ByteTokenizer(), [0x41, 0x42, 0xC3, 0xA9, 0xF0, 0x9F, 0x99, 0x82, 0x80, SPECIAL]),
+        (byte_fallback_tokenizer(), [0x41, 257, 258, 259, SPECIAL]),
+    ):
+        for _ in range(100):
+            tokens = chance.choices(alphabet, k=60)
+            text = tokenizer.decode(tokens)
+            begin = chance.randrange(len(text) - 12)
+            strings = [text[begin : begin + chance.randint(1, 12)], "🙂é", "<s>A"]
+            texts = [tokenizer.decode(tokens[: count + 1]) for count in range(len(tokens))]
+            expected = next((n for n, text in enumerate(texts) if any(string in text for string in strings)), None)
+            stop = StopStrings(tokenizer, strings)
+            found = next((n for n in range(len(tokens)) if stop(tokens[: n + 1])), None)
+            assert found == expected
+            assert StopStrings(tokenizer, strings)(tokens) == any(string in text for string in strings)
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    chance, tokenizer = random.Random(0), ByteTokenizer()
+    for _ in range(200):
+        strings = ["".join(chance.choices("ab", k=chance.randint(1, 7))) for _ in range(3)]
+        stop, text = StopStrings(tokenizer, strings), "".join(chance.choices("ab", k=chance.randint(0, 12)))
+        begins = [at for at in range(len(text)) for s in strings if len(s) > len(text) - at and s.startswith(text[at:])]
+        assert stop.safe_length(text) == min(begins, default=len(text))
