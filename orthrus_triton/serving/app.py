@@ -105,7 +105,10 @@ def _encode(tokenizer: Any, field: str, text: str, **options: Any) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can say
         raise HTTPException(400, f"{field}: not valid Unicode: {error}") from error
-    return tokenizer(text, **options)["input_ids"]
+    try:
+        return tokenizer(text, **options)["input_ids"]
+    except Exception as error:  # tokenizers raise what they like
+        raise HTTPException(500, f"{field}: the tokenizer failed: {type(error).__name__}: {error}") from error
 
 
 async def _whole_text(generation: Generation, http: HttpRequest) -> str | None:

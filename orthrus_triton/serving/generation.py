@@ -80,13 +80,19 @@ class Generation:
                 tokens, reason, error = await self._events.get()
                 if reason == "error":
                     raise HTTPException(500, error)
-                text = self._text.push(tokens, last=reason is not None)
+                text = self._push(tokens, last=reason is not None)
                 # a stop string may be in the text alone: special tokens, which the text leaves out, stood inside it
                 self.reason = "stop" if self._text.stopped else reason
                 if text:
                     yield text
         finally:
             self.cancel()
+
+    def _push(self, tokens: list[int], last: bool) -> str:
+        try:
+            return self._text.push(tokens, last)
+        except Exception as error:  # tokenizers raise what they like
+            raise HTTPException(500, f"text: the tokenizer failed: {type(error).__name__}: {error}") from error
 
     def cancel(self) -> None:
         """Free the slot, or the place in the queue."""

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from orthrus_triton.modules import SamplingParams
 from orthrus_triton.modules.sampling_params import MOST_NEW_TOKENS
@@ -13,13 +22,29 @@ from orthrus_triton.modules.sampling_params import MOST_NEW_TOKENS
 MOST_MESSAGES = 1000
 
 
+def _integer(value: Any) -> Any:
+    if type(value) is not int:  # true and 1.0 are equal to 1
+        raise ValueError(f"must be an integer, but got {value!r}")
+    return value
+
+
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):  # 0 is equal to false
+        raise ValueError(f"must be true or false, but got {value!r}")
+    return value
+
+
+One = Annotated[Literal[1], BeforeValidator(_integer)]
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
+
+
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="allow")  # templates read further fields
+    model_config = ConfigDict(strict=True, extra="allow")  # templates read further fields
     role: str
     content: str | list[dict[str, Any]] | None = None
 
@@ -42,7 +67,7 @@ class Message(BaseModel):
 
 
 class _Common(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -57,12 +82,12 @@ class _Common(BaseModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[Annotated[int, Strict(False)], float] | None = None  # JSON's names are strings
     min_tokens: int = Field(0, ge=0, le=MOST_NEW_TOKENS)
-    n: Literal[1] = 1
+    n: One = 1
     # of no effect here or with its default: accepted so that common clients work
     user: str | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     metadata: dict[str, str] | None = None
 
     @model_validator(mode="before")
@@ -70,6 +95,13 @@ class _Common(BaseModel):
     def _without_nulls(cls, body: Any) -> Any:
         """Clients send null for what they do not set."""
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream", True):
+            raise ValueError("is allowed only with stream=true")
+        return options
 
     def params(self) -> SamplingParams:
         """How to sample; without a seed, a fresh one."""
@@ -90,8 +122,8 @@ class CompletionRequest(_Common):
     """POST /v1/completions."""
 
     prompt: str | list[int]
-    echo: Literal[False] = False
-    best_of: Literal[1] = 1
+    echo: No = False
+    best_of: One = 1
     logprobs: None = None
 
     @field_validator("prompt", mode="before")
@@ -108,7 +140,7 @@ class ChatRequest(_Common):
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
+    logprobs: No | None = None
     top_logprobs: None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     tools: None = None

@@ -265,6 +265,18 @@ def test_a_server_that_stops_tells_its_clients() -> None:
         ({"prompt": "w1", "logit_bias": {"40": 1}}, "logit_bias must be of tokens in 0..16"),
         ({"prompt": "w1", "stop": [""]}, "stop_strings must have"),
         ({"prompt": "w1", "min_tokens": 2**31 - 1}, "min_tokens: .*less than or equal to"),
+        ({"prompt": "w1", "max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
+        ({"prompt": "w1", "max_tokens": True}, "max_tokens: Input should be a valid integer"),
+        ({"prompt": "w1", "seed": 5.0}, "seed: Input should be a valid integer"),
+        ({"prompt": "w1", "temperature": True}, "temperature: Input should be a valid number"),
+        ({"prompt": "w1", "top_p": "0.5"}, "top_p: Input should be a valid number"),
+        ({"prompt": "w1", "stream": 1}, "stream: Input should be a valid boolean"),
+        ({"prompt": "w1", "n": True}, "n: .*must be an integer, but got True"),
+        ({"prompt": "w1", "echo": 0}, "echo: .*must be true or false, but got 0"),
+        ({"prompt": "w1", "logit_bias": {"4": "1"}}, "logit_bias.4: Input should be a valid number"),
+        ({"prompt": "w1", "stream_options": {"include_usage": True}}, "stream_options: .*only with stream=true"),
+        ({"prompt": "w1", "stream": False, "stream_options": {}}, "stream_options: .*only with stream=true"),
+        ({"prompt": "w1", "stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage:"),
         ({"prompt": None}, "prompt: Field required"),
         ({}, "prompt: Field required"),
     ],
@@ -300,6 +312,60 @@ def test_what_json_may_hold_instead(server: Running) -> None:
     ):  # fmt: skip
         assert reply.status_code == status and reply.json()["error"]["code"] == status
     assert "body: JSON decode error" in ask("/v1/completions", "{").json()["error"]["message"]
+
+
+def test_numbers_as_the_openai_api_takes_them(server: Running) -> None:
+    body = {"prompt": "w1", "max_tokens": 2, "temperature": 0, "n": 1, "echo": False, "logit_bias": {"4": 1, "5": 0.5}}
+    for more in ({}, {"stream_options": None}, {"stream": True, "stream_options": {"include_usage": True}}):
+        reply = httpx.post(
+            f"{server.url}/v1/completions", json={**body, **more}, headers={"Authorization": f"Bearer {KEY}"}
+        )
+        assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("stop", [None, "w3 w3"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_tokenizer_that_fails_ends_its_own_request_alone(
+    server: Running, monkeypatch: pytest.MonkeyPatch, streamed: bool, stop: str | None
+) -> None:
+    decode, tokens = type(server.tokenizer).decode, 40
+    prompt, *others = "w7 w7 w7", "w1 w1", "w2 w2"
+    bad, *fine = (server.expected(text, tokens) for text in (prompt, *others))
+
+    def fail_on_bad(tokenizer, ids, *args, **options):
+        text = decode(tokenizer, ids, *args, **options)
+        if len(text.split()) > 1 and text in bad and not any(text in one for one in fine):
+            raise KeyError("no such piece")
+        return text
+
+    client, got = server.client(), {}
+
+    def ask(other: str) -> None:
+        got[other] = client.completions.create(model="tiny", prompt=other, max_tokens=tokens, temperature=0)
+
+    monkeypatch.setattr(type(server.tokenizer), "decode", fail_on_bad)
+    threads = [threading.Thread(target=ask, args=(other,)) for other in others]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(openai.APIError, match="KeyError: 'no such piece'"):
+        list(
+            client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=tokens, temperature=0, stop=stop, stream=streamed
+            )
+        )
+    for thread in threads:
+        thread.join()
+    assert [got[other].choices[0].text for other in others] == fine
+    server.wait_until(lambda: server.scheduler.running == 0)
+
+
+def test_a_tokenizer_that_cannot_read_a_prompt_says_so(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_, **__):
+        raise OverflowError("too much")
+
+    monkeypatch.setattr(type(server.tokenizer), "__call__", fail)
+    with pytest.raises(openai.InternalServerError, match="prompt: the tokenizer failed: OverflowError: too much"):
+        server.client().completions.create(model="tiny", prompt="w1")
 
 
 def test_a_template_may_quote_what_is_no_text(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
