@@ -28,6 +28,7 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 CONTROL_TOKEN = 3
+SCALING = "llama.rope.scaling."
 
 
 def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.Tensor], PreTrainedTokenizerFast]:
@@ -35,7 +36,7 @@ def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.T
 
     Raises:
         ImportError: gguf is not installed. ValueError: the file is damaged, or has another architecture, another
-            tokenizer, or an unknown tensor.
+            tokenizer, an unknown tensor, or a stretched rotary embedding of an unknown kind.
     """
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -111,12 +112,35 @@ def _make_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
         num_key_value_heads=fields["llama.attention.head_count_kv"],
         max_position_embeddings=fields["llama.context_length"],
         rms_norm_eps=eps,
-        rope_parameters={"rope_type": "default", "rope_theta": float(fields["llama.rope.freq_base"])},
+        rope_parameters=_make_rope(fields),
         tie_word_embeddings=tied,
         bos_token_id=fields["tokenizer.ggml.bos_token_id"],
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
         pad_token_id=fields["tokenizer.ggml.padding_token_id"],
     )
+
+
+def _make_rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """A file's rotary embedding and how it is stretched, with llama.cpp's defaults."""
+    theta = {"rope_theta": float(fields["llama.rope.freq_base"])}
+    scaling = {"factor": fields.get("llama.rope.scale_linear", 0.0)}  # its name in the first files
+    scaling |= {name.removeprefix(SCALING): value for name, value in fields.items() if name.startswith(SCALING)}
+    scaling.pop("finetuned", None)  # how it was trained, which changes nothing here
+    kind, factor = scaling.pop("type", "linear"), float(scaling.pop("factor"))
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"{SCALING}type must be 'none', 'linear' or 'yarn', but got {kind!r}")
+    original = scaling.pop("original_context_length", fields["llama.context_length"])
+    if kind == "none" or factor in (0.0, 1.0):
+        return {"rope_type": "default", **theta}
+    stretch = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        stretch["original_max_position_embeddings"] = original
+        for name in ("beta_fast", "beta_slow"):
+            if f"yarn_{name}" in scaling:
+                stretch[name] = float(scaling.pop(f"yarn_{name}"))
+    if scaling:
+        raise ValueError(f"{SCALING}{min(scaling)} must be absent with type {kind!r}: it is not supported")
+    return {**theta, **stretch}
 
 
 def _make_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:

@@ -18,6 +18,7 @@ from orthrus_triton.models.modeling import OrthrusForCausalLM
 
 Storage = Literal["int8", "fp16", "bf16"]
 FORMAT = "orthrus-view-1"
+VIEW_OPTIONS = [name for name in VIEW_FIELDS if name != "base_model_type"]
 MAX_BYTES = 30_000_000
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # a base is recognised in whichever of these dtypes it was loaded
@@ -66,7 +67,7 @@ def save_view(
         delta = tensor - state[name.replace("_diff", "")]
         for key, matrix in _factor(name, delta, rank).items():
             tensors |= _pack(key, matrix, storage)
-    config = {name: getattr(model.config, name) for name in VIEW_FIELDS if name != "base_model_type"}
+    config = {name: getattr(model.config, name) for name in VIEW_OPTIONS}
     metadata = {
         "format": FORMAT,
         "base": json.dumps({name: fingerprint(state, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}),
@@ -95,10 +96,14 @@ def read_view_config(path: str | PathLike[str]) -> dict[str, Any]:
     """The options of `OrthrusConfig.from_base_config` that a model needs for this view: block_size, mask token, ...
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is not a view file.
+        FileNotFoundError: there is no such file. ValueError: it is not a view file, or has other options.
     """
     stored = json.loads(_read(path, metadata_only=True)[0]["config"])
-    return {"anchor_view": "diffusion", "chain_width": None, **stored}  # the first files were of no other form
+    options = {"anchor_view": "diffusion", "chain_width": None, **stored}  # the first files were of no other form
+    differing = sorted(set(options) ^ set(VIEW_OPTIONS))
+    if differing:
+        raise ValueError(f"{str(path)!r} must have the options {VIEW_OPTIONS}, but {differing[0]!r} does not match")
+    return options
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from orthrus_triton.models import demo
-from orthrus_triton.models.gguf import _undo_rotary_permutation, load_gguf
+from orthrus_triton.models.gguf import _make_config, _undo_rotary_permutation, load_gguf
+from orthrus_triton.models.rope import rotary_from_config
 from orthrus_triton.modules import ConsensusDecoder
 
 needs_demo = pytest.mark.skipif(
@@ -72,6 +73,36 @@ def test_rows_of_a_head_go_back_from_pairs_to_halves():
     halves = torch.arange(8.0)[:, None]
     pairs = torch.tensor([0.0, 2, 1, 3, 4, 6, 5, 7])[:, None]
     assert _undo_rotary_permutation(pairs, 2).equal(halves)
+
+
+def rope_of(**scaling: object):
+    fields = {
+        "tokenizer.ggml.tokens": ["a"], "llama.embedding_length": 64, "llama.feed_forward_length": 64,
+        "llama.block_count": 1, "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
+        "llama.context_length": 4096, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 1e4,
+    }  # fmt: skip
+    fields |= {f"tokenizer.ggml.{name}_token_id": 0 for name in ("bos", "eos", "padding")}
+    fields |= {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
+    return rotary_from_config(_make_config(fields, tied=True))
+
+
+def test_a_stretched_rotary_embedding_is_that_of_the_file():
+    plain = rope_of().inv_freq
+    for nothing in ({"type": "none", "factor": 4.0}, {"type": "linear"}, {"factor": 1.0, "finetuned": True}):
+        assert torch.equal(rope_of(**nothing).inv_freq, plain)
+    torch.testing.assert_close(rope_of(type="linear", factor=4.0).inv_freq, plain / 4)
+    assert torch.equal(rope_of(factor=4.0).inv_freq, rope_of(type="linear", factor=4.0).inv_freq)
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 1024}
+    ratio, scaling = rope_of(**yarn).inv_freq / plain, rope_of(**yarn).attention_scaling
+    # fast pairs stay, slow ones are stretched, and the logits grow
+    torch.testing.assert_close(ratio[[0, -1]], torch.tensor([1.0, 0.25]))
+    assert (ratio.diff() <= 1e-6).all() and abs(float(scaling) - 1.1386294) < 1e-6
+    assert not torch.equal(rope_of(**yarn, yarn_beta_fast=8.0).inv_freq, rope_of(**yarn).inv_freq)
+    with pytest.raises(ValueError, match="llama.rope.scaling.type must be .* but got 'longrope'"):
+        rope_of(type="longrope", factor=4.0)
+    for unknown in ("attn_factor", "yarn_log_multiplier"):
+        with pytest.raises(ValueError, match=f"llama.rope.scaling.{unknown} must be absent"):
+            rope_of(**yarn, **{unknown: 0.5})
 
 
 def test_a_missing_demo_package_names_the_command(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -154,6 +155,20 @@ def test_damaged_and_foreign_files(tmp_path):
     save_file({name: t for name, t in tensors.items() if not name.startswith(dropped)}, path, metadata=metadata)
     with pytest.raises(ValueError, match="whole view.*layers.1.*o_proj_diff"):
         load_view(trained, path)
+
+
+@pytest.mark.parametrize(("extra", "missing"), [("chain_depth", None), (None, "block_size")])
+def test_options_that_are_not_known_or_not_there_are_named(tmp_path, extra, missing):
+    trained, path = make_model(), tmp_path / "v.safetensors"
+    save_view(trained, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    options = {name: value for name, value in json.loads(metadata["config"]).items() if name != missing}
+    options |= {extra: 2} if extra else {}
+    save_file(load_file(path), path, metadata={**metadata, "config": json.dumps(options)})
+    for load in (read_view_config, lambda path: load_view(trained, path)):
+        with pytest.raises(ValueError, match=f"v.safetensors' must have the options .*, but '{extra or missing}'"):
+            load(path)
 
 
 def test_loading_is_deterministic(tmp_path):
