@@ -178,7 +178,8 @@ def launch_linear(
     out = x.new_empty(*x.shape[:-1], N, dtype=out_dtype)
     residual = residual.contiguous() if residual is not None else None
     flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
-    bias_arg, residual_arg = out if bias is None else bias, out if residual is None else residual
+    bias_arg = out if bias is None else bias.contiguous()
+    residual_arg = out if residual is None else residual
     if split_k == 1:
         _launch_product(x, weight, config, bias_arg, residual_arg, out, out, flags)
         return out

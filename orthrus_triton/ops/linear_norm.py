@@ -109,7 +109,8 @@ def launch_linear_norm(
     M = x.numel() // K
     block, num_warps = rms_norm_config(N)
     combine_norm_kernel[(M,)](
-        product, out if bias is None else bias, residual, norm_weight, out, hidden, M, run, apart,
+        product, out if bias is None else bias.contiguous(), residual, norm_weight.contiguous(), out, hidden, M, run,
+        apart,
         EPS=float(eps), N=N, BLOCK=block, SPLIT_K=split_k, HAS_BIAS=bias is not None, num_warps=num_warps,
         **EXACT_LAUNCH,
     )  # fmt: skip

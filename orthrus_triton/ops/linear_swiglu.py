@@ -121,7 +121,7 @@ def launch_linear_swiglu(
     split_k, has_bias = config["SPLIT_K"], bias is not None
     M = x.numel() // K
     out = x.new_empty(*x.shape[:-1], intermediate)
-    bias = out if bias is None else bias
+    bias = out if bias is None else bias.contiguous()
     if split_k > 1:
         partial = launch_partial(x, weight, config)
         combine_swiglu_kernel[(M, cdiv(intermediate, COMBINE_BLOCK_N))](

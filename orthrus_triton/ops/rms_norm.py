@@ -81,7 +81,7 @@ def rms_norm_config(hidden_size: int) -> tuple[int, int]:
 
 
 def launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple:
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     hidden = x.shape[-1]
     out = torch.empty_like(x)
     new_residual = torch.empty_like(x) if residual is not None else x

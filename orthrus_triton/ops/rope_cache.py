@@ -192,8 +192,9 @@ def launch_rope_cache(
     if cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     rope_cache_kernel[(B * T, HQ + 2 * HKV)](
-        qkv.contiguous(), q if bias is None else bias, cos, sin, slots.contiguous(),
-        q if q_norm is None else q_norm, q if k_norm is None else k_norm, q, k_out, v_out, B * T, T, S, cos.stride(0),
+        qkv.contiguous(), q if bias is None else bias.contiguous(), cos, sin, slots.contiguous(),
+        *(q if norm is None else norm.contiguous() for norm in (q_norm, k_norm)), q, k_out, v_out, B * T, T, S,
+        cos.stride(0),
         *k_out.stride()[:3], *v_out.stride()[:3],
         EPS=float(eps), HQ=HQ, HKV=HKV, D=D, BLOCK_HALF=max(next_power_of_2(D // 2), 16), HAS_NORM=q_norm is not None,
         SPLIT_K=split_k, HAS_BIAS=bias is not None, num_warps=NUM_WARPS, **EXACT_LAUNCH,

@@ -124,6 +124,33 @@ def test_norm_and_rotation_are_near_the_reference(dtype: torch.dtype, impl: str)
     assert torch.equal(cache[0], cache[1])
 
 
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_vectors_may_lie_apart(split_k: int) -> None:
+    """Biases and norm weights that are a column of something are read as what they are."""
+    x, weight = randn(1, 1, 3, 48, dtype=torch.float32), randn(2, 64, 48, dtype=torch.float32)
+    residual, angles = randn(3, 1, 3, 64, dtype=torch.float32), randn(4, 1, 3, 8, dtype=torch.float32)
+    slots = torch.arange(3, dtype=torch.int32, device=DEVICE)[None]
+    options = {"impl": "triton", "config": config(split_k)}
+
+    def everything(bias: torch.Tensor, norm: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> list:
+        cache = torch.zeros(2, 1, 1, 4, 16, device=DEVICE)
+        rope = (angles.cos(), angles.sin(), *cache, slots, q_norm, k_norm)
+        return [
+            ops.linear(x, weight, bias, **options), ops.linear_swiglu(x, weight, bias, **options),
+            *ops.linear_norm(x, weight, bias, residual, norm, 1e-6, **options),
+            ops.rms_norm(residual, norm, 1e-6, impl="triton"),
+            *ops.rms_norm(residual, norm, 1e-6, residual, impl="triton"),
+            ops.qkv_rope_cache(x, weight, bias, *rope, **options),
+            ops.rope_cache(residual, *rope, impl="triton"), cache,
+        ]  # fmt: skip
+
+    columns = [randn(5 + n, size, 3, dtype=torch.float32)[:, 1] for n, size in enumerate((64, 64, 16, 16))]
+    one_number = [column[:1].expand(column.shape) for column in columns]
+    for vectors in (columns, one_number):
+        for got, expected in zip(everything(*vectors), everything(*(vector.contiguous() for vector in vectors))):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu_is_near_the_reference(dtype: torch.dtype) -> None:
     x, weight = randn(1, 2, 5, 48, dtype=dtype), randn(2, 70, 48, dtype=dtype) / 7
