@@ -3,10 +3,11 @@ Training then runs neither the AR view nor its LM head."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from orthrus_triton.models.modeling import OrthrusForCausalLM
 from orthrus_triton.modules import SharedKVCache
 from orthrus_triton.training.data import TextRow
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = 2
 RECORD_EVERY = 32  # rows after which a build that is cut short goes on
@@ -29,6 +35,7 @@ class FrozenCache:
     """
 
     def __init__(self, folder: Path, manifest: dict) -> None:
+        self._paths = [folder / name for name in _layouts(manifest)]
         self.starts = manifest["starts"]
         self.kv, self.teacher_ids, self.teacher_probs = (
             _map(folder / name, *layout) for name, layout in _layouts(manifest).items()
@@ -45,7 +52,8 @@ class FrozenCache:
     ) -> FrozenCache:
         """The cache of these rows and this model in `folder`: the one there if it is theirs, else a new one.
 
-        A build that was cut short goes on where it stopped.
+        A build that was cut short goes on where it stopped. Where several processes ask for one folder, also from nodes
+        that share a disk, one builds and the others wait for it.
 
         Args:
             folder: made if it does not exist.
@@ -71,17 +79,18 @@ class FrozenCache:
             "kv_shape": [len(model.model.layers), 2, layer.num_kv_heads, layer.head_dim],
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "manifest.json"
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        filled = found.pop("filled", 0)
-        # a file that was lost or cut short is made anew, and empty
-        whole = all(_is_whole(folder / name, *layout) for name, layout in _layouts(manifest).items())
-        if found != manifest or not whole:
-            filled = 0
-            path.unlink(missing_ok=True)
-        cache = cls(folder, manifest)
-        if filled < len(rows):
-            cache._fill(model, rows, top_k, filled, lambda done: _write_json(path, {**manifest, "filled": done}))
+        with _alone_in(folder):
+            path = folder / "manifest.json"
+            found = json.loads(path.read_text()) if path.is_file() else {}
+            filled = found.pop("filled", 0)
+            # a file that was lost or cut short is made anew, and empty
+            whole = all(_is_whole(folder / name, *layout) for name, layout in _layouts(manifest).items())
+            if found != manifest or not whole:
+                filled = 0
+                path.unlink(missing_ok=True)
+            cache = cls(folder, manifest)
+            if filled < len(rows):
+                cache._fill(model, rows, top_k, filled, lambda done: _write_json(path, {**manifest, "filled": done}))
         return cache
 
     @torch.no_grad()
@@ -100,8 +109,16 @@ class FrozenCache:
             for n in range(filled, len(rows)):
                 self._fill_row(model, rows[n], self.starts[n], buffers, top_k)
                 progress.advance(task)
+                if n + 1 == len(rows):
+                    self._sync()
                 if (n + 1) % RECORD_EVERY == 0 or n + 1 == len(rows):
                     record(n + 1)
+
+    def _sync(self) -> None:
+        """From the maps to the disk, where another node can read it."""
+        for path in self._paths:
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
 
     def _fill_row(
         self, model: OrthrusForCausalLM, row: TextRow, start: int, buffers: SharedKVCache, top_k: int
@@ -132,6 +149,16 @@ class FrozenCache:
             tokens = self.kv[self.starts[row] : self.starts[row] + length]
             out[b, :, :, :, :length] = tokens.permute(1, 2, 3, 0, 4)
         return out
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time. The lock goes with the process that holds it; a disk that knows no locks has none."""
+    with open(folder / ".lock", "w") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _layouts(manifest: dict) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,6 +169,28 @@ def test_a_cache_that_was_cut_short_is_completed(tmp_path, monkeypatch):
     assert filled == [*rows[:3], *rows[2:]]  # recorded after two rows, so the third is made again
     assert torch.equal(cut.kv, whole.kv) and torch.equal(cut.teacher_ids, whole.teacher_ids)
     assert torch.equal(cut.teacher_probs, whole.teacher_probs)
+
+
+def test_two_processes_that_share_a_disk_build_a_cache_once(tmp_path, monkeypatch):
+    """As the main processes of two nodes do. A lock is of the file that was opened, so threads can stand for them."""
+    pytest.importorskip("fcntl", reason="needs file locks")
+    model = make_model()
+    rows = own_rows(model, 3)
+    fill_row, filled, begun = FrozenCache._fill_row, [], threading.Event()
+
+    def fill_slowly(cache, model, row, *arguments):
+        filled.append(row)
+        begun.set()
+        time.sleep(0.1)
+        fill_row(cache, model, row, *arguments)
+
+    monkeypatch.setattr(FrozenCache, "_fill_row", fill_slowly)
+    with ThreadPoolExecutor(2) as nodes:
+        first = nodes.submit(FrozenCache.open_or_build, tmp_path, model, rows, top_k=4)
+        assert begun.wait(20)
+        second = nodes.submit(FrozenCache.open_or_build, tmp_path, copy.deepcopy(model), rows, top_k=4)
+        assert torch.equal(first.result().kv, second.result().kv)
+    assert filled == rows
 
 
 @pytest.mark.parametrize("name", ["kv.bin", "teacher_ids.bin", "teacher_probs.bin"])
