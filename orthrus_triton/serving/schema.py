@@ -40,7 +40,7 @@ No = Annotated[Literal[False], BeforeValidator(_boolean)]
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class Message(BaseModel):

@@ -316,7 +316,10 @@ def test_what_json_may_hold_instead(server: Running) -> None:
 
 def test_numbers_as_the_openai_api_takes_them(server: Running) -> None:
     body = {"prompt": "w1", "max_tokens": 2, "temperature": 0, "n": 1, "echo": False, "logit_bias": {"4": 1, "5": 0.5}}
-    for more in ({}, {"stream_options": None}, {"stream": True, "stream_options": {"include_usage": True}}):
+    for more in (
+        {}, {"stream_options": None}, {"stream": True, "stream_options": {"include_usage": True}},
+        {"stream": True, "stream_options": {"include_usage": None}},
+    ):  # fmt: skip
         reply = httpx.post(
             f"{server.url}/v1/completions", json={**body, **more}, headers={"Authorization": f"Bearer {KEY}"}
         )
