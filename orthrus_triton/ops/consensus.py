@@ -114,9 +114,15 @@ def launch_consensus(
     candidate, choice, eos_ids, limit, mask_token_id, context_len, output_ids, output_len, finished, block, histogram
 ) -> None:
     (B, K), W = candidate.shape, block.shape[1]
+    for name, tensor in (
+        ("context_len", context_len), ("output_ids", output_ids), ("output_len", output_len), ("finished", finished),
+        ("block", block), ("accepted_histogram", histogram),
+    ):  # fmt: skip
+        if not tensor.is_contiguous():  # the kernel would write elsewhere
+            raise ValueError(f"{name} must be contiguous, but has strides {tensor.stride()}")
     consensus_kernel[(B,)](
-        candidate.contiguous(), choice.contiguous(), eos_ids, limit, context_len, output_ids, output_len, finished,
-        block, histogram, mask_token_id, output_ids.shape[1], eos_ids.numel(),
+        candidate.contiguous(), choice.contiguous(), eos_ids.contiguous(), limit.contiguous(), context_len,
+        output_ids, output_len, finished, block, histogram, mask_token_id, output_ids.shape[1], eos_ids.numel(),
         K=K, W=W, BLOCK_W=next_power_of_2(W), num_warps=NUM_WARPS, **EXACT_LAUNCH,
     )  # fmt: skip
 

@@ -106,10 +106,11 @@ def launch_process_logits(
     logits, positions, candidate, eos_ids, repetition, presence, frequency, min_position, bias, history
 ) -> torch.Tensor:
     logits, (B, T, V) = logits.contiguous(), logits.shape
-    out = torch.empty_like(logits)
+    out, eos_ids = torch.empty_like(logits), eos_ids.contiguous()
+    processors = (repetition, presence, frequency, min_position, bias, history)
     process_logits_kernel[(B * T, triton.cdiv(V, BLOCK))](
-        logits, positions.contiguous(), eos_ids if candidate is None else candidate.contiguous(), eos_ids, repetition,
-        presence, frequency, min_position, bias, history, out, T, eos_ids.numel(), V=V,
+        logits, positions.contiguous(), eos_ids if candidate is None else candidate.contiguous(), eos_ids,
+        *(tensor.contiguous() for tensor in processors), out, T, eos_ids.numel(), V=V,
         HAS_CANDIDATE=candidate is not None, BLOCK=BLOCK, num_warps=NUM_WARPS, **EXACT_LAUNCH,
     )  # fmt: skip
     return out

@@ -127,6 +127,8 @@ def launch_rejection_choice(
     launch = {**constants, "num_warps": NUM_WARPS, **EXACT_LAUNCH}
     logits, draft_logits = logits.contiguous(), draft_logits.contiguous()
     candidate, positions = candidate.contiguous(), positions.contiguous()
+    sampling = (temperature, top_k, top_p, min_p, seed, sequence)
+    temperature, top_k, top_p, min_p, seed, sequence = (tensor.contiguous() for tensor in sampling)
     filters = (temperature, top_k, top_p, min_p)
     kept = (*launch_kept_spans(logits, *filters), *launch_kept_spans(draft_logits, *filters))
     # [rows, spans]

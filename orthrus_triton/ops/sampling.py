@@ -215,6 +215,8 @@ def launch_sample_choice(
     logits, positions, temperature, top_k, top_p, min_p, seed, sequence, stream
 ) -> torch.Tensor:  # fmt: skip
     logits, positions = logits.contiguous(), positions.contiguous()
+    sampling = (temperature, top_k, top_p, min_p, seed, sequence)
+    temperature, top_k, top_p, min_p, seed, sequence = (tensor.contiguous() for tensor in sampling)
     B, T, V = logits.shape
     spans = launch_row_spans(logits, temperature, top_k)
     constants = span_constants(V)

@@ -95,3 +95,25 @@ def test_one_entry_for_each_sequence() -> None:
         run("torch", [[1, 2], [1, 2]], [[1, 2], [1, 2]], [], [9], [0, 0], [False, False], 2, 9)
     with pytest.raises(ValueError, match="finished must have batch size 1, but got 2"):
         run("torch", [[1, 2]], [[1, 2]], [], [9], [0], [False, False], 2, 9)
+
+
+def test_what_is_read_may_lie_apart_and_what_is_written_may_not() -> None:
+    def ints(*values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+    def state_of() -> dict[str, torch.Tensor]:
+        return {
+            "context_len": ints(10, 10, dtype=torch.int32), "output_len": ints(0, 0, dtype=torch.int32),
+            "output_ids": ints([-1] * 9, [-1] * 9), "finished": ints(False, False, dtype=torch.bool),
+            "block": ints([0, 0], [0, 0]), "accepted_histogram": ints([0, 0], [0, 0], dtype=torch.int32),
+        }  # fmt: skip
+
+    candidate, choice = ints([1, 2], [1, 2]), ints([2, 3], [2, 3])
+    eos, limit = ints([7, 2, 6, 2])[0, ::2], ints([9, 1], [1, 9], dtype=torch.int32)[:, 0]
+    state = state_of()
+    consensus_(candidate, choice, eos, limit, MASK, **state, impl="triton")
+    assert state["output_len"].tolist() == [2, 1] and state["finished"].tolist() == [False, True]
+    for name, tensor in state_of().items():
+        state = state_of() | {name: torch.stack((tensor, tensor), dim=-1)[..., 0]}
+        with pytest.raises(ValueError, match=f"{name} must be contiguous, but has strides"):
+            consensus_(candidate, choice, eos, limit, MASK, **state, impl="triton")

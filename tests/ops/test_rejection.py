@@ -224,6 +224,37 @@ def test_processors_know_each_rows_history(block: int, monkeypatch: pytest.Monke
     assert torch.equal(without[:, 0], out["torch"][:, 0])
 
 
+def test_parameters_may_lie_apart() -> None:
+    """Those that are a column of something are read as what they are."""
+    batch, rows, vocab = 8, 2, 40
+    logits, positions, how = make_logits(1, batch, rows, vocab), positions_of(batch, rows), mixed_sampling()
+    candidate = draft(make_logits(2, batch, rows - 1, vocab), torch.zeros_like(positions[:, 0]).long(), positions, how)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    neutral = processors_of(batch, vocab)
+    processors = neutral._replace(
+        bias=torch.randn(batch, vocab, generator=generator, device=DEVICE),
+        frequency_penalty=torch.rand(batch, generator=generator, device=DEVICE),
+        history=torch.randint(0, 3, neutral.history.shape, generator=generator, device=DEVICE, dtype=torch.int32),
+    )
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack((tensor, tensor.flip(0)), dim=-1)[..., 0]
+
+    def chosen(layout) -> tuple[torch.Tensor, ...]:
+        sampling = type(how)(*map(layout, how))
+        return (
+            sample_choice(logits, positions, sampling, impl="triton"),
+            rejection_choice(logits, logits[:, 1:] / 2, candidate, positions, sampling, impl="triton"),
+            process_logits(
+                logits, positions, candidate, layout(torch.tensor([3, 5], device=DEVICE)),
+                type(processors)(*map(layout, processors)), impl="triton",
+            ),
+        )  # fmt: skip
+
+    for got, expected in zip(chosen(apart), chosen(torch.clone)):
+        assert torch.equal(got, expected)
+
+
 def test_ops_are_registered_as_they_behave() -> None:
     logits, positions, how = make_logits(1, 8, 3, 20), positions_of(8, 3), mixed_sampling()
     ids = torch.zeros(8, 3, dtype=torch.int64, device=DEVICE)
