@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 def test_a_rehearsal_passes_through_all_stages(tmp_path: Path, device: str) -> None:
     prompts = ({"prompt": f"put {n} words into order", "domain": ("code", "chat", "docs")[n % 3]} for n in range(24))
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    changes = ("block_size=16", "num_anchors=4", "per_device_train_batch_size=4", "dataloader_num_workers=1", "logging_steps=5",
-               f"compile_layers={device == 'cuda'}")  # fmt: skip
+    changes = ("block_size=16", "num_anchors=4", "per_device_train_batch_size=4", "dataloader_num_workers=1",
+               "logging_steps=5", f"compile_layers={device == 'cuda'}")  # fmt: skip
     command = [
         sys.executable, "-m", "benchmarks.view", tmp_path / "out", "--prompts", tmp_path / "prompts.jsonl",
         "--random", "tiny", "--work", tmp_path / "work", "--train-seconds", "2", "--batch-size", "8",
