@@ -113,6 +113,46 @@ def test_a_cycle_with_the_librarys_products_never_asks_the_host(
     assert "dual_view_attention_kernel" in launched and not launched & {"linear_kernel", "lm_head_kernel"}
 
 
+def watch_copies(run: DecodeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on `contiguous` raises where it would copy what outlives a cycle; intermediate results it may."""
+    state, sampling = run.state, run.state.sampling
+    lasting = [*run._decoder.model.parameters(), *run._decoder.model.buffers(), run.cache.context_len]
+    lasting += [run.cache.prompt_len, *(side for layer in run.cache.layers for side in (layer.k, layer.v))]
+    lasting += [value for name, value in vars(state).items() if isinstance(value, torch.Tensor) and name != "block"]
+    if sampling is not None:
+        lasting += [*sampling.sampling, *(sampling.processors or ())]
+    storages = {tensor.untyped_storage()._cdata for tensor in lasting}
+    contiguous = torch.Tensor.contiguous
+
+    def without_copy(tensor: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        if not tensor.is_contiguous() and tensor.untyped_storage()._cdata in storages:
+            raise AssertionError(f"copies {tuple(tensor.shape)} with strides {tensor.stride()}")
+        return contiguous(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", without_copy)
+
+
+@pytest.mark.parametrize("mode", ["consensus", "ar"])
+@pytest.mark.parametrize("choosing", CHOOSING)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_cycle_copies_no_weight_and_no_state(
+    model: str, choosing: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """What wrappers lay out anew for other callers, the library passes as it must lie."""
+    run = open_run(CHOOSING[choosing], mode, **MODELS[model])
+    watch_copies(run, monkeypatch)
+    one_cycle(run, 5 if mode == "consensus" else 1)
+
+
+def test_a_planted_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(CHOOSING["coupled"])
+    how = run.state.sampling.sampling
+    run.state.sampling.sampling = how._replace(top_p=torch.stack((how.top_p, how.top_p), dim=-1)[:, 0])
+    watch_copies(run, monkeypatch)
+    with pytest.raises(AssertionError, match="copies \\(3,\\) with strides \\(2,\\)"):
+        one_cycle(run, 5)
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, read) -> DecodeRun:
     run = open_run(Choosing())
     commit = run.state.commit
