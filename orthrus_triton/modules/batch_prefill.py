@@ -32,6 +32,11 @@ class BatchPrefill:
         self.width = max(1, min(width, GPU_CHUNK * 8 // rows))
         self.buffers = model.new_cache(self.width, rows, 1)
 
+    def require_room(self, prompts: Sequence[torch.Tensor]) -> None:
+        """Raise a ValueError if a prompt is longer than the buffers were made for."""
+        if (most := max(map(len, prompts))) > self.longest:
+            raise ValueError(f"prompts must have at most longest={self.longest} tokens, but one has {most}")
+
     @torch.no_grad()
     def __call__(
         self, slots: Sequence[int], prompts: Sequence[torch.Tensor], cache: SharedKVCache, state: DecodeState,
@@ -42,8 +47,7 @@ class BatchPrefill:
         Raises:
             ValueError: a prompt is longer than the buffers were made for.
         """
-        if (most := max(map(len, prompts))) > self.longest:
-            raise ValueError(f"prompts must have at most longest={self.longest} tokens, but one has {most}")
+        self.require_room(prompts)
         for first in range(0, len(slots), self.width):
             part = slice(first, first + self.width)
             self._fill(list(slots[part]), prompts[part], cache, state, max_new_tokens, impl)

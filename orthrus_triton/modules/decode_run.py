@@ -148,8 +148,8 @@ class DecodeRun:
         last bits from what it would have alone, and so may a token where two are equally likely.
 
         Raises:
-            ValueError: the run is open for processed logits, a slot is named twice, does not exist or is taken, a
-                prompt or a length that cannot be, or `params` that the run is not open for.
+            ValueError: the run is open for processed logits, a slot is named twice, does not exist or is taken, not
+                one prompt for each, a prompt or a length that cannot be, or `params` that the run is not open for.
         """
         if self.choosing.processed or self.choosing.hosted:  # what processes the slots' last sequences would go on
             raise ValueError(
@@ -158,10 +158,14 @@ class DecodeRun:
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots must each be named once, but got {list(slots)}")
         params = [GREEDY_PARAMS] * len(slots) if params is None else params
+        if not len(slots) == len(prompts) == len(params):
+            got = f"{len(prompts)} and {len(params)}"
+            raise ValueError(f"prompts and params must be one for each of {len(slots)} slots, but got {got}")
         prompts = split_prompts(prompts, None, self._decoder.model.vocab_size)
-        for b, prompt, of_slot in zip(slots, prompts, params, strict=True):
+        for b, prompt, of_slot in zip(slots, prompts, params):
             self._require_room(b, prompt, max_new_tokens)
             self.choosing.require(of_slot)
+        prefill.require_room(prompts)
         self._require_current()
         for b, prompt in zip(slots, prompts):  # failed until the pass is through, as in `admit`
             self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)

@@ -149,6 +149,11 @@ def test_sequences_admitted_together() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run.admit_together(slots, prompts, tokens, prefill)
+    with pytest.raises(ValueError, match="prompts must have at most longest=4 tokens, but one has 6"):
+        run.admit_together([2], PROMPTS[:1], 2, BatchPrefill(MODEL, 4, 2))
+    for prompts, params in ((PROMPTS[:2], None), (PROMPTS[:1], [SamplingParams()] * 2)):
+        with pytest.raises(ValueError, match="prompts and params must be one for each of 1 slots, but got"):
+            run.admit_together([2], prompts, 2, prefill, params)
     assert run.slots[0].prompt is None and run.slots[2].prompt is None  # nothing was begun
     with pytest.raises(ValueError, match="prompts must have at most longest=4 tokens, but one has 11"):
         BatchPrefill(MODEL, 4, 2)([0, 2], PROMPTS[1:3], run.cache, run.state, 5, "torch")
@@ -179,6 +184,25 @@ def test_sequences_admitted_together_sample_as_each_says() -> None:
     run = decoder.open(1, 64)
     with pytest.raises(ValueError, match="sampled=True"):
         run.admit_together([0], PROMPTS[1:2], 4, prefill, hot[:1])
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_sequences_admitted_together_take_any_seed_and_rule(rule) -> None:
+    """Into slots that processed logits before; one step draws from both ends of what a seed may be."""
+    decoder = ConsensusDecoder(MODEL, impl="torch")
+    decoder.generate(PROMPTS[:2], max_new_tokens=3, repetition_penalty=5.0, logits_processor=lambda _, scores: -scores)
+    ends = ((2**63 - 1, 2**31 - 1), (-(2**63), 0))
+    params = [SamplingParams(temperature=1.5, top_p=0.9, seed=seed, sequence=number) for seed, number in ends]
+    expected = decoder.generate(PROMPTS[:2], max_new_tokens=8, eos_token_id=[], params=params).sequences
+    run = decoder.open(2, 64, eos_token_id=[], choosing=Choosing.of(params, rule))
+    run.admit_together([1, 0], PROMPTS[:2], 8, BatchPrefill(MODEL, 16, 2), params)
+    how = run.state.sampling.sampling
+    assert how.seed.tolist() == [-(2**63), 2**63 - 1] and how.sequence.tolist() == [0, 2**31 - 1]
+    assert how.temperature.tolist() == [1.5, 1.5] and torch.equal(how.top_p, torch.full((2,), 0.9))
+    drain(run)
+    assert [len(slot.tokens) for slot in run.slots] == [8, 8] and not any(slot.failed for slot in run.slots)
+    if rule == "coupled":
+        assert [run.slots[b].tokens for b in (1, 0)] == [ids[-8:].tolist() for ids in expected]
 
 
 def test_a_cache_that_was_half_filled_is_nobodys_prefix() -> None:
