@@ -13,6 +13,8 @@ MOST_OPEN = 4 * LONGEST_CHARACTER  # more tokens without a character are none: b
 class TokenText:
     """The text of one sequence.
 
+    Where one invalid byte spoils those before it (byte fallback, as of Llama 2), characters that were whole stay.
+
     Args:
         tokenizer: of transformers; only `decode` is used.
         **options: of `decode`.
@@ -35,9 +37,9 @@ class TokenText:
         if len(now) <= len(before):  # special tokens that are left out
             self._open = []
             return "", ""
-        for count in range(1, LONGEST_CHARACTER + 1):
+        for count in range(1, len(self._open)):
             settled, rest = self._decode(self._context + self._open[:-count]), self._decode(self._open[-count:])
-            if settled + rest == now:  # no character lies across that border
+            if rest and settled + rest == now:  # no character lies across that border
                 return self._settle(len(self._open) - count, before, settled), rest
         return self._settle(len(self._open), before, now), ""
 

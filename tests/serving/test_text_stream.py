@@ -74,6 +74,22 @@ def test_any_bytes_come_as_the_text_of_all_of_them() -> None:
         assert streamed(tokenizer, tokens, chance.randint(1, 4)) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def test_a_character_with_special_tokens_inside_is_kept_behind_many_that_were_none() -> None:
+    tokenizer = ByteTokenizer()
+    for before, inside in (([SPECIAL] * 13, [SPECIAL] * 2), ([0x80] * 17, [SPECIAL] * 9)):
+        tokens = [*before, 0xE2, 0x82, *inside, 0xAC, 0x41]
+        for size in (1, 2, 3, 17):
+            assert streamed(tokenizer, tokens, size).endswith("€A")
+
+
+def test_characters_that_a_later_byte_would_spoil_stay() -> None:
+    """All tokens at once give no "é" here: byte fallback writes no byte of a run that is not valid as a whole."""
+    tokenizer = byte_fallback_tokenizer()
+    for late in ([0x80], [0xE2]):
+        assert streamed(tokenizer, [257, *"é".encode(), *late]).startswith("aé\ufffd")
+        assert streamed(tokenizer, [257, *"é".encode(), *late, 257, 258]).endswith(" ab")
+
+
 def test_bytes_among_words_keep_their_blanks() -> None:
     tokenizer = byte_fallback_tokenizer()
     for middle in ([0x80] * 200, [SPECIAL] * 200, list("🙂é".encode()) * 50, [0x80, *"🙂".encode()] * 40):
