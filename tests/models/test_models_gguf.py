@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -103,6 +104,20 @@ def test_a_stretched_rotary_embedding_is_that_of_the_file():
     for unknown in ("attn_factor", "yarn_log_multiplier"):
         with pytest.raises(ValueError, match=f"llama.rope.scaling.{unknown} must be absent"):
             rope_of(**yarn, **{unknown: 0.5})
+
+
+@pytest.mark.parametrize(("factor", "original", "fast"), [(4.0, 1024, 32.0), (8.0, 4096, 16.0), (40.0, 4096, 32.0)])
+def test_yarn_has_the_angles_of_llama_cpp(factor: float, original: int, fast: float):
+    """Its ggml_rope_yarn_corr_dims and rope_yarn, written down anew in fp64."""
+    dim, base = 32, 1e4
+    pairs = torch.arange(dim // 2, dtype=torch.float64)
+    low, high = (dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (fast, 1.0))
+    low, high = max(0, math.floor(low)), min(dim - 1, math.ceil(high))
+    kept = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
+    plain = base ** (-2 * pairs / dim)
+    got = rope_of(type="yarn", factor=factor, original_context_length=original, yarn_beta_fast=fast)
+    torch.testing.assert_close(got.inv_freq.double(), plain * kept + plain / factor * (1 - kept), rtol=1e-6, atol=0)
+    assert abs(float(got.attention_scaling) - (1 + 0.1 * math.log(factor))) < 1e-6
 
 
 def test_a_missing_demo_package_names_the_command(monkeypatch: pytest.MonkeyPatch):
