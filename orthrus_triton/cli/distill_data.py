@@ -120,6 +120,8 @@ def distill_data(
         if max_new_tokens is None:
             max_new_tokens = 48 if inventing else 192
         seconds = parse_seconds(budget)
+        if prompts_only and seconds is not None:
+            raise ValueError(f"--budget is for answers, but --prompts-only has none; got {budget}")
         # before anything that takes long
         reserved = [prompt for file in held_out or [] for prompt in read_prompts(file)]
         starts = [""] if beginnings is None else [prompt.text for prompt in read_prompts(beginnings)]

@@ -66,7 +66,7 @@ class AnchorExamples(Dataset):
         weights = counts if domain_weights is None else domain_weights
         if set(weights) != set(counts) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
             raise ValueError(
-                f"domain_weights must give each domain of the data, {sorted(counts)}, a share >= 0, "
+                f"domain_weights must give each domain of the data, {sorted(counts)}, and no other, a share >= 0, "
                 f"but got {dict(weights)}"
             )
         shares = np.cumsum([weights[row.domain] / counts[row.domain] for row in rows])

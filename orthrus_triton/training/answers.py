@@ -42,6 +42,7 @@ def answer_all(
     longest = max(map(len, prompts))
     choosing = Choosing(sampled=params_of is not None)
     run = decoder.open(min(slots, len(prompts)), longest + max_new_tokens - 1, choosing=choosing)
+    prefill_batch = min(prefill_batch, len(run.slots))  # a pass has its full width, whatever it reads
     prefill = BatchPrefill(decoder.model, longest, prefill_batch) if prefill_batch > 1 else None
     waiting, free, occupant = deque(range(len(prompts))), list(range(len(run.slots))), {}
     while waiting or occupant:

@@ -239,6 +239,7 @@ def test_command_names_bad_input(model_folder, tmp_path, monkeypatch):
         (("--builtin", "--prompts-only", "--beginnings", starts), "--beginnings and --domain must come with --invent"),
         (("--prompts", starts, "--domain", "code"), "--beginnings and --domain must come with --invent"),
         ((*invented, "--corpus", tmp_path), "must come with --builtin"),
+        ((*invented, "--budget", "5m"), "--budget is for answers, but --prompts-only has none; got 5m"),
         (("--invent", 0, "--prompts-only"), "--invent must be >= 1, but got 0"),
         (("--invent", -3, "--prompts-only"), "--invent must be >= 1, but got -3"),
         ((*invented, "--beginnings", tmp_path / "missing.txt"), "missing.txt"),

@@ -268,6 +268,8 @@ def test_examples_are_a_function_of_seed_and_number():
     assert 0.6 < sum(both[n]["row_id"] == 0 for n in range(200)) / 200 < 0.9
     with pytest.raises(ValueError, match="domain_weights must give each domain of the data, .*'code', 'prose'.* share"):
         AnchorExamples(rows, 1, 1, {"maths": 1.0})
+    with pytest.raises(ValueError, match=r"domain_weights must .* \['code', 'prose'\], and no other, a share"):
+        AnchorExamples(rows, 1, 1, weights | {"docs": 1.0})
     with pytest.raises(ValueError, match="rows must not be empty"):
         AnchorExamples([], 1, 1)
     assert EvenAnchors(rows, 3, K, first_row_id=7)[0]["anchors"].tolist() == [3, 14, 26]
