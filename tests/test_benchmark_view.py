@@ -175,6 +175,21 @@ def test_a_config_may_leave_the_block_size_to_the_model(visit, monkeypatch) -> N
     assert result.exit_code == 0 and measured == [[8]], result.output
 
 
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_visit_hands_on_rows_where_there_are_any(tmp_path: Path, earlier: bool) -> None:
+    data, python = tmp_path / "data", tmp_path / "python"
+    (data / "rows").mkdir(parents=True) if earlier else data.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    own = {"PYTHON": str(python), "VIEW_DATA": str(data), "VIEW_OPTIONS": "--invent-chat 7"}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_visit.sh"), "view:20", str(tmp_path / "out")]
+    subprocess.run(command, env=os.environ | own, check=True, capture_output=True)
+    asked = (tmp_path / "out" / "view.log").read_text().split()
+    assert asked[asked.index("--held-out") + 1] == str(data / "held-out")
+    assert asked[asked.index("--invent-chat") + 1] == "7"
+    assert ("--rows" in asked) == earlier and (str(data / "rows") in asked) == earlier
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
