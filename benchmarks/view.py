@@ -30,7 +30,7 @@ from orthrus_triton.training.trainer import last_checkpoint
 
 STAGES = ("data", "train", "export", "evaluate")
 # options of the config that --set may not give, for these say them
-OWN_OPTIONS = {"max_seconds": "--train-seconds", "output_dir": "--work", "data": "--rows", "eval_data": "--held-out"}
+OWN_OPTIONS = {"max_seconds": "--train-seconds", "output_dir": "--work", "data": "--rows"}
 
 
 def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes: dict[str, Any], profile: bool) -> None:
@@ -39,6 +39,8 @@ def train(visit: Visit, config: Path, rows: list[Path], held_out: Path, changes:
     data = visit.work / "all_rows"
     link_rows(rows, data)
     changes = {"output_dir": str(visit.work / "run"), "data": str(data), "eval_data": str(held_out), **changes}
+    if visit.device.type == "cpu":  # the trainer would take a GPU
+        changes["use_cpu"] = True
     if visit.model is not None:
         changes |= {"model": str(visit.model), "eval_data": str(data)}
     started = time.monotonic()
@@ -98,6 +100,8 @@ def export(visit: Visit) -> None:
     size = save_view(read_trained(source), target, max_bytes=60_000_000)
     visit.figures["view_mb"] = round(size / 1e6, 2)
     data, piece = target.read_bytes(), 15 << 20
+    for old in visit.out.glob("view.safetensors.?"):  # a larger view's last pieces would be joined to this one
+        old.unlink()
     for n in range(0, len(data), piece):
         (visit.out / f"view.safetensors.{n // piece}").write_bytes(data[n : n + piece])
     print(f"{source} -> {size / 1e6:.2f} MB; cat view.safetensors.? > view.safetensors", flush=True)
@@ -204,7 +208,9 @@ def main(
             prompts = None
         _require_there(
             [*([prompts] if prompts else []), *eval_prompts, config],
-            {"--rows": rows, "--held-out": held_out} if trains and rehearse is None else {},
+            {"--rows": rows, "--held-out": None if "eval_data" in overrides else held_out}
+            if trains and rehearse is None
+            else {},
         )
         questions = [] if prompts is None else read_prompts(prompts)[:limit]
         work = work or out.with_name(f"{out.name}_work")

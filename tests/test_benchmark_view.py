@@ -56,6 +56,7 @@ def test_a_failure_is_tried_again_without_compiling(visit, monkeypatch) -> None:
     tried = []
 
     def train_view(options, resume):
+        assert options["use_cpu"]
         tried.append(options["compile_layers"])
         if options["compile_layers"]:
             raise RuntimeError("no compiler")
@@ -161,6 +162,31 @@ def test_a_rehearsal_without_its_model_ends(tmp_path: Path, monkeypatch) -> None
 def test_without_a_checkpoint_there_is_nothing_to_export(visit) -> None:
     with pytest.raises(FileNotFoundError, match="a checkpoint must be in .*run, but there is none"):
         view.export(visit)
+
+
+def test_pieces_of_an_earlier_view_are_not_left_beside_the_new_ones(visit, monkeypatch) -> None:
+    def save_view(model, target, max_bytes):
+        target.write_bytes(b"new")
+        return 3
+
+    visit.work.mkdir()
+    visit.checkpoint = visit.out
+    (visit.out / "view.safetensors.1").write_bytes(b"old")
+    monkeypatch.setattr(view, "read_trained", lambda source: None)
+    monkeypatch.setattr(view, "save_view", save_view)
+    view.export(visit)
+    assert [path.read_bytes() for path in visit.out.glob("view.safetensors.?")] == [b"new"]
+
+
+def test_training_may_go_without_held_out_rows(visit, monkeypatch) -> None:
+    trained = []
+    monkeypatch.setattr(view, "train", lambda *arguments: trained.append(arguments[4]))
+    application = typer.Typer()
+    application.command()(view.main)
+    options = (visit.out / "out", "--stages", "train", "--held-out", "none", "--rows", visit.out / "rows", "--device",
+               "cpu", "--set", "eval_data=null", "--set", "eval_strategy=no")  # fmt: skip
+    result = CliRunner().invoke(application, [str(option) for option in options])
+    assert result.exit_code == 0 and trained[0]["eval_data"] is None, result.output
 
 
 def test_a_config_may_leave_the_block_size_to_the_model(visit, monkeypatch) -> None:
