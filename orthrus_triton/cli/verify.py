@@ -108,7 +108,7 @@ def _compare(
 ) -> tuple[list[Divergence], int]:  # fmt: skip
     """Divergences, and how many tokens AR decoding generated in all."""
     from orthrus_triton.modules import ConsensusDecoder, first_difference
-    from orthrus_triton.modules.decode_run import tokens_to_cache
+    from orthrus_triton.modules.prompts import tokens_to_cache
 
     # one cache for all batches: graphs captured over it serve to the end
     longest = max(prompt.numel() for prompt in ids.values())

@@ -14,12 +14,12 @@ from orthrus_triton.modules.compiled import compile_apart
 from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses
 from orthrus_triton.modules.decode_cycle import DecodeCycle
 from orthrus_triton.modules.decode_options import BlockSize, Mode, require_one_device, stop_ids, widest_block
-from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun, Slot, tokens_to_cache
+from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun, Slot
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.decode_stats import DecodeOutput
 from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.modules.kv_cache import SharedKVCache
-from orthrus_triton.modules.prompts import split_prompts
+from orthrus_triton.modules.prompts import split_prompts, tokens_to_cache
 from orthrus_triton.modules.run_to_end import Stop, run_to_end
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams, SamplingRule, params_of
 from orthrus_triton.ops._cpu_packing import forget_changed

@@ -15,7 +15,7 @@ from orthrus_triton.modules.adaptive_block import AR, BlockRule
 from orthrus_triton.modules.cuda_graph import StepRunner, on_device
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.kv_cache import SharedKVCache
-from orthrus_triton.modules.prompts import split_prompts
+from orthrus_triton.modules.prompts import split_prompts, tokens_to_cache
 from orthrus_triton.modules.report_ring import Report, ReportRing
 from orthrus_triton.modules.sampling_params import GREEDY_PARAMS, Choosing, SamplingParams
 from orthrus_triton.ops import VOID
@@ -299,8 +299,3 @@ class DecodeRun:
     def _require_current(self) -> None:
         if self._decoder.run is not self:
             raise RuntimeError("this run's buffers belong to a newer run of the same decoder: finish one run at a time")
-
-
-def tokens_to_cache(prompt_tokens: int, max_new_tokens: int) -> int:
-    """Cache rows a sequence may need; the newest token is never cached."""
-    return prompt_tokens + max_new_tokens - 1

@@ -1,4 +1,5 @@
-"""From what callers pass (a padded batch with its mask, or a list of ragged prompts) to checked 1-D prompts."""
+"""From what callers pass (a padded batch with its mask, or a list of ragged prompts) to checked 1-D prompts.
+And the cache rows that a prompt and its answer need."""
 
 from __future__ import annotations
 
@@ -68,3 +69,8 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list
             raise ValueError(f"attention_mask: row {b} must have its ones in one run, but it has holes")
         rows.append(ids[mask])
     return rows
+
+
+def tokens_to_cache(prompt_tokens: int, max_new_tokens: int) -> int:
+    """Cache rows a sequence may need; the newest token is never cached."""
+    return prompt_tokens + max_new_tokens - 1
