@@ -256,6 +256,8 @@ def test_a_view_that_has_diverged_costs_time_and_no_token(anchor_rows: int, wind
     prompts = [torch.tensor([1, 2, 3]), torch.tensor([5, 6])]
     torch.manual_seed(0)
     model = TinyDualViewModel(block_size=4, anchor_rows=anchor_rows, window=window)
-    said = ConsensusDecoder(model, mode="ar", impl=impl).generate(prompts, max_new_tokens=6).sequences
+    new = 3 if impl == "triton" else 6  # the interpreter takes seconds for a token
+    said = ConsensusDecoder(model, mode="ar", impl=impl).generate(prompts, max_new_tokens=new).sequences
     model.layers[0].self_attn.qkv_proj_diff.weight.data.fill_(torch.nan)
-    assert all(map(torch.equal, ConsensusDecoder(model, impl=impl).generate(prompts, max_new_tokens=6).sequences, said))
+    drafted = ConsensusDecoder(model, impl=impl).generate(prompts, max_new_tokens=new).sequences
+    assert all(map(torch.equal, drafted, said))
