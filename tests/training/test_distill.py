@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from typer.testing import CliRunner
 
-from orthrus_triton.cli import app
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.decode_run import DecodeRun
@@ -21,6 +20,7 @@ from orthrus_triton.training.distill import distill
 from orthrus_triton.training.prompts import Prompt, encode, read_prompts
 from orthrus_triton.training.shards import ShardFolder
 from tests.models.tiny_bases import base_config, build_base, tiny_tokenizer
+from tests.training.distill_command import distill_data
 
 NEW = 7
 SETTINGS = {"max_new_tokens": NEW, "batch_size": 3, "shard_rows": 4}
@@ -224,16 +224,7 @@ def test_long_prompts(model, tokenizer, tmp_path):
 # --- the command
 
 
-@pytest.fixture(scope="module")
-def model_folder(model, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder, tokenizer=tokenizer)
-    return folder
-
-
-def run(model_folder, out, *options: object):
-    fixed = ("distill-data", out, "--model", model_folder, "--max-new-tokens", 3, "--device", "cpu", "--dtype", "fp32")
-    return CliRunner().invoke(app, [str(option) for option in (*fixed, *options)])
+run = partial(distill_data, max_new_tokens=3)
 
 
 def test_command(model_folder, tmp_path):

@@ -7,9 +7,7 @@ from functools import partial
 import pytest
 import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from typer.testing import CliRunner
 
-from orthrus_triton.cli import app
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.decode_run import DecodeRun
@@ -19,6 +17,7 @@ from orthrus_triton.training.answers import answer_all
 from orthrus_triton.training.invent import invent
 from orthrus_triton.training.prompts import Prompt, read_prompts
 from tests.models.tiny_bases import base_config, build_base, tiny_tokenizer
+from tests.training.distill_command import distill_data
 
 STOP = list(range(2, 12))  # one in ten answers ends at any token
 SPECIAL = 87  # a token of the template
@@ -180,16 +179,7 @@ def test_arguments_are_checked(model, tokenizer):
 # --- the command
 
 
-@pytest.fixture(scope="module")
-def model_folder(model, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder, tokenizer=tokenizer)
-    return folder
-
-
-def run(model_folder, out, *options: object):
-    fixed = ("distill-data", out, "--model", model_folder, "--max-new-tokens", 12, "--device", "cpu", "--dtype", "fp32")
-    return CliRunner().invoke(app, [str(option) for option in (*fixed, *options)])
+run = partial(distill_data, max_new_tokens=12)
 
 
 def test_command(model_folder, tmp_path):
