@@ -4,7 +4,8 @@ Random prompts, greedy unless the name says so; every sample is the wall-clock o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,26 @@ def ours(
             last = now
     result.seconds = result.seconds[WARM_UP:]
     return result
+
+
+@contextmanager
+def int8_drafts(model: OrthrusForCausalLM) -> Iterator[None]:
+    """Inside, drafts read int8 copies of the weights; behind it, there are none."""
+    model.quantize_drafts()
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if hasattr(module, "draft_weight"):
+                module.draft_weight = module.draft_scale = None
+
+
+def ours_int8_drafts(load: Workload) -> Cycles:
+    """Our cycle with drafts from int8 copies."""
+    with int8_drafts(load.model):
+        measured = ours(load)
+    measured.views = ("diffusion-int8", "ar")
+    return measured
 
 
 class _Stopwatch:
@@ -160,6 +181,7 @@ def hf_compiled(load: Workload) -> Cycles:
 PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours": ours,
     "ours-ar": lambda load: ours(load, "ar"),
+    "ours-int8-drafts": ours_int8_drafts,
     "ours-sampled": lambda load: ours(load, params=SAMPLED),
     "ours-rejection": lambda load: ours(load, params=SAMPLED, rule="rejection"),
     "ours-ar-sampled": lambda load: ours(load, "ar", SAMPLED),
@@ -176,13 +198,18 @@ def problems(load: Workload, names: Sequence[str], tokens: int = 16) -> list[str
     """The correctness gate, on the weights that will be timed: tier B here, and logits like the baselines' own."""
     model, found = load.model, []
     prompts = load.prompts[:2, :96]
-    outputs = [
-        ConsensusDecoder(model, mode=mode, block_size=size).generate(prompts, max_new_tokens=tokens, eos_token_id=[])
-        for mode, size in (("ar", None), ("consensus", None), ("consensus", "auto"))
-    ]
-    for name, output in zip(("consensus", "auto"), outputs[1:]):
-        if any(a.tolist() != b.tolist() for a, b in zip(output.sequences, outputs[0].sequences)):
-            found.append(f"mode {name} does not emit the tokens of AR mode")
+
+    def text(mode: str, block_size: int | str | None = None) -> list[list[int]]:
+        decoder = ConsensusDecoder(model, mode=mode, block_size=block_size)
+        output = decoder.generate(prompts, max_new_tokens=tokens, eos_token_id=[])
+        return [sequence.tolist() for sequence in output.sequences]
+
+    said = text("ar")
+    got = {"consensus": text("consensus"), "auto": text("consensus", "auto")}
+    if "ours-int8-drafts" in names:
+        with int8_drafts(model):
+            got["consensus with int8 drafts"] = text("consensus")
+    found += [f"mode {name} does not emit the tokens of AR mode" for name, one in got.items() if one != said]
     ids = prompts[:1, :64]
     if "hf" in names or "hf-compiled" in names:
         theirs = shapes.transformers_model(model)(ids).logits[:, -8:]

@@ -114,7 +114,9 @@ def load_module(path: Path) -> ModuleType:
 
 def bytes_per_pass(model: OrthrusForCausalLM, view: str, context: int, batch: int) -> int:
     """What one pass of a view must read: its weights once, and every sequence's K/V. Of an embedding only if it is
-    also the LM head."""
+    also the LM head. The view "diffusion-int8" reads int8 copies of its layers' matrices."""
+    of_int8 = view == "diffusion-int8"
+    view = view.removesuffix("-int8")
     unused = {"ar": "_diff.", "diffusion": "\0"}[view]
     total = 0
     for name, parameter in model.named_parameters():
@@ -123,7 +125,8 @@ def bytes_per_pass(model: OrthrusForCausalLM, view: str, context: int, batch: in
             continue
         if "embed_tokens" in name and model.lm_head is not None:
             continue
-        total += parameter.nbytes
+        in_int8 = of_int8 and ".layers." in name and parameter.dim() == 2
+        total += parameter.numel() + 4 * len(parameter) if in_int8 else parameter.nbytes
     config, width = model.config, model.dtype.itemsize
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.attention_head_dim * width
     return total + batch * context * row

@@ -26,7 +26,7 @@ def run(*arguments: str, ok: bool = True):
 
 
 def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
-    ours = "ours,ours-ar,ours-sampled,ours-rejection,ours-ar-sampled,ours-inexact,ours-ar-inexact"
+    ours = "ours,ours-int8-drafts,ours-ar,ours-sampled,ours-rejection,ours-ar-sampled,ours-inexact,ours-ar-inexact"
     providers = f"{ours},official,hf,hf-compiled"
     result = run(
         "--context", "40", "--batch", "1,2", "--cycles", "3", "--providers", providers, "--tokens-per-cycle", "4",
@@ -40,10 +40,13 @@ def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
     assert {row["provider"] for row in timed} == {*ours.split(","), "hf"}
     for row in timed:
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and int(row["samples"]) >= 3
-        assumed = 4 if row["provider"] in ("ours", "ours-sampled", "ours-rejection", "ours-inexact") else 1
+        drafted = ("ours", "ours-int8-drafts", "ours-sampled", "ours-rejection", "ours-inexact")
+        assumed = 4 if row["provider"] in drafted else 1
         tokens_s = 1000 * int(row["batch"]) * assumed / float(row["p50_ms"])
         assert float(row["tokens_s"]) == pytest.approx(tokens_s, rel=0.01)
         assert float(row["ttft_s"]) > 0
+    floors = {row["provider"]: float(row["floor_ms"]) for row in timed}
+    assert floors["ours-ar"] < floors["ours-int8-drafts"] < floors["ours"]
     notes = {row["provider"]: row["note"] for row in rows if not row["p50_ms"]}
     assert "needs --official PATH" in notes["official"] and "on a GPU only" in notes["hf-compiled"]
     assert "acceptance is not measured" in result.output and "assumes 4 tokens per drafted cycle" in result.output

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import orthrus_triton
 from orthrus_triton.cli import common
+from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from tests.cli_models import (
     BLOCK_SIZE,
@@ -55,6 +56,26 @@ def test_a_block_of_whatever_size_is_fastest_gives_the_same_text(model_folder):
     assert result.exit_code == 0, result.stderr
     text, last = result.stdout.removesuffix("\n").rsplit("\n", 1)
     assert text == expected_text(model_folder, "the text", 24) and json.loads(last)["block_size"] == "auto"
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_int8_drafts_are_drafts_of_the_same_text(model_folder, command, monkeypatch, tmp_path):
+    quantized = []
+    original = OrthrusForCausalLM.quantize_drafts
+    monkeypatch.setattr(
+        OrthrusForCausalLM, "quantize_drafts", lambda model: quantized.append(model) or original(model)
+    )  # fmt: skip
+    options = ("--raw", "--max-new-tokens", 24, "--dtype", "fp32")
+    if command == "generate":
+        result = run(command, model_folder, "the text", *options, "--int8-drafts")
+        assert result.stdout == expected_text(model_folder, "the text", 24) + "\n"
+    else:
+        (tmp_path / "code.txt").write_text("the text\n")
+        named = ("--model", model_folder, "--prompts", tmp_path / "code.txt", "--no-baseline", "--json")
+        result = run(command, *named, *options, "--int8-drafts")
+        report = json.loads(result.stdout.splitlines()[-1])
+        assert report["int8_drafts"] is True and report["exactness"]["equal"] == 1
+    assert result.exit_code == 0 and len(quantized) == 1
 
 
 def test_generate_samples_what_its_options_say_in_either_mode(model_folder):

@@ -45,6 +45,13 @@ BlockSizeOption = Annotated[
         help="Rows of a draft block, anchor included; by default the model's own. auto: the fastest, cycle by cycle.",
     ),
 ]  # fmt: skip
+Int8DraftsOption = Annotated[
+    bool,
+    typer.Option(
+        "--int8-drafts",
+        help="Draft from int8 copies of the weights: for GPUs; the same text, a third more memory.",
+    ),
+]  # fmt: skip
 
 # one sequence's sampling, as SamplingParams has it
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -17,6 +17,7 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    Int8DraftsOption,
     busy,
     one_line_errors,
     require_impl,
@@ -56,6 +57,7 @@ def evaluate(
     block_size: Annotated[
         int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
     ] = None,
+    int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     impl: ImplOption = "auto",
@@ -94,6 +96,8 @@ def evaluate(
             raise ValueError("--view is of the demo model, but --model was given: it has its own")
         loaded = load_demo(view, precision, where) if model is None else load_model(model, precision, where)
         network, tokenizer, name = loaded
+        if int8_drafts:
+            network.quantize_drafts()
         from orthrus_triton.training.evaluate import evaluate as measure
         from orthrus_triton.training.prompts import encode
 
@@ -105,7 +109,12 @@ def evaluate(
                 network, encoded, max_new_tokens=max_new_tokens, block_size=block_size, impl=impl,
                 check_exact=check_exact, baseline=baseline, on_answer=lambda: progress.advance(task),
             )  # fmt: skip
-        report = {"model": name, **_setting(where, precision, runs, prompts or []), **report}
+        report = {
+            "model": name,
+            "int8_drafts": int8_drafts,
+            **_setting(where, precision, runs, prompts or []),
+            **report,
+        }
         if output is not None:
             _write(report, output)
     _print(report, status_console if as_json else result_console())

@@ -14,6 +14,7 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    Int8DraftsOption,
     MinPOption,
     SeedOption,
     TemperatureOption,
@@ -50,6 +51,7 @@ def generate(
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     block_size: BlockSizeOption = None,
+    int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     impl: ImplOption = "auto",
@@ -82,7 +84,7 @@ def generate(
 
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        network, tokenizer, _ = load_model(model, precision, where)
+        network, tokenizer, _ = load_model(model, precision, where, int8_drafts)
         input_ids = encode_prompt(tokenizer, prompt, chat, system)
         decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
         output = decoder.generate(

@@ -41,14 +41,22 @@ def load_demo(
     return model, tokenizer, f"{DEMO_NAME}, {'shipped view' if view_file == SHIPPED_VIEW else view_file.name}"
 
 
-def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> tuple[OrthrusForCausalLM, Any, str]:
-    """Model, tokenizer and a name for reports; the demo model with its shipped view where `name` is None.
+def load_model(
+    name: str | None, dtype: torch.dtype, device: torch.device, int8_drafts: bool = False
+) -> tuple[OrthrusForCausalLM, Any, str]:
+    """Model, tokenizer and a name for reports; the demo model with its shipped view where `name` is None. With
+    `int8_drafts`, its drafts come from int8 copies of the weights.
 
     Raises:
         ValueError, OSError: it cannot be had; see `OrthrusForCausalLM.from_pretrained`.
     """
-    if name is None:
-        return load_demo("shipped", dtype, device)
+    loaded = load_demo("shipped", dtype, device) if name is None else _load_folder(name, dtype, device)
+    if int8_drafts:
+        loaded[0].quantize_drafts()
+    return loaded
+
+
+def _load_folder(name: str, dtype: torch.dtype, device: torch.device) -> tuple[OrthrusForCausalLM, Any, str]:
     with busy(f"Loading {name}"):
         from orthrus_triton.models import OrthrusForCausalLM
 

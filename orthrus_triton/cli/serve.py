@@ -12,6 +12,7 @@ import typer
 from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
+    Int8DraftsOption,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -41,6 +42,7 @@ def serve(
     sampling: Annotated[
         Literal["coupled", "rejection"], typer.Option(help="coupled: the tokens AR decoding of the same seed gives.")
     ] = "coupled",
+    int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -63,7 +65,7 @@ def serve(
         _require_free(host, port)
         where = resolve_device(device)
         require_impl("auto", where)
-        network, tokenizer, _ = load_model(model, resolve_dtype(dtype, where), where)
+        network, tokenizer, _ = load_model(model, resolve_dtype(dtype, where), where, int8_drafts)
         from orthrus_triton.modules import ConsensusDecoder
         from orthrus_triton.serving import Scheduler
         from orthrus_triton.serving.app import create_app

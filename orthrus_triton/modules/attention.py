@@ -150,7 +150,8 @@ class DualViewAttention(nn.Module):
         where = (*rope, k_out, v_out, slots, *self._norms(view_pass.view))
         if impl == view_pass.linear_impl and not (drafting and self.view_rank is not None):
             projection = self.qkv_proj_diff if drafting else self.qkv_proj
-            return ops.qkv_rope_cache(hidden, projection.weight, projection.bias, *where, impl=impl)
+            weight, scale = projection.factors(drafting)
+            return ops.qkv_rope_cache(hidden, weight, projection.bias, *where, impl=impl, weight_scale=scale)
         return ops.rope_cache(self._project_qkv(hidden, drafting, view_pass.linear_impl), *where, impl=impl)
 
     def _norms(self, view: View) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
@@ -164,7 +165,7 @@ class DualViewAttention(nn.Module):
         if not drafting:
             return self.qkv_proj(hidden, impl=impl)
         if self.view_rank is None:
-            return self.qkv_proj_diff(hidden, impl=impl)
+            return self.qkv_proj_diff(hidden, impl=impl, draft=True)
         frozen = self.qkv_proj(hidden, impl=impl).split(list(self.qkv_proj.parts.values()), dim=-1)
         deltas = (self.q_proj_diff, self.k_proj_diff, self.v_proj_diff)
         return torch.cat([delta(hidden, part, impl=impl) for delta, part in zip(deltas, frozen)], dim=-1)
@@ -183,8 +184,16 @@ class DualViewAttention(nn.Module):
             return out if next_norm is None else next_norm(out, residual, impl=impl)
         projection = self.o_proj_diff if drafting else self.o_proj
         if next_norm is None:
-            return projection(attended, impl=linear_impl)
-        return projection.add_and_norm(attended, residual, next_norm, impl=impl, linear_impl=linear_impl)
+            return projection(attended, impl=linear_impl, draft=drafting)
+        return projection.add_and_norm(
+            attended, residual, next_norm, impl=impl, linear_impl=linear_impl, draft=drafting
+        )  # fmt: skip
+
+    def quantize_for_drafts(self) -> None:
+        """Let the diffusion view's full projections be read as int8 copies; those of a low-rank view stay."""
+        if self.view_rank is None:
+            self.qkv_proj_diff.quantize_for_drafts()
+            self.o_proj_diff.quantize_for_drafts()
 
     @torch.no_grad()
     def copy_ar_to_diffusion(self) -> None:

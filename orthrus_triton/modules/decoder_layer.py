@@ -37,16 +37,26 @@ class SwiGLU(nn.Module):
         *,
         impl: str = "auto",
         linear_impl: str = "auto",
+        draft: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x [B, T, H] -> [B, T, H], plus `residual`; with `next_norm` (the norm of that sum, the sum)."""
+        """x [B, T, H] -> [B, T, H], plus `residual`; with `next_norm` (the norm of that sum, the sum). A `draft` reads
+        the int8 copies of the weights, if there are any."""
         gate_up = self.gate_up_proj
         if impl == linear_impl:
-            activated = ops.linear_swiglu(x, gate_up.weight, gate_up.bias, impl=impl)
+            weight, scale = gate_up.factors(draft)
+            activated = ops.linear_swiglu(x, weight, gate_up.bias, impl=impl, weight_scale=scale)
         else:  # a product that is not ours has no epilogue to put it in
-            activated = ops.swiglu(gate_up(x, impl=linear_impl), impl=impl)
+            activated = ops.swiglu(gate_up(x, impl=linear_impl, draft=draft), impl=impl)
         if next_norm is None:
-            return self.down_proj(activated, residual, impl=linear_impl)
-        return self.down_proj.add_and_norm(activated, residual, next_norm, impl=impl, linear_impl=linear_impl)
+            return self.down_proj(activated, residual, impl=linear_impl, draft=draft)
+        return self.down_proj.add_and_norm(
+            activated, residual, next_norm, impl=impl, linear_impl=linear_impl, draft=draft
+        )  # fmt: skip
+
+    def quantize_for_drafts(self) -> None:
+        """Keep int8 copies of the weights beside them, for drafts."""
+        self.gate_up_proj.quantize_for_drafts()
+        self.down_proj.quantize_for_drafts()
 
 
 class OrthrusDecoderLayer(nn.Module):
@@ -104,7 +114,9 @@ class OrthrusDecoderLayer(nn.Module):
         if normed is None:
             normed = self.input_layernorm(hidden, impl=impl)
         normed, hidden = self.self_attn(normed, rope, cache_layer, view_pass, hidden, self.post_attention_layernorm)
-        return self.mlp(normed, hidden, next_norm, impl=impl, linear_impl=linear_impl)
+        return self.mlp(
+            normed, hidden, next_norm, impl=impl, linear_impl=linear_impl, draft=view_pass.only_drafts
+        )  # fmt: skip
 
 
 def run_layers(

@@ -45,6 +45,11 @@ class ViewPass(NamedTuple):
         """Leading rows of a draft that the frozen view reads: 0 or 1."""
         return int(len(self.parts) == 2)
 
+    @property
+    def only_drafts(self) -> bool:
+        """Whether the diffusion view reads every row, so that nothing said depends on this pass."""
+        return self.view == "diffusion" and self.anchor_rows == 0
+
 
 class SharedKVCache:
     """Static K/V buffers of all layers, and how many tokens of each sequence they hold.

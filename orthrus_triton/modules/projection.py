@@ -24,6 +24,8 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("draft_weight", None, persistent=False)
+        self.register_buffer("draft_scale", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -33,6 +35,17 @@ class Linear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def quantize_for_drafts(self) -> None:
+        """Keep an int8 copy of the weight, as it is now, beside it: what `draft=True` reads."""
+        self.draft_weight, self.draft_scale = ops.quantize_rows(self.weight)
+
+    def factors(self, draft: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight to multiply with, and the scale of its rows if it is the int8 copy: in a `draft`, if there is
+        one."""
+        if draft and self.draft_weight is not None:
+            return self.draft_weight, self.draft_scale
+        return self.weight, None
+
     def forward(
         self,
         x: torch.Tensor,
@@ -40,18 +53,24 @@ class Linear(nn.Module):
         *,
         out_dtype: torch.dtype | None = None,
         impl: str = "auto",
+        draft: bool = False,
     ) -> torch.Tensor:
         """x [..., in] -> [..., out], plus `residual` [..., out]."""
-        return ops.linear(x, self.weight, self.bias, residual, out_dtype=out_dtype, impl=impl)
+        weight, scale = self.factors(draft)
+        return ops.linear(x, weight, self.bias, residual, out_dtype=out_dtype, impl=impl, weight_scale=scale)
 
     def add_and_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm, *, impl: str = "auto", linear_impl: str = "auto"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm, *, impl: str = "auto", linear_impl: str = "auto",
+        draft: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """(norm of the sum, sum) of this projection of x [..., in] and `residual` [..., out]; in one op where both the
         product (`linear_impl`) and the rest (`impl`) are ours."""
         if impl == linear_impl:
-            return ops.linear_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps, impl=impl)
-        return norm(self(x, impl=linear_impl), residual, impl=impl)
+            weight, scale = self.factors(draft)
+            return ops.linear_norm(
+                x, weight, self.bias, residual, norm.weight, norm.eps, impl=impl, weight_scale=scale
+            )  # fmt: skip
+        return norm(self(x, impl=linear_impl, draft=draft), residual, impl=impl)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -3,6 +3,7 @@
 from orthrus_triton.ops.block_attention import block_attention
 from orthrus_triton.ops.consensus import consensus_
 from orthrus_triton.ops.dual_view_attention import dual_view_attention
+from orthrus_triton.ops.int8_product import quantize_rows
 from orthrus_triton.ops.linear import linear
 from orthrus_triton.ops.linear_kl import HiddenTeacher, LabelTeacher, LinearKL, TopKTeacher, linear_kl
 from orthrus_triton.ops.linear_norm import linear_norm
@@ -40,6 +41,7 @@ __all__ = [
     "linear_swiglu",
     "lm_head_choice",
     "process_logits",
+    "quantize_rows",
     "qkv_rope_cache",
     "recall",
     "rejection_choice",

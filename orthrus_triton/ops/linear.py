@@ -9,6 +9,7 @@ from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._cpu_product import library_product, tiled_product
 from orthrus_triton.ops._dispatch import require_kernel, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.int8_product import dequantize_rows, launch_int8_product
 from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
 
 
@@ -21,6 +22,7 @@ def linear(
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
     config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T + bias`, accumulated in fp32, plus `residual` in the output's dtype.
 
@@ -33,6 +35,8 @@ def linear(
         impl: "auto", "triton", "torch" or "reference"; or "library", the vendor's product (cuBLAS, BLAS) for many rows
             at once, whose row bits may depend on the row count.
         config: kernel configuration, by default the one looked up for this weight shape. Only with impl="triton".
+        weight_scale: [N] float, for a `weight` of int8 whose row n counts `weight_scale[n]` (`quantize_rows`). For
+            drafts: no bits are promised.
 
     Returns:
         [..., N].
@@ -40,7 +44,7 @@ def linear(
     Raises:
         ValueError: shapes or dtypes that do not agree, or a weight that is not contiguous.
     """
-    check_product(x, weight, bias)
+    check_product(x, weight, bias, weight_scale)
     out_dtype = out_dtype or x.dtype
     if residual is not None:
         require_same("residual", tuple(residual.shape), (*x.shape[:-1], weight.shape[0]), "shape")
@@ -48,18 +52,22 @@ def linear(
     impl = impl if impl == "library" else resolve_impl(impl, x)
     require_kernel(config, impl)
     if config is not None:
-        return launch_linear(x, weight, bias, residual, out_dtype, config)
+        return launch_linear(x, weight, bias, residual, out_dtype, config, weight_scale)
     if impl == "library" and runs_directly("torch"):
-        return linear_library(x, weight, bias, residual, out_dtype)
+        return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
     if runs_directly(impl):
-        return linear_torch(x, weight, bias, residual, out_dtype)
-    return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl)
+        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale)
+    return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl, weight_scale)
 
 
-def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise what is wrong with the factors [..., K] and [N, K] of a product and its bias [N], by name."""
+def check_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
+) -> None:
+    """Raise what is wrong with the factors [..., K] and [N, K] of a product, its bias [N] and scales [N], by name."""
     require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
-    require_same("weight", weight.dtype, x.dtype, "dtype")
+    require_same("weight", weight.dtype, x.dtype if weight_scale is None else torch.int8, "dtype")
+    if weight_scale is not None:
+        require_same("weight_scale", tuple(weight_scale.shape), (weight.shape[0],), "shape")
     if not weight.is_contiguous():  # kernels would read other numbers, and a copy in every call would be dear
         raise ValueError(f"weight must be contiguous, but has strides {weight.stride()}")
     if bias is not None:
@@ -169,6 +177,7 @@ def launch_linear(
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
     config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernel. The row count M reaches the grid, the masks and the tiles of rows and columns, never the order
     along K."""
@@ -180,10 +189,10 @@ def launch_linear(
     flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     bias_arg = out if bias is None else bias.contiguous()
     residual_arg = out if residual is None else residual
-    if split_k == 1:
+    if split_k == 1 and weight_scale is None:
         _launch_product(x, weight, config, bias_arg, residual_arg, out, out, flags)
         return out
-    partial = launch_partial(x, weight, config)
+    partial = launch_partial(x, weight, config, weight_scale)
     M = partial.shape[1]
     combine_splits_kernel[(M, cdiv(N, COMBINE_BLOCK_N))](
         partial, bias_arg, residual_arg, out, M, N=N, BLOCK_N=COMBINE_BLOCK_N, SPLIT_K=split_k,
@@ -192,10 +201,16 @@ def launch_linear(
     return out
 
 
-def launch_partial(x: torch.Tensor, weight: torch.Tensor, config: KernelConfig) -> torch.Tensor:
-    """Partial sums [SPLIT_K, M, N] fp32 of a product whose depth is split, for a kernel that adds them in order."""
+def launch_partial(
+    x: torch.Tensor, weight: torch.Tensor, config: KernelConfig, weight_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Partial sums [SPLIT_K, M, N] fp32 of a product whose depth is split, or whose weight is in int8, for a kernel
+    that adds them in order."""
     N, K = weight.shape
     partial = x.new_empty(config["SPLIT_K"], x.numel() // K, N, dtype=torch.float32)
+    if weight_scale is not None:
+        launch_int8_product(*row_runs(x), weight, weight_scale, partial, config)
+        return partial
     flags = {"HAS_BIAS": False, "HAS_RESIDUAL": False}
     _launch_product(x, weight, config, partial, partial, partial, partial, flags)
     return partial
@@ -227,8 +242,11 @@ def linear_library(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The vendor's product over all rows at once, on any device."""
+    if weight_scale is not None:
+        weight = dequantize_rows(weight, weight_scale, x.dtype)
     out = library_product(x, weight, bias).to(out_dtype)
     return out if residual is None else out + residual
 
@@ -239,37 +257,42 @@ def linear_torch(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Any device. On the CPU a row's bits are those it would have alone (`tiled_product`)."""
-    if x.device.type != "cpu":
-        return linear_library(x, weight, bias, residual, out_dtype)
+    if x.device.type != "cpu" or weight_scale is not None:
+        return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
     N, K = weight.shape
     out = tiled_product(x.reshape(-1, K), weight, bias).view(*x.shape[:-1], N).to(out_dtype)
     return out if residual is None else out + residual
 
 
-def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """The product in fp64."""
-    out = x.double() @ weight.double().T
+    wide = weight.double() if weight_scale is None else dequantize_rows(weight, weight_scale, torch.float64)
+    out = x.double() @ wide.T
     return out if bias is None else out + bias.double()
 
 
 @torch.library.custom_op(
     "orthrus_triton::linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, ScalarType out_dtype, str impl) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, ScalarType out_dtype, str impl, "
+    "Tensor? weight_scale=None) -> Tensor",
 )
-def _linear_op(x, weight, bias, residual, out_dtype, impl):
+def _linear_op(x, weight, bias, residual, out_dtype, impl, weight_scale=None):
     if impl == "triton":
-        return launch_linear(x, weight, bias, residual, out_dtype)
+        return launch_linear(x, weight, bias, residual, out_dtype, weight_scale=weight_scale)
     if impl == "torch":
-        return linear_torch(x, weight, bias, residual, out_dtype)
+        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale)
     if impl == "library":
-        return linear_library(x, weight, bias, residual, out_dtype)
-    out = linear_reference(x, weight, bias).to(out_dtype)
+        return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
+    out = linear_reference(x, weight, bias, weight_scale).to(out_dtype)
     return out if residual is None else out + residual
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, residual, out_dtype, impl):
+def _(x, weight, bias, residual, out_dtype, impl, weight_scale=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)

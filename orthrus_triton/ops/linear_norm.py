@@ -30,6 +30,7 @@ def linear_norm(
     *,
     impl: str = "auto",
     config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`h = x @ weight.T + bias + residual`, as `linear` rounds it, and its root-mean-square norm.
 
@@ -45,6 +46,7 @@ def linear_norm(
         eps: added to the mean square, in fp32.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
+        weight_scale: [N] float, for a `weight` of int8, as in `linear`.
 
     Returns:
         (norm [..., N], h [..., N]); h is the next residual.
@@ -52,7 +54,7 @@ def linear_norm(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    check_product(x, weight, bias)
+    check_product(x, weight, bias, weight_scale)
     N = weight.shape[0]
     for name, tensor, shape in (("residual", residual, (*x.shape[:-1], N)), ("norm_weight", norm_weight, (N,))):
         require_same(name, tuple(tensor.shape), shape, "shape")
@@ -60,10 +62,10 @@ def linear_norm(
     impl = resolve_impl(impl, x)
     require_kernel(config, impl)
     if config is not None:
-        return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, config)
+        return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, config, weight_scale)
     if runs_directly(impl):
-        return linear_norm_torch(x, weight, bias, residual, norm_weight, eps)
-    return torch.ops.orthrus_triton.linear_norm(x, weight, bias, residual, norm_weight, eps, impl)
+        return linear_norm_torch(x, weight, bias, residual, norm_weight, eps, weight_scale)
+    return torch.ops.orthrus_triton.linear_norm(x, weight, bias, residual, norm_weight, eps, impl, weight_scale)
 
 
 @triton.jit(do_not_specialize=["M", "run", "apart"])
@@ -94,15 +96,16 @@ def launch_linear_norm(
     norm_weight: torch.Tensor,
     eps: float,
     config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernels with `linear`'s configuration of this weight shape."""
     N, K = weight.shape
     config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
     split_k = config["SPLIT_K"]
-    if split_k == 1:  # a tile of the product has no whole row to norm
+    if split_k == 1 and weight_scale is None:  # a tile of the product has no whole row to norm
         product, bias = launch_linear(x, weight, bias, None, x.dtype, config), None
     else:
-        product = launch_partial(x, weight, config)
+        product = launch_partial(x, weight, config, weight_scale)
     hidden = x.new_empty(*x.shape[:-1], N)
     out = torch.empty_like(hidden)
     residual, run, apart = row_runs(residual)
@@ -124,27 +127,28 @@ def linear_norm_torch(
     residual: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
+    weight_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Any device."""
-    hidden = linear_torch(x, weight, bias, residual.contiguous(), x.dtype)
+    hidden = linear_torch(x, weight, bias, residual.contiguous(), x.dtype, weight_scale)
     return rms_norm_torch(hidden, norm_weight, eps), hidden
 
 
 @torch.library.custom_op(
     "orthrus_triton::linear_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, float eps, str impl) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, float eps, str impl, "
+    "Tensor? weight_scale=None) -> (Tensor, Tensor)",
 )
-def _linear_norm_op(x, weight, bias, residual, norm_weight, eps, impl):
+def _linear_norm_op(x, weight, bias, residual, norm_weight, eps, impl, weight_scale=None):
     if impl == "triton":
-        return launch_linear_norm(x, weight, bias, residual, norm_weight, eps)
+        return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, weight_scale=weight_scale)
     if impl == "torch":
-        return linear_norm_torch(x, weight, bias, residual, norm_weight, eps)
-    hidden = linear_reference(x, weight, bias).to(x.dtype) + residual
+        return linear_norm_torch(x, weight, bias, residual, norm_weight, eps, weight_scale)
+    hidden = linear_reference(x, weight, bias, weight_scale).to(x.dtype) + residual
     return rms_norm_reference(hidden, norm_weight, eps).to(x.dtype), hidden
 
 
 @_linear_norm_op.register_fake
-def _(x, weight, bias, residual, norm_weight, eps, impl):
+def _(x, weight, bias, residual, norm_weight, eps, impl, weight_scale=None):
     return x.new_empty(residual.shape), x.new_empty(residual.shape)

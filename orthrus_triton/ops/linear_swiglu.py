@@ -28,6 +28,7 @@ def linear_swiglu(
     *,
     impl: str = "auto",
     config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`silu(x @ gate.T) * (x @ up.T)`, both products rounded to the dtype of `x` first, as if unfused.
 
@@ -37,6 +38,7 @@ def linear_swiglu(
         bias: [2 * I] or None, the dtype of `x`.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
+        weight_scale: [2 * I] float, for a `weight` of int8, as in `linear`.
 
     Returns:
         [..., I].
@@ -44,16 +46,16 @@ def linear_swiglu(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    check_product(x, weight, bias)
+    check_product(x, weight, bias, weight_scale)
     if weight.shape[0] % 2:
         raise ValueError(f"weight must have an even number of rows, gate and up, but got shape {tuple(weight.shape)}")
     impl = resolve_impl(impl, x)
     require_kernel(config, impl)
     if config is not None:
-        return launch_linear_swiglu(x, weight, bias, config)
+        return launch_linear_swiglu(x, weight, bias, config, weight_scale)
     if runs_directly(impl):
-        return linear_swiglu_torch(x, weight, bias)
-    return torch.ops.orthrus_triton.linear_swiglu(x, weight, bias, impl)
+        return linear_swiglu_torch(x, weight, bias, weight_scale)
+    return torch.ops.orthrus_triton.linear_swiglu(x, weight, bias, impl, weight_scale)
 
 
 @triton.jit
@@ -113,7 +115,11 @@ def combine_swiglu_kernel(
 
 
 def launch_linear_swiglu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: KernelConfig | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernels with `linear`'s configuration of this weight shape."""
     (N, K), intermediate = weight.shape, weight.shape[0] // 2
@@ -122,8 +128,8 @@ def launch_linear_swiglu(
     M = x.numel() // K
     out = x.new_empty(*x.shape[:-1], intermediate)
     bias = out if bias is None else bias.contiguous()
-    if split_k > 1:
-        partial = launch_partial(x, weight, config)
+    if split_k > 1 or weight_scale is not None:
+        partial = launch_partial(x, weight, config, weight_scale)
         combine_swiglu_kernel[(M, cdiv(intermediate, COMBINE_BLOCK_N))](
             partial, bias, out, M, INTERMEDIATE=intermediate, BLOCK_N=COMBINE_BLOCK_N, SPLIT_K=split_k,
             HAS_BIAS=has_bias, num_warps=COMBINE_WARPS, **EXACT_LAUNCH,
@@ -138,24 +144,26 @@ def launch_linear_swiglu(
     return out
 
 
-def linear_swiglu_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_swiglu_torch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """Any device."""
-    return swiglu_formula(linear_torch(x, weight, bias, None, x.dtype), accumulate_dtype(x.dtype))
+    return swiglu_formula(linear_torch(x, weight, bias, None, x.dtype, weight_scale), accumulate_dtype(x.dtype))
 
 
 @torch.library.custom_op(
     "orthrus_triton::linear_swiglu",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, str impl, Tensor? weight_scale=None) -> Tensor",
 )
-def _linear_swiglu_op(x, weight, bias, impl):
+def _linear_swiglu_op(x, weight, bias, impl, weight_scale=None):
     if impl == "triton":
-        return launch_linear_swiglu(x, weight, bias)
+        return launch_linear_swiglu(x, weight, bias, weight_scale=weight_scale)
     if impl == "torch":
-        return linear_swiglu_torch(x, weight, bias)
-    return swiglu_formula(linear_reference(x, weight, bias), torch.float64).to(x.dtype)
+        return linear_swiglu_torch(x, weight, bias, weight_scale)
+    return swiglu_formula(linear_reference(x, weight, bias, weight_scale), torch.float64).to(x.dtype)
 
 
 @_linear_swiglu_op.register_fake
-def _(x, weight, bias, impl):
+def _(x, weight, bias, impl, weight_scale=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)

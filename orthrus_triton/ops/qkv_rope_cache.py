@@ -26,6 +26,7 @@ def qkv_rope_cache(
     *,
     impl: str = "auto",
     config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rope_cache(linear(x, weight, bias), cos, sin, k_out, ...)`.
 
@@ -36,6 +37,7 @@ def qkv_rope_cache(
         cos, sin, k_out, v_out, slots, q_norm, k_norm, eps: as in `rope_cache`.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
+        weight_scale: [(HQ + 2 * HKV) * D] float, for a `weight` of int8, as in `linear`.
 
     Returns:
         q: [B, T, HQ, D].
@@ -43,49 +45,51 @@ def qkv_rope_cache(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    check_product(x, weight, bias)
+    check_product(x, weight, bias, weight_scale)
     check_rope_cache((*x.shape[:-1], weight.shape[0]), x.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     impl = resolve_impl(impl, x)
     rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
     require_kernel(config, impl)
     if config is not None:
-        return launch_qkv_rope_cache(x, weight, bias, *rope, config)
+        return launch_qkv_rope_cache(x, weight, bias, *rope, config, weight_scale)
     if runs_directly(impl):
-        qkv = linear_torch(x, weight, bias, None, x.dtype)
+        qkv = linear_torch(x, weight, bias, None, x.dtype, weight_scale)
         return rope_cache_torch(qkv, *rope, accumulate_dtype(x.dtype), x.dtype, keep=True)
-    return torch.ops.orthrus_triton.qkv_rope_cache(x, weight, bias, *rope, impl)
+    return torch.ops.orthrus_triton.qkv_rope_cache(x, weight, bias, *rope, impl, weight_scale)
 
 
 def launch_qkv_rope_cache(
-    x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, config: KernelConfig | None = None
-) -> torch.Tensor:
+    x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Run the kernels with `linear`'s configuration of this weight shape."""
     N, K = weight.shape
     config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
     rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
-    if config["SPLIT_K"] == 1:  # a tile of the product is no whole number of heads
+    if config["SPLIT_K"] == 1 and weight_scale is None:  # a tile of the product is no whole number of heads
         return launch_rope_cache(launch_linear(x, weight, bias, None, x.dtype, config), *rope)
-    return launch_rope_cache(launch_partial(x, weight, config), *rope, bias, config["SPLIT_K"])
+    return launch_rope_cache(launch_partial(x, weight, config, weight_scale), *rope, bias, config["SPLIT_K"])
 
 
 @torch.library.custom_op(
     "orthrus_triton::qkv_rope_cache",
     mutates_args=("k_out", "v_out"),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor cos, Tensor sin, Tensor(a!) k_out, Tensor(b!) v_out, "
-    "Tensor slots, Tensor? q_norm, Tensor? k_norm, float eps, str impl) -> Tensor",
+    "Tensor slots, Tensor? q_norm, Tensor? k_norm, float eps, str impl, Tensor? weight_scale=None) -> "
+    "Tensor",
 )
-def _qkv_rope_cache_op(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
+def _qkv_rope_cache_op(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl, weight_scale=None):
     rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
     if impl == "triton":
-        return launch_qkv_rope_cache(x, weight, bias, *rope)
+        return launch_qkv_rope_cache(x, weight, bias, *rope, weight_scale=weight_scale)
     if impl == "torch":
-        qkv = linear_torch(x, weight, bias, None, x.dtype)
+        qkv = linear_torch(x, weight, bias, None, x.dtype, weight_scale)
         return rope_cache_torch(qkv, *rope, accumulate_dtype(x.dtype), x.dtype).contiguous()
-    qkv = linear_reference(x, weight, bias).to(x.dtype)
+    qkv = linear_reference(x, weight, bias, weight_scale).to(x.dtype)
     return rope_cache_torch(qkv, *rope, torch.float64, torch.float64).contiguous()
 
 
 @_qkv_rope_cache_op.register_fake
-def _(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
+def _(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl, weight_scale=None):
     HKV, D = k_out.shape[1], k_out.shape[3]
     return x.new_empty(*x.shape[:-1], weight.shape[0] // D - 2 * HKV, D)

@@ -66,6 +66,15 @@ def projections(family: str, dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
+def int8_products(family: str, dtype: torch.dtype) -> None:
+    """down of SmolLM2-135M, whose depth ends inside a tile, and qkv of Qwen3-8B."""
+    for n, k in ((576, 1536 - 32), (6144, 4096)):
+        launch_linear(
+            meta(32, k, dtype=dtype), meta(n, k, dtype=torch.int8), None, None, dtype,
+            config("linear", dtype, family, N=n, K=k), meta(n, dtype=torch.float32),
+        )  # fmt: skip
+
+
 def many_rows(family: str, dtype: torch.dtype) -> None:
     """The larger tiles, where a family has them: half precision, with what is fused behind a product of a model."""
     if dtype == torch.float32:
@@ -149,6 +158,7 @@ def decoding(family: str) -> None:
         small_ops(dtype)
         attention(family, dtype)
         projections(family, dtype)
+        int8_products(family, dtype)
         many_rows(family, dtype)
         fused_products(family, dtype)
 

@@ -1,0 +1,86 @@
+"""Products with a weight in int8 and one scale per row: half of bf16's bytes, for drafts, whose bits nobody promises.
+Partial sums leave the kernel in fp32, for the kernels that add up those of `linear`."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
+from orthrus_triton.autotune.store import KernelConfig
+from orthrus_triton.ops.row_tiles import depth_per_split
+
+LARGEST = 127  # of either sign
+
+
+@torch.no_grad()
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` [N, K], any float dtype, as (values [N, K] int8, weight_scale [N] fp32): the nearest multiples of a
+    127th of each row's largest entry.
+
+    Raises:
+        ValueError: not a matrix, or an entry is not finite.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], but has shape {tuple(weight.shape)}")
+    largest = weight.abs().amax(dim=1).float()
+    if not largest.isfinite().all():
+        raise ValueError("weight must be finite to be kept in int8")
+    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+    values = torch.empty_like(weight, dtype=torch.int8)
+    for start in range(0, len(weight), 4096):  # a head in fp32 is some gigabytes
+        rows = slice(start, start + 4096)
+        values[rows] = (weight[rows].float() / scale[rows, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    return values, scale
+
+
+def dequantize_rows(values: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `quantize_rows` stands for, [N, K], in `dtype`."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (values.to(wide) * weight_scale[:, None].to(wide)).to(dtype)
+
+
+@triton.jit(do_not_specialize=["M", "run", "apart"])
+def int8_product_kernel(
+    x_ptr, values_ptr, scale_ptr, partial_ptr, M, run, apart,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, K_PER_SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles, column tiles, SPLIT_K). As in `linear_kernel`, x may be runs of rows."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    row_mask = rows < M
+    col_mask = cols < N
+    x_rows = rows // run * apart + rows % run
+    depth = tl.arange(0, BLOCK_K)
+    x_tile_ptr = x_ptr + x_rows.to(tl.int64)[:, None] * K + depth[None, :]
+    values_tile_ptr = values_ptr + cols.to(tl.int64)[None, :] * K + depth[:, None]
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(split * K_PER_SPLIT, tl.minimum((split + 1) * K_PER_SPLIT, K), BLOCK_K):
+        if K % BLOCK_K == 0:
+            # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
+            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None], other=0.0)
+            values = tl.load(values_tile_ptr + k, mask=col_mask[None, :], other=0)
+        else:
+            in_range = depth < K - k
+            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None] & in_range[None, :], other=0.0)
+            values = tl.load(values_tile_ptr + k, mask=col_mask[None, :] & in_range[:, None], other=0)
+        # every int8 is a number of fp16 and of bf16
+        accumulator = tl.dot(x, values.to(x.dtype), accumulator, input_precision=PRECISION)
+    # [BLOCK_N]
+    accumulator *= tl.load(scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    out_offsets = (M * split + rows).to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(partial_ptr + out_offsets, accumulator, mask=row_mask[:, None] & col_mask[None, :])
+
+
+def launch_int8_product(
+    x: torch.Tensor, run: int, apart: int, values: torch.Tensor, weight_scale: torch.Tensor, partial: torch.Tensor,
+    config: KernelConfig,
+) -> None:  # fmt: skip
+    """Fill `partial` [SPLIT_K, M, N] fp32 from `row_runs` of x, with `linear`'s configuration of this weight shape."""
+    (N, K), M = values.shape, partial.shape[1]
+    grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), config["SPLIT_K"])
+    int8_product_kernel[grid](
+        x, values, weight_scale.contiguous(), partial, M, run, apart, N=N, K=K,
+        K_PER_SPLIT=depth_per_split(config, K), PRECISION="ieee", **config.constants, **config.launch, **EXACT_LAUNCH,
+    )  # fmt: skip
