@@ -138,20 +138,21 @@ def merge_view(path: str | PathLike[str], base: dict[str, torch.Tensor]) -> dict
 
 
 @torch.no_grad()
-def load_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -> None:
+def load_view(model: OrthrusForCausalLM, path: str | PathLike[str], *, longer_blocks: bool = False) -> None:
     """Put the view of a file into `model`, in place of the one it has.
 
     Args:
         model: with full view matrices (view_rank None), over the base the view was trained on, in any of fp32, bf16
             and fp16.
         path: what `save_view` wrote.
+        longer_blocks: also into a model of longer blocks than the view was trained for, to train it on.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not a view file, another base, or a model whose options do not fit the view.
     """
     options = read_view_config(path)
-    if model.block_size > options["block_size"]:
+    if model.block_size > options["block_size"] and not longer_blocks:
         raise ValueError(f"model.block_size must be at most the view's {options['block_size']}, got {model.block_size}")
     for name, value in options.items():
         if name != "block_size" and getattr(model.config, name) != value:

@@ -49,7 +49,9 @@ class ViewTrainingArguments(TrainingArguments):
         "the model or init_view has it.",
     )
     init_view: str | None = _option(
-        None, "Start from this view file, or this training checkpoint, instead of a copy of the AR view."
+        None,
+        "Start from this view file, or this training checkpoint, instead of a copy of the AR view; block_size may be "
+        "larger than its.",
     )
     mask_embedding: bool = _option(True, "Train an embedding of the mask token that the frozen model does not see.")
     loss: Loss = _option("kl", "kl: the frozen model's probabilities; ce: its own tokens.")

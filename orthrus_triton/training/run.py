@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,7 +114,8 @@ def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrai
 
 
 def start_from(model: OrthrusForCausalLM, view: Path) -> None:
-    """Put the view of a view file, or of a training checkpoint's folder, into `model`, with its anchor_view.
+    """Put the view of a view file, or of a training checkpoint's folder, into `model`, with its anchor_view. The blocks
+    of `model` may be longer than the view's.
 
     Raises:
         ValueError, OSError: there is none, or it is of another model.
@@ -122,7 +124,7 @@ def start_from(model: OrthrusForCausalLM, view: Path) -> None:
         weights = view / SAFE_WEIGHTS_NAME
         about, load, source = read_checkpoint_metadata(weights), load_checkpoint_view, weights
     else:
-        about, load, source = read_view_config(view), load_view, view
+        about, load, source = read_view_config(view), partial(load_view, longer_blocks=True), view
     adopt_form(model, about)
     load(model, source)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.models.view import save_view
+from orthrus_triton.models.view import load_view, save_view
 from orthrus_triton.training import trainer as trainer_module
 from orthrus_triton.training.run import save_model, start_from, train_view
 from orthrus_triton.training.trainer import STAGING, ViewTrainer, last_checkpoint
@@ -62,7 +62,9 @@ def test_a_run_starts_from_another_view(tmp_path):
     start_from(model, tmp_path / "run" / "checkpoint-2")
     assert_same(view_of(model), trained)
     save_view(model, tmp_path / "view.safetensors")
-    reset = make_model(anchor_view="ar")
+    reset = make_model(anchor_view="ar", block_size=2 * model.block_size)  # to learn longer blocks
+    with pytest.raises(ValueError, match="model.block_size must be at most the view's"):
+        load_view(reset, tmp_path / "view.safetensors")
     start_from(reset, tmp_path / "view.safetensors")
     assert reset.config.anchor_view == "diffusion"
     for name, tensor in view_of(reset).items():
