@@ -8,7 +8,8 @@ import torch
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._dispatch import accumulate_dtype, require_kernel, resolve_impl, runs_directly
 from orthrus_triton.ops.linear import check_product, launch_linear, launch_partial, linear_reference, linear_torch
-from orthrus_triton.ops.rope_cache import check_rope_cache, launch_rope_cache, rope_cache_torch
+from orthrus_triton.ops.rope_cache import check_rope_cache, launch_rope_cache
+from orthrus_triton.ops.rope_cache_torch import rope_cache_torch
 
 
 def qkv_rope_cache(
