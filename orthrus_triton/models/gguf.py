@@ -122,6 +122,10 @@ def _make_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
 
 def _make_rope(fields: dict[str, Any]) -> dict[str, Any]:
     """A file's rotary embedding and how it is stretched, with llama.cpp's defaults."""
+    head_dim = fields["llama.embedding_length"] // fields["llama.attention.head_count"]
+    rotated = fields.get("llama.rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise ValueError(f"llama.rope.dimension_count must be the {head_dim} of a whole head, but is {rotated}")
     theta = {"rope_theta": float(fields["llama.rope.freq_base"])}
     scaling = {"factor": fields.get("llama.rope.scale_linear", 0.0)}  # its name in the first files
     scaling |= {name.removeprefix(SCALING): value for name, value in fields.items() if name.startswith(SCALING)}

@@ -76,7 +76,7 @@ def test_rows_of_a_head_go_back_from_pairs_to_halves():
     assert _undo_rotary_permutation(pairs, 2).equal(halves)
 
 
-def rope_of(**scaling: object):
+def rope_of(rotated: int | None = None, **scaling: object):
     fields = {
         "tokenizer.ggml.tokens": ["a"], "llama.embedding_length": 64, "llama.feed_forward_length": 64,
         "llama.block_count": 1, "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
@@ -84,6 +84,8 @@ def rope_of(**scaling: object):
     }  # fmt: skip
     fields |= {f"tokenizer.ggml.{name}_token_id": 0 for name in ("bos", "eos", "padding")}
     fields |= {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
+    if rotated is not None:
+        fields["llama.rope.dimension_count"] = rotated
     return rotary_from_config(_make_config(fields, tied=True))
 
 
@@ -104,6 +106,12 @@ def test_a_stretched_rotary_embedding_is_that_of_the_file():
     for unknown in ("attn_factor", "yarn_log_multiplier"):
         with pytest.raises(ValueError, match=f"llama.rope.scaling.{unknown} must be absent"):
             rope_of(**yarn, **{unknown: 0.5})
+
+
+def test_a_head_that_is_rotated_in_part_is_refused():
+    assert torch.equal(rope_of(rotated=32).inv_freq, rope_of().inv_freq)
+    with pytest.raises(ValueError, match="llama.rope.dimension_count must be the 32 of a whole head, but is 16"):
+        rope_of(rotated=16)
 
 
 @pytest.mark.parametrize(("factor", "original", "fast"), [(4.0, 1024, 32.0), (8.0, 4096, 16.0), (40.0, 4096, 32.0)])
