@@ -36,8 +36,8 @@ def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if x.device.type != "cpu" or x.dtype not in PACKED_DTYPES or not has_onednn():
         return F.linear(x, weight, bias)
     # oneDNN also for fp32, where F.linear takes MKL, which is slower for few rows and rounds them by their number
-    packed = packed_weight(weight)
-    return _onednn(x.reshape(-1, x.shape[-1]), weight if packed is None else packed, bias).view(*x.shape[:-1], -1)
+    packed, (N, K) = packed_weight(weight), weight.shape
+    return _onednn(x.reshape(-1, K), weight if packed is None else packed, bias).view(*x.shape[:-1], N)
 
 
 def _rows_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -26,7 +26,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not largest.isfinite().all():
         raise ValueError("weight must be finite to be kept in int8")
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
-    values = torch.empty_like(weight, dtype=torch.int8)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)  # contiguous, as products want it
     for start in range(0, len(weight), 4096):  # a head in fp32 is some gigabytes
         rows = slice(start, start + 4096)
         values[rows] = (weight[rows].float() / scale[rows, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)

@@ -40,6 +40,16 @@ def test_values_are_the_nearest_multiples_of_their_rows_scale(seed, rows, width,
     torch.testing.assert_close(scale * values.abs().amax(dim=1), largest)
 
 
+def test_a_weight_may_lie_as_it_will_and_there_may_be_no_rows() -> None:
+    weight, x = randn(1, 6, 4), randn(2, 3, 6)
+    values, scale = ops.quantize_rows(weight.T)
+    assert values.is_contiguous() and torch.equal(values, ops.quantize_rows(weight.T.contiguous())[0])
+    with torch.no_grad():
+        for impl in IMPLS:
+            assert ops.linear(x, values, weight_scale=scale, impl=impl).shape == (3, 4)
+            assert ops.linear(x[None, :0], values, weight_scale=scale, impl=impl).shape == (1, 0, 4)
+
+
 def test_what_cannot_be_kept_is_refused() -> None:
     with pytest.raises(ValueError, match=r"weight must be \[N, K\]"):
         ops.quantize_rows(torch.ones(3))
