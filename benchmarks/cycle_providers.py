@@ -78,13 +78,11 @@ def ours(
 @contextmanager
 def int8_drafts(model: OrthrusForCausalLM) -> Iterator[None]:
     """Inside, drafts read int8 copies of the weights; behind it, there are none."""
-    model.quantize_drafts()
     try:
+        model.quantize_drafts()  # memory may run out in the middle of it
         yield
     finally:
-        for module in model.modules():
-            if hasattr(module, "draft_weight"):
-                module.draft_weight = module.draft_scale = None
+        model.unquantize_drafts()
 
 
 def ours_int8_drafts(load: Workload) -> Cycles:

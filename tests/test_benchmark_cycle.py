@@ -126,6 +126,18 @@ def test_the_gate_sees_weights_that_are_not_the_same(monkeypatch: pytest.MonkeyP
     assert problem.startswith("transformers' AR logits are not ours")
 
 
+def test_copies_that_fill_the_memory_are_not_left_to_the_next_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shapes.build(shapes.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+
+    def out_of_memory() -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model.model.layers[1].mlp, "quantize_for_drafts", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        cycle_providers.ours_int8_drafts(cycle._workload(model, 40, 1, 2, None))
+    assert all(getattr(module, "draft_weight", None) is None for module in model.modules())
+
+
 def test_bytes_of_a_pass() -> None:
     model = shapes.build(shapes.SHAPES["tiny"], torch.float32, torch.device("cpu"))
     # per layer: q, k, v, o, their norms, gate, up, down, two norms; then the final norm and the tied head

@@ -166,6 +166,7 @@ def load_view(model: OrthrusForCausalLM, path: str | PathLike[str], *, longer_bl
         )
     for name, tensor in view.items():
         state[name].copy_(tensor)
+    model.unquantize_drafts()  # copies would be of the view before
 
 
 def fingerprint(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:

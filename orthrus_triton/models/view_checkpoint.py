@@ -57,6 +57,7 @@ def load_checkpoint_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -
             raise ValueError(f"{str(path)!r} must hold {name!r} with shape {expected}, but has {found}")
     for name, tensor in needed.items():
         tensor.copy_(stored[name])
+    model.unquantize_drafts()  # copies would be of the view before
 
 
 def adopt_form(model: OrthrusForCausalLM, about: dict[str, Any]) -> None:

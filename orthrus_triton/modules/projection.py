@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,14 @@ class Linear(nn.Module):
     def quantize_for_drafts(self) -> None:
         """Keep an int8 copy of the weight, as it is now, beside it: what `draft=True` reads."""
         self.draft_weight, self.draft_scale = ops.quantize_rows(self.weight)
+
+    def drop_draft_copy(self) -> None:
+        """Free the int8 copy: a draft reads the weight again."""
+        self.draft_weight = self.draft_scale = None
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.drop_draft_copy()  # it is of other weights
 
     def factors(self, draft: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight to multiply with, and the scale of its rows if it is the int8 copy: in a `draft`, if there is

@@ -75,6 +75,7 @@ class ViewTrainer(Trainer):
             rows, args.max_steps * per_step, args.num_anchors, args.domain_weights, args.seed,
             _surprise(model, args, rows, cache), args.anchor_focus, model.anchor_rows,
         )  # fmt: skip
+        model.unquantize_drafts()  # copies do not learn
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("_diff" in name)
             if "_diff" in name:

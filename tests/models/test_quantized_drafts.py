@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from orthrus_triton._triton import is_interpreted
 from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.view import load_view, save_view
+from orthrus_triton.models.view_checkpoint import load_checkpoint_view
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.ops.int8_product import dequantize_rows
 from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
+from tests.training.view_runs import make_model, make_trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 4
@@ -23,6 +29,11 @@ def dual_view(
     base = build_base(base_config(case, eos_token_id=None, **heads), dtype)
     model = OrthrusForCausalLM.from_base(base, block_size=BLOCK, anchor_view=anchor_view, **options)
     return randomise_view(model, scale=0.02)
+
+
+def copied(model: OrthrusForCausalLM) -> list[str]:
+    """Names of the products that have an int8 copy."""
+    return [name for name, module in model.named_modules() if getattr(module, "draft_weight", None) is not None]
 
 
 def stand_in(model: OrthrusForCausalLM) -> None:
@@ -50,14 +61,16 @@ def test_the_diffusion_view_reads_the_copies_and_the_ar_view_does_not(case: str)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "anchor_view", "impl"),
+    ("case", "dtype", "anchor_view", "impl"),
     [
-        (torch.float32, "diffusion", "torch"), (torch.float32, "ar", "torch"), (torch.bfloat16, "diffusion", "torch"),
-        (torch.bfloat16, "ar", "torch"), (torch.bfloat16, "diffusion", "triton"),
+        ("qwen3", torch.float32, "diffusion", "torch"), ("qwen3", torch.float32, "ar", "torch"),
+        ("qwen3", torch.bfloat16, "diffusion", "torch"), ("qwen3", torch.bfloat16, "ar", "torch"),
+        ("llama biases, wide heads, tied", torch.bfloat16, "ar", "torch"),
+        ("mistral window", torch.bfloat16, "ar", "torch"), ("qwen3", torch.bfloat16, "diffusion", "triton"),
     ],
 )  # fmt: skip
-def test_text_stays_the_ar_views_own(dtype: torch.dtype, anchor_view: str, impl: str) -> None:
-    model = dual_view("qwen3", dtype, anchor_view).to(DEVICE)
+def test_text_stays_the_ar_views_own(case: str, dtype: torch.dtype, anchor_view: str, impl: str) -> None:
+    model = dual_view(case, dtype, anchor_view).to(DEVICE)
     interpreted = impl == "triton" and is_interpreted()
     lengths, tokens = ((5,), 4) if interpreted else ((5, 11), 32)
     prompts = [random_ids(length, seed=length)[0].to(DEVICE) for length in lengths]
@@ -67,8 +80,8 @@ def test_text_stays_the_ar_views_own(dtype: torch.dtype, anchor_view: str, impl:
     for ours, theirs in zip(drafted.sequences, said.sequences):
         assert ours.tolist() == theirs.tolist()
     # the frozen view's token comes out of a draft pass there, so its MLP must read the weights themselves
-    copied = [layer.mlp.down_proj.draft_weight is not None for layer in model.model.layers]
-    assert copied == [anchor_view == "diffusion"] * len(copied)
+    of_mlps = [name for name in copied(model) if ".mlp." in name]
+    assert len(of_mlps) == (2 * len(model.model.layers) if anchor_view == "diffusion" else 0)
 
 
 @torch.inference_mode()
@@ -89,5 +102,37 @@ def test_copies_hardly_cost_drafts() -> None:
 def test_a_low_rank_view_keeps_its_own_projections() -> None:
     model = dual_view("qwen2", view_rank=2)
     model.quantize_drafts()
-    copied = [name for name, module in model.named_modules() if getattr(module, "draft_weight", None) is not None]
-    assert copied and all(".mlp." in name for name in copied)
+    assert copied(model) and all(".mlp." in name for name in copied(model))
+    model.config.anchor_view = "ar"
+    with pytest.raises(ValueError, match="view_rank=2 and anchor_view='ar'"):
+        model.quantize_drafts()
+
+
+@pytest.mark.parametrize("loading", ["view", "checkpoint", "state dict", "none"])
+def test_drafts_are_of_the_view_that_was_loaded(loading: str, tmp_path: Path) -> None:
+    other, model, ids = randomise_view(dual_view("llama"), seed=3), dual_view("llama"), random_ids(BLOCK)
+    model.quantize_drafts()
+    if loading == "view":
+        save_view(other, tmp_path / "view.safetensors", storage="fp16")
+        load_view(model, tmp_path / "view.safetensors")
+        load_view(other, tmp_path / "view.safetensors")  # rounded
+    elif loading == "checkpoint":
+        view = {name: tensor.contiguous() for name, tensor in other.state_dict().items() if "_diff" in name}
+        save_file(view, tmp_path / "model.safetensors")
+        load_checkpoint_view(model, tmp_path / "model.safetensors")
+    elif loading == "state dict":
+        model.load_state_dict(other.state_dict())
+    else:
+        model.reset_view()
+        other.reset_view()
+    assert copied(model) == []
+    with torch.no_grad():
+        assert torch.equal(model(ids, "diffusion", impl="torch"), other(ids, "diffusion", impl="torch"))
+
+
+def test_training_drops_copies(tmp_path: Path) -> None:
+    model = make_model()
+    model.quantize_drafts()
+    assert copied(model)
+    make_trainer(model, tmp_path, 1)
+    assert copied(model) == []
