@@ -49,7 +49,7 @@ Int8DraftsOption = Annotated[
     bool,
     typer.Option(
         "--int8-drafts",
-        help="Draft from int8 copies of the weights: for GPUs; the same text, a third more memory.",
+        help="Draft from int8 copies of the weights: for GPUs; text is as exact, memory a third more.",
     ),
 ]  # fmt: skip
 
