@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig
-from orthrus_triton.ops.row_tiles import depth_per_split
+from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
 
 LARGEST = 127  # of either sign
 
@@ -79,8 +79,9 @@ def launch_int8_product(
 ) -> None:  # fmt: skip
     """Fill `partial` [SPLIT_K, M, N] fp32 from `row_runs` of x, with `linear`'s configuration of this weight shape."""
     (N, K), M = values.shape, partial.shape[1]
-    grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), config["SPLIT_K"])
+    tiles = config if x.dtype == torch.float32 else tiles_for_rows(config, M, values)
+    grid = (cdiv(M, tiles["BLOCK_M"]), cdiv(N, tiles["BLOCK_N"]), tiles["SPLIT_K"])
     int8_product_kernel[grid](
         x, values, weight_scale.contiguous(), partial, M, run, apart, N=N, K=K,
-        K_PER_SPLIT=depth_per_split(config, K), PRECISION="ieee", **config.constants, **config.launch, **EXACT_LAUNCH,
+        K_PER_SPLIT=depth_per_split(config, K), PRECISION="ieee", **tiles.constants, **tiles.launch, **EXACT_LAUNCH,
     )  # fmt: skip

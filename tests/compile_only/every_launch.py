@@ -81,10 +81,12 @@ def many_rows(family: str, dtype: torch.dtype) -> None:
         return
     n, k = 4096, 4096
     x, weight = meta(300, k, dtype=dtype), meta(n, k, dtype=dtype)
+    values, scale = meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32)
     for constants, launch in MANY_ROWS_TILES.get(family, ()):
         whole, split = (KernelConfig({**constants, "SPLIT_K": split_k}, launch) for split_k in (1, 4))
         launch_linear(x, weight, None, None, dtype, whole)
         launch_linear(x, weight, None, None, dtype, split)
+        launch_linear(x, values, None, None, dtype, split, scale)
         launch_linear_swiglu(x, weight, None, whole)
         launch_lm_head_choice(x, weight, whole)
 
