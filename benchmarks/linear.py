@@ -25,6 +25,7 @@ from benchmarks.common import (
 from benchmarks.shapes import SHAPES, Shape
 from orthrus_triton import ops
 from orthrus_triton.cli.common import one_line_errors, resolve_device
+from orthrus_triton.ops.int8_product import dequantize_rows
 from orthrus_triton.testing import assert_within_budget
 
 CHECKED_COLUMNS = 1024  # of a wide weight, for the fp64 reference
@@ -75,6 +76,14 @@ def problems(weight: Weight, x: torch.Tensor, matrix: torch.Tensor, rows: list[i
     for count in rows:
         if not torch.equal(weight.ours(x[:count], matrix), whole[:count]):
             yield f"{where}: {count} rows have other bits than the same rows among {len(x)}"
+    if int8 := _int8_copies(weight, matrix):
+        values, scale = int8[0]
+        stood_for = dequantize_rows(values, scale, x.dtype)
+        alike = torch.cosine_similarity(
+            weight.ours(x, values, weight_scale=scale).float(), weight.ours(x, stood_for).float(), dim=-1
+        )  # fmt: skip
+        if alike.min() < 0.999:
+            yield f"{where}: the product in int8 is another one, cosine {alike.min():.4f}"
     if weight.width == weight.N:
         columns = slice(None, None, max(weight.N // CHECKED_COLUMNS, 1))
         try:
@@ -87,6 +96,14 @@ def problems(weight: Weight, x: torch.Tensor, matrix: torch.Tensor, rows: list[i
         unfused = ops.linear(x, matrix, out_dtype=torch.float32 if weight.width == 1 else None)
         if not torch.equal(whole, ops.greedy_choice(unfused) if weight.width == 1 else ops.swiglu(unfused)):
             yield f"{where}: other bits than the two ops it stands for"
+
+
+def _int8_copies(weight: Weight, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Values and scales, more of them than the cache holds; none for the head, which drafts read as it is."""
+    if weight.name.startswith("lm_head"):
+        return []
+    values, scale = ops.quantize_rows(matrix)
+    return [(values.clone(), scale) for _ in range(copies_beyond_cache(values.nbytes, matrix.device))]
 
 
 def main(
@@ -105,8 +122,9 @@ def main(
 
     A product of few rows is as fast as its weight can be read, so the yardstick is a large copy on the same device:
     of_copy is (weight + x + result) / time over that. On a GPU "bare read" is a kernel that only reads the weight: a
-    small one is never read at copy bandwidth. Time is CUDA-graph replay with cold L2. Each weight's results are checked
-    first (fp64, and equal row bits for all row counts); if one is wrong, nothing is timed and the exit code is 1.
+    small one is never read at copy bandwidth. "ours, int8" reads the copies that drafts may read. Time is CUDA-graph
+    replay with cold L2. Each weight's results are checked first (fp64, and equal row bits for all row counts); if one
+    is wrong, nothing is timed and the exit code is 1.
 
     \b
     python -m benchmarks.linear                              # on a GPU
@@ -137,17 +155,24 @@ def main(
         for name, weight in cells:
             first = new_weight(weight)
             matrices = [first, *(first.clone() for _ in range(copies_beyond_cache(first.nbytes, where) - 1))]
+            int8 = _int8_copies(weight, first)
             for count in counts:
                 x = randn(count, weight.K)
                 providers = {
                     provider: [partial(run, x, matrix) for matrix in matrices]
                     for provider, run in (("ours", weight.ours), ("library", weight.library))
                 }
+                if int8:
+                    providers["ours, int8"] = [
+                        partial(weight.ours, x, values, weight_scale=scale) for values, scale in int8
+                    ]  # fmt: skip
                 if where.type == "cuda" and count == counts[0]:  # the same for any number of rows
                     providers["bare read"] = [partial(bare_read, matrix) for matrix in matrices]
                 timings = measure(providers, where, samples=samples)
-                nbytes = first.nbytes + x.nbytes + count * weight.width * (8 if weight.width == 1 else x.itemsize)
+                around = x.nbytes + count * weight.width * (8 if weight.width == 1 else x.itemsize)
                 for provider, timing in timings.items():
+                    of_int8 = provider == "ours, int8"
+                    nbytes = around + (sum(part.nbytes for part in int8[0]) if of_int8 else first.nbytes)
                     report.add(
                         shape=name, weight=weight.name, N=weight.N, K=weight.K, rows=count, dtype=dtype,
                         provider=provider, **timing.columns(), gb_s=round(nbytes / timing.p50 / 1e9, 1),
