@@ -66,9 +66,9 @@ def projections(family: str, dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
-def int8_products(family: str, dtype: torch.dtype) -> None:
-    """down of SmolLM2-135M, whose depth ends inside a tile, and qkv of Qwen3-8B."""
-    for n, k in ((576, 1536 - 32), (6144, 4096)):
+def int8_products(family: str) -> None:
+    """A weight whose depth ends inside a tile, and qkv of Qwen3-8B."""
+    for n, k, dtype in ((576, 1504, torch.float32), (576, 1504, torch.float16), (6144, 4096, torch.bfloat16)):
         launch_linear(
             meta(32, k, dtype=dtype), meta(n, k, dtype=torch.int8), None, None, dtype,
             config("linear", dtype, family, N=n, K=k), meta(n, dtype=torch.float32),
@@ -86,7 +86,8 @@ def many_rows(family: str, dtype: torch.dtype) -> None:
         whole, split = (KernelConfig({**constants, "SPLIT_K": split_k}, launch) for split_k in (1, 4))
         launch_linear(x, weight, None, None, dtype, whole)
         launch_linear(x, weight, None, None, dtype, split)
-        launch_linear(x, values, None, None, dtype, split, scale)
+        if dtype == torch.bfloat16:
+            launch_linear(x, values, None, None, dtype, split, scale)
         launch_linear_swiglu(x, weight, None, whole)
         launch_lm_head_choice(x, weight, whole)
 
@@ -156,11 +157,11 @@ def choice_and_consensus() -> None:
 def decoding(family: str) -> None:
     choice_and_consensus()
     sampling()
+    int8_products(family)
     for dtype in DTYPES:
         small_ops(dtype)
         attention(family, dtype)
         projections(family, dtype)
-        int8_products(family, dtype)
         many_rows(family, dtype)
         fused_products(family, dtype)
 
