@@ -27,7 +27,9 @@ def main(
         str | None, typer.Argument(help="Folder or hub id of an Orthrus model; by default the demo model.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of each prompt; the first is the prefill's.")] = 64,
-    block_size: Annotated[int, typer.Option(help="Rows of a draft block, anchor included.")] = 8,
+    block_size: Annotated[
+        int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled tokens.")] = 1,
 ) -> None:
     """Tokens per cycle, and the share of cycles that accept their first draft, by sampling rule and temperature."""
@@ -36,7 +38,7 @@ def main(
         network, tokenizer, name = load_model(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
         prompts = [torch.tensor(encode(tokenizer, Prompt(text))) for text in PROMPTS]
         decoder = ConsensusDecoder(network, block_size=block_size)
-    print(f"{name}, block {block_size}, {len(prompts)} prompts of {tokens} tokens, {device}")
+    print(f"{name}, block {decoder.block_size}, {len(prompts)} prompts of {tokens} tokens, {device}")
     print("| T | rule | tokens per cycle | first draft accepted | cycles |\n|---|---|---|---|---|")
     for temperature in TEMPERATURES:
         for rule in ("coupled", "rejection") if temperature else ("greedy",):

@@ -67,4 +67,4 @@ def test_the_shipped_view_drafts() -> None:
     code = Path(__file__).parents[1] / "examples" / "prompts" / "code.txt"
     prompts = [torch.tensor(encode(tokenizer, prompt)) for prompt in read_prompts(code)[:4]]
     output = ConsensusDecoder(model).generate(prompts, max_new_tokens=40)
-    assert output.stats.tokens_per_cycle > 3.9
+    assert output.stats.tokens_per_cycle > 5.5

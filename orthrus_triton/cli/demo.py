@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CYCLE, EXACT, CHEAPEST = "dual-view cycle", "AR, exact", "AR, cheapest pass"
 DEFAULT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
+CPU_BLOCK_SIZE = 8  # the shipped view drafts up to 16 rows, which is right for a GPU; on a CPU every row takes time
 
 
 def demo(
@@ -39,7 +40,8 @@ def demo(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 96,
     block_size: Annotated[
-        int | None, typer.Option(help="Rows of a draft block, anchor included; by default those of the view.")
+        int | None,
+        typer.Option(help=f"Rows of a draft block, anchor included; by default the view's, on a CPU {CPU_BLOCK_SIZE}."),
     ] = None,
     view: Annotated[
         str, typer.Option(help="shipped: the trained one; copy: an untrained copy of the AR weights; or a view file.")
@@ -62,14 +64,16 @@ def demo(
         precision = resolve_dtype(dtype, where)
         runs = require_impl("auto", where)
         model, tokenizer, model_name = load_demo(view, precision, where, block_size)
+        if block_size is None:
+            block_size = min(model.block_size, CPU_BLOCK_SIZE) if where.type == "cpu" else model.block_size
         from orthrus_triton.modules import first_difference
 
         input_ids = encode_prompt(tokenizer, " ".join(prompt) if prompt else DEFAULT_PROMPT, chat=None)
-        outputs = _decode(model, tokenizer, input_ids, max_new_tokens, runs)
+        outputs = _decode(model, tokenizer, input_ids, max_new_tokens, block_size, runs)
     consensus, ar = (outputs[name].sequences[0][input_ids.shape[1] :].tolist() for name in (CYCLE, EXACT))
     console = result_console()
     dtype_name = str(precision).removeprefix("torch.")
-    title = f"{model_name}; {dtype_name} on {where} ({runs}), block {model.block_size}"
+    title = f"{model_name}; {dtype_name} on {where} ({runs}), block {block_size}"
     console.print()
     console.print(_table(title, {name: output.stats for name, output in outputs.items()}))
     if CHEAPEST in outputs:
@@ -91,12 +95,12 @@ def demo(
 
 
 def _decode(
-    model: OrthrusForCausalLM, tokenizer: Any, input_ids: torch.Tensor, max_new_tokens: int, impl: str
+    model: OrthrusForCausalLM, tokenizer: Any, input_ids: torch.Tensor, max_new_tokens: int, block_size: int, impl: str
 ) -> dict[str, DecodeOutput]:
     """The prompt in every way of decoding, each warmed up by a few tokens; the first streams its text to stdout."""
     from orthrus_triton.modules import ConsensusDecoder
 
-    decoders = {CYCLE: ConsensusDecoder(model), EXACT: ConsensusDecoder(model, mode="ar")}
+    decoders = {CYCLE: ConsensusDecoder(model, block_size=block_size), EXACT: ConsensusDecoder(model, mode="ar")}
     if impl != "triton":  # Triton's one-row pass is exact and cheapest at once
         decoders[CHEAPEST] = ConsensusDecoder(model, mode="ar", exact=False)
     outputs = {}
