@@ -28,7 +28,7 @@ PROMPT = "Photosynthesis is the process by which"
 @pytest.mark.slow
 def test_the_demo_model_speaks_and_its_weights_are_those_of_the_file():
     model, tokenizer = demo.load_demo_model()
-    assert (model.dtype, model.block_size, model.mask_token_id, model.eos_token_ids) == (torch.float32, 8, 16, [2])
+    assert (model.dtype, model.block_size, model.mask_token_id, model.eos_token_ids) == (torch.float32, 16, 16, [2])
     assert tokenizer.convert_ids_to_tokens(model.mask_token_id) == "<empty_output>"
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     out = ConsensusDecoder(model, impl="torch").generate(prompt, max_new_tokens=4)

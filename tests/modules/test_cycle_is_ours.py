@@ -89,7 +89,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
         forward = decoder_layer.SwiGLU.forward
         monkeypatch.setattr(
             decoder_layer.SwiGLU, "forward",
-            lambda self, *arguments, impl, linear_impl: forward(self, *arguments, impl=impl, linear_impl="library"),
+            lambda self, *arguments, **options: forward(self, *arguments, **options | {"linear_impl": "library"}),
         )  # fmt: skip
 
     yield {
