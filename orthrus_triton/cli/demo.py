@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CYCLE, EXACT, CHEAPEST = "dual-view cycle", "AR, exact", "AR, cheapest pass"
 DEFAULT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
-CPU_BLOCK_SIZE = 8  # the shipped view drafts up to 16 rows, which is right for a GPU; on a CPU every row takes time
+CPU_BLOCK_SIZE = 8  # the shipped view drafts up to 16 rows, but on a CPU every row takes time: see its card
 
 
 def demo(
