@@ -163,7 +163,7 @@ class LinearSpace(BuiltInSpace):
     """linear, and the products that have something fused behind them: one configuration per weight shape, because fused
     and unfused products must have the same bits."""
 
-    files = ("ops/linear.py", "ops/linear_swiglu.py", "ops/lm_head.py", "ops/swiglu.py")
+    files = ("ops/product_tile.py", "ops/linear.py", "ops/linear_swiglu.py", "ops/lm_head.py", "ops/swiglu.py")
     without = ("swiglu_kernel", "best_tile_kernel")
 
     def __init__(self) -> None:

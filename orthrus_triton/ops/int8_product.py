@@ -7,6 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig
+from orthrus_triton.ops.product_tile import product_tile
 from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
 
 LARGEST = 127  # of either sign
@@ -52,21 +53,10 @@ def int8_product_kernel(
     row_mask = rows < M
     col_mask = cols < N
     x_rows = rows // run * apart + rows % run
-    depth = tl.arange(0, BLOCK_K)
-    x_tile_ptr = x_ptr + x_rows.to(tl.int64)[:, None] * K + depth[None, :]
-    values_tile_ptr = values_ptr + cols.to(tl.int64)[None, :] * K + depth[:, None]
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(split * K_PER_SPLIT, tl.minimum((split + 1) * K_PER_SPLIT, K), BLOCK_K):
-        if K % BLOCK_K == 0:
-            # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
-            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None], other=0.0)
-            values = tl.load(values_tile_ptr + k, mask=col_mask[None, :], other=0)
-        else:
-            in_range = depth < K - k
-            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None] & in_range[None, :], other=0.0)
-            values = tl.load(values_tile_ptr + k, mask=col_mask[None, :] & in_range[:, None], other=0)
-        # every int8 is a number of fp16 and of bf16
-        accumulator = tl.dot(x, values.to(x.dtype), accumulator, input_precision=PRECISION)
+    accumulator = product_tile(
+        x_ptr, values_ptr, x_rows, cols, row_mask, col_mask,
+        split * K_PER_SPLIT, tl.minimum((split + 1) * K_PER_SPLIT, K), K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
     # [BLOCK_N]
     accumulator *= tl.load(scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     out_offsets = (M * split + rows).to(tl.int64)[:, None] * N + cols[None, :]

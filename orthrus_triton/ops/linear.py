@@ -10,6 +10,7 @@ from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._cpu_product import library_product, tiled_product
 from orthrus_triton.ops._dispatch import require_kernel, require_same, resolve_impl, runs_directly
 from orthrus_triton.ops.int8_product import dequantize_rows, launch_int8_product
+from orthrus_triton.ops.product_tile import product_tile
 from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
 
 
@@ -91,30 +92,6 @@ def _epilogue(
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
         out = (out.to(tl.float32) + residual.to(tl.float32)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets, out, mask=mask)
-
-
-@triton.jit
-def product_tile(
-    x_ptr, weight_ptr, rows, cols, row_mask, col_mask, start, end,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x[rows] @ weight[cols].T over the depths start..end-1, in fp32 and in ascending tiles of BLOCK_K. Every kernel
-    that multiplies takes its products from here, so that fused and unfused results have the same bits."""
-    depth = tl.arange(0, BLOCK_K)
-    x_tile_ptr = x_ptr + rows.to(tl.int64)[:, None] * K + depth[None, :]
-    weight_tile_ptr = weight_ptr + cols.to(tl.int64)[None, :] * K + depth[:, None]
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(start, end, BLOCK_K):
-        if K % BLOCK_K == 0:
-            # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
-            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None], other=0.0)
-            weight = tl.load(weight_tile_ptr + k, mask=col_mask[None, :], other=0.0)
-        else:
-            in_range = depth < K - k
-            x = tl.load(x_tile_ptr + k, mask=row_mask[:, None] & in_range[None, :], other=0.0)
-            weight = tl.load(weight_tile_ptr + k, mask=col_mask[None, :] & in_range[:, None], other=0.0)
-        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
-    return accumulator
 
 
 @triton.jit(do_not_specialize=["M", "run", "apart"])

@@ -15,8 +15,8 @@ from orthrus_triton.ops.linear import (
     launch_partial,
     linear_reference,
     linear_torch,
-    product_tile,
 )
+from orthrus_triton.ops.product_tile import product_tile
 from orthrus_triton.ops.row_tiles import tiles_for_rows
 from orthrus_triton.ops.swiglu import silu_times, swiglu_formula
 

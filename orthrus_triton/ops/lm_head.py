@@ -8,7 +8,8 @@ import torch
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._dispatch import require_kernel, resolve_impl
-from orthrus_triton.ops.linear import check_product, launch_linear, linear_reference, linear_torch, product_tile
+from orthrus_triton.ops.linear import check_product, launch_linear, linear_reference, linear_torch
+from orthrus_triton.ops.product_tile import product_tile
 from orthrus_triton.ops.row_tiles import tiles_for_rows
 from orthrus_triton.ops.sample import greedy_choice_reference, greedy_choice_torch, launch_greedy_choice
 
