@@ -87,7 +87,7 @@ def _columns(measured: Cycles | None, load: Workload, bandwidth: float, tokens_p
     timing = Timing.of(measured.seconds)
     batch, context = load.prompts.shape
     nbytes = sum(bytes_per_pass(load.model, view, context, batch) for view in measured.views)
-    tokens = tokens_per_cycle if len(measured.views) == 2 else 1.0
+    tokens = 1.0 if measured.views == ("ar",) else tokens_per_cycle
     values = (
         timing.samples, *(round(1e3 * t, 3) for t in (timing.p20, timing.p50, timing.p80)),
         round(1e3 * nbytes / bandwidth, 3), round(timing.p50 * bandwidth / nbytes, 3),

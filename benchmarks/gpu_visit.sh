@@ -80,7 +80,7 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         attention) run attention "$python" -m benchmarks.attention --out "$out" ;;
         # one context, everybody
         cycle) run cycle "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 \
-            --providers ours,ours-int8-drafts,ours-ar,official,hf,ours-inexact $official --out "$out" ;;
+            --providers ours,ours-one-pass,ours-int8-drafts,ours-ar,official,hf,ours-inexact $official --out "$out" ;;
         # what exactness costs of a cycle: the same one with the library's products
         tax) run tax "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1,4 --cycles 30 \
             --providers ours,ours-inexact --out "$out/tax" ;;

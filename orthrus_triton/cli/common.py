@@ -45,6 +45,14 @@ BlockSizeOption = Annotated[
         help="Rows of a draft block, anchor included; by default the model's own. auto: the fastest, cycle by cycle.",
     ),
 ]  # fmt: skip
+OnePassOption = Annotated[
+    bool,
+    typer.Option(
+        "--one-pass",
+        help="Draft the next block in the pass that verifies this one, in blocks of 8: the same text, fewer passes of "
+        "more rows. For GPUs.",
+    ),
+]  # fmt: skip
 Int8DraftsOption = Annotated[
     bool,
     typer.Option(

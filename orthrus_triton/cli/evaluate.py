@@ -18,6 +18,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     ImplOption,
     Int8DraftsOption,
+    OnePassOption,
     busy,
     one_line_errors,
     require_impl,
@@ -57,6 +58,7 @@ def evaluate(
     block_size: Annotated[
         int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
     ] = None,
+    one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -106,11 +108,12 @@ def evaluate(
         with Progress(*columns, console=status_console, transient=True) as progress:
             task = progress.add_task("", total=len(encoded))
             report = measure(
-                network, encoded, max_new_tokens=max_new_tokens, block_size=block_size, impl=impl,
-                check_exact=check_exact, baseline=baseline, on_answer=lambda: progress.advance(task),
+                network, encoded, max_new_tokens=max_new_tokens, block_size=block_size, one_pass=one_pass,
+                impl=impl, check_exact=check_exact, baseline=baseline, on_answer=lambda: progress.advance(task),
             )  # fmt: skip
         report = {
             "model": name,
+            "one_pass": one_pass,
             "int8_drafts": int8_drafts,
             **_setting(where, precision, runs, prompts or []),
             **report,

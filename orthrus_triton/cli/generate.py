@@ -16,6 +16,7 @@ from orthrus_triton.cli.common import (
     ImplOption,
     Int8DraftsOption,
     MinPOption,
+    OnePassOption,
     SeedOption,
     TemperatureOption,
     TopKOption,
@@ -51,6 +52,7 @@ def generate(
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     block_size: BlockSizeOption = None,
+    one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -86,7 +88,7 @@ def generate(
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         network, tokenizer, _ = load_model(model, precision, where, int8_drafts)
         input_ids = encode_prompt(tokenizer, prompt, chat, system)
-        decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
+        decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, one_pass=one_pass, impl=impl)
         output = decoder.generate(
             input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), params=[params]
         )
@@ -97,6 +99,7 @@ def generate(
             "tokens_per_second": output.stats.tokens_per_second,
             "stopped_by": "eos" if int(output.sequences[0][-1]) in network.eos_token_ids else "length",
             "block_size": (block_size or decoder.block_size) if mode == "consensus" else 1,
+            "one_pass": one_pass and mode == "consensus",
             "dtype": str(precision).removeprefix("torch."),
             "device": str(where),
             "impl": runs,
@@ -116,9 +119,10 @@ def _read_prompt(prompt: str | None) -> str:
 
 
 def _stats_line(stats: DecodeStats, report: dict[str, Any]) -> str:
+    passes = " in one pass" if report["one_pass"] else ""
     return (
         f"{stats.tokens} tokens in {stats.prefill_seconds + stats.decode_seconds:.2f} s "
         f"({stats.tokens_per_second:.1f} tokens/s, prefill included); {stats.cycles} cycles of "
-        f"{stats.tokens_per_cycle:.2f} tokens, TPF {stats.tpf:.2f}; {report['mode']}, block {report['block_size']}, "
-        f"{report['dtype']} on {report['device']} ({report['impl']}), stopped by {report['stopped_by']}"
+        f"{stats.tokens_per_cycle:.2f} tokens, TPF {stats.tpf:.2f}; {report['mode']}, block {report['block_size']}"
+        f"{passes}, {report['dtype']} on {report['device']} ({report['impl']}), stopped by {report['stopped_by']}"
     )

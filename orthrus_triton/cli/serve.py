@@ -13,6 +13,7 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     Int8DraftsOption,
+    OnePassOption,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -42,6 +43,7 @@ def serve(
     sampling: Annotated[
         Literal["coupled", "rejection"], typer.Option(help="coupled: the tokens AR decoding of the same seed gives.")
     ] = "coupled",
+    one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -53,6 +55,8 @@ def serve(
     ORTHRUS_API_KEY=... orthrus-triton serve ./orthrus --host 0.0.0.0 --slots 16
     """
     with one_line_errors():
+        if one_pass and sampling == "rejection":
+            raise ValueError("--sampling must be coupled with --one-pass, but is rejection")
         if api_key is not None and not api_key.strip():
             raise ValueError("--api-key must not be empty")
         if api_key is None and not _is_loopback(host):
@@ -72,8 +76,9 @@ def serve(
         from orthrus_triton.serving.server import Server
 
         scheduler = Scheduler(
-            ConsensusDecoder(network), slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling
-        )
+            ConsensusDecoder(network, one_pass=one_pass), slots=slots, max_len=max_len, max_waiting=max_waiting,
+            sampling=sampling,
+        )  # fmt: skip
         # the last part of a folder or hub id: clients need not know where it lies
         name = name or (DEMO_NAME if model is None else Path(model).resolve().name)
         app = create_app(scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes)

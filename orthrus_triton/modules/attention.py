@@ -99,7 +99,7 @@ class DualViewAttention(nn.Module):
         inexact = impl == "torch" and view_pass.linear_impl == "library"
         attended = ops.dual_view_attention(
             q, cache_layer.k, cache_layer.v, view_pass.key_limit, k_block, v_block,
-            block_size=T if drafting else None, window=self.window, impl="library" if inexact else impl,
+            block_size=view_pass.block_rows or None, window=self.window, impl="library" if inexact else impl,
         ).view(B, T, -1)  # fmt: skip
         return self._project_out(attended, view_pass, residual, next_norm)
 
@@ -117,7 +117,7 @@ class DualViewAttention(nn.Module):
         widths = [part.positions.shape[1] for part in parts]
         inputs, angles = hidden.split(widths, dim=1), _split_rope(rope, widths)
         residuals = [None] * len(parts) if residual is None else residual.split(widths, dim=1)
-        if self.window is not None:
+        if self.window is not None or view_pass.block_rows:
             pieces = zip(inputs, angles, parts, residuals)
             return _join([self(rows, turn, cache_layer, part, rest, next_norm) for rows, turn, part, rest in pieces])
         k, v = cache_layer.k, cache_layer.v

@@ -12,12 +12,20 @@ Mode = Literal["consensus", "ar"]
 BlockSize = int | Literal["auto"]
 
 
-def widest_block(block_size: BlockSize | None, model: DualViewModel) -> int:
-    """Rows of the largest block that `block_size` allows; None and "auto" allow the trained one.
+ONE_PASS_BLOCK = 8  # 64 rows or a few more in a pass: about as many as a GPU reads its weights for anyway
+
+
+def widest_block(block_size: BlockSize | None, model: DualViewModel, one_pass: bool) -> int:
+    """Rows of the largest block that `block_size` allows; None and "auto" allow the trained one. With `one_pass`, where
+    rows are about as many as the square of it, None allows `ONE_PASS_BLOCK` at most.
 
     Raises:
-        ValueError: it is not in 2..model.block_size.
+        ValueError: it is not in 2..model.block_size, or "auto" in one pass.
     """
+    if block_size == "auto" and one_pass:
+        raise ValueError("block_size must be a number of rows with one_pass=True, but got 'auto'")
+    if block_size is None and one_pass:
+        return min(model.block_size, ONE_PASS_BLOCK)
     if block_size is None or block_size == "auto":
         return model.block_size
     if not isinstance(block_size, int) or not 2 <= block_size <= model.block_size:

@@ -96,7 +96,7 @@ class DecodeRun:
         impl: str, lag: int, choosing: Choosing,
     ) -> None:  # fmt: skip
         self.cache, self.state, self.rule, self.impl, self.lag = cache, state, rule, impl, lag
-        self.choosing = choosing
+        self.choosing, self.one_pass = choosing, decoder.one_pass
         self.slots = [Slot() for _ in range(cache.batch_size)]
         self._decoder, self._runner = decoder, runner
         self._ring = ReportRing(state.report, decoder.clock)

@@ -34,6 +34,7 @@ def evaluate(
     *,
     max_new_tokens: int = 128,
     block_size: int | None = None,
+    one_pass: bool = False,
     impl: str = "auto",
     check_exact: bool = True,
     baseline: bool = True,
@@ -47,7 +48,8 @@ def evaluate(
         model: a dual-view model.
         prompts: (domain, token ids) of each.
         max_new_tokens: most tokens per prompt, >= 2: the first one is the prefill's, and no cycle's.
-        block_size: rows of a block; by default the model's own.
+        block_size: rows of a block; by default the model's own, in one pass 8.
+        one_pass: draft and verify in one pass, as in `ConsensusDecoder`.
         impl: "auto", "triton" or "torch".
         check_exact: decode in mode="ar" too and compare the ids.
         baseline: time the cheapest one-row AR pass too (`exact=False`). Where that is the exact pass itself, the two
@@ -72,7 +74,7 @@ def evaluate(
         raise ValueError("prompts must hold at least one prompt, but got none")
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens must be >= 2, but got {max_new_tokens}")
-    decoders = {"consensus": ConsensusDecoder(model, block_size=block_size, impl=impl)}
+    decoders = {"consensus": ConsensusDecoder(model, block_size=block_size, one_pass=one_pass, impl=impl)}
     if check_exact:
         decoders["ar"] = ConsensusDecoder(model, mode="ar", impl=impl)
     if baseline:
