@@ -46,7 +46,7 @@ def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
         assert float(row["tokens_s"]) == pytest.approx(tokens_s, rel=0.01)
         assert float(row["ttft_s"]) > 0
     floors = {row["provider"]: float(row["floor_ms"]) for row in timed}
-    assert floors["ours-ar"] <= floors["ours-one-pass"] < floors["ours-int8-drafts"] < floors["ours"]
+    assert floors["ours-ar"] < floors["ours-int8-drafts"] < floors["ours"] > floors["ours-one-pass"]
     notes = {row["provider"]: row["note"] for row in rows if not row["p50_ms"]}
     assert "needs --official PATH" in notes["official"] and "on a GPU only" in notes["hf-compiled"]
     assert "acceptance is not measured" in result.output and "assumes 4 tokens per drafted cycle" in result.output

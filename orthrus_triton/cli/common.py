@@ -4,7 +4,7 @@ Nothing heavy is imported before a command runs."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -67,6 +67,11 @@ TopKOption = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 ke
 TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability together.")]
 MinPOption = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of sampling; the same one gives the same text.")]
+
+
+def block_of(report: Mapping[str, Any]) -> str:
+    """A report's `block_size` and `one_pass` in words."""
+    return f"block {report['block_size']}{' in one pass' if report['one_pass'] else ''}"
 
 
 def result_console(**options: Any) -> Console:

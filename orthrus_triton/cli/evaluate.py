@@ -19,6 +19,7 @@ from orthrus_triton.cli.common import (
     ImplOption,
     Int8DraftsOption,
     OnePassOption,
+    block_of,
     busy,
     one_line_errors,
     require_impl,
@@ -161,7 +162,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
     from orthrus_triton.training.chart import save_chart
 
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    title = f"{report['model']}, {report['dtype']} on {report['hardware']}, block {report['block_size']}"
+    title = f"{report['model']}, {report['dtype']} on {report['hardware']}, {block_of(report)}"
     save_chart(report, folder / "chart.png", title)
     status_console.print(f"wrote {folder / 'report.json'} and {folder / 'chart.png'}")
 
@@ -182,9 +183,7 @@ def _setting(where: torch.device, precision: torch.dtype, runs: str, files: list
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
-    title = (
-        f"{report['model']}, {report['dtype']} on {report['device']} ({report['impl']}), block {report['block_size']}"
-    )
+    title = f"{report['model']}, {report['dtype']} on {report['device']} ({report['impl']}), {block_of(report)}"
     table = Table(title=title, title_justify="left")
     table.add_column("domain")
     for column in (

@@ -21,6 +21,7 @@ from orthrus_triton.cli.common import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    block_of,
     encode_prompt,
     one_line_errors,
     require_impl,
@@ -119,10 +120,9 @@ def _read_prompt(prompt: str | None) -> str:
 
 
 def _stats_line(stats: DecodeStats, report: dict[str, Any]) -> str:
-    passes = " in one pass" if report["one_pass"] else ""
     return (
         f"{stats.tokens} tokens in {stats.prefill_seconds + stats.decode_seconds:.2f} s "
         f"({stats.tokens_per_second:.1f} tokens/s, prefill included); {stats.cycles} cycles of "
-        f"{stats.tokens_per_cycle:.2f} tokens, TPF {stats.tpf:.2f}; {report['mode']}, block {report['block_size']}"
-        f"{passes}, {report['dtype']} on {report['device']} ({report['impl']}), stopped by {report['stopped_by']}"
+        f"{stats.tokens_per_cycle:.2f} tokens, TPF {stats.tpf:.2f}; {report['mode']}, {block_of(report)}, "
+        f"{report['dtype']} on {report['device']} ({report['impl']}), stopped by {report['stopped_by']}"
     )

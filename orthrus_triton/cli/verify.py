@@ -17,6 +17,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     ImplOption,
     OnePassOption,
+    block_of,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -165,7 +166,6 @@ def _print(result: dict[str, Any], found: list[Divergence], tokenizer: Any) -> N
         )
     console.print(
         f"{result['identical']} of {result['prompts']} prompts identical ({result['tokens']} tokens); "
-        f"{result['model']}, {result['dtype']} on {result['device']} ({result['impl']}), "
-        f"block {result['block_size']}",
+        f"{result['model']}, {result['dtype']} on {result['device']} ({result['impl']}), {block_of(result)}",
         style="bold red" if found else "bold green",
     )
