@@ -34,6 +34,7 @@ def test_generate_prints_the_models_own_text_and_nothing_else(model_folder):
 @pytest.mark.parametrize("mode", ["consensus", "ar"])
 def test_generate_reads_stdin_and_ends_with_json(model_folder, mode):
     options = ("--raw", "--max-new-tokens", 11, "--dtype", "fp32", "--stats", "json", "--mode", mode)
+    options += ("--block-size", BLOCK_SIZE) if mode == "consensus" else ()
     result = run("generate", model_folder, *options, stdin="the text\n")
     assert result.exit_code == 0, result.stderr
     text, last = result.stdout.removesuffix("\n").rsplit("\n", 1)
@@ -50,8 +51,9 @@ def test_generate_reads_stdin_and_ends_with_json(model_folder, mode):
     assert result.stderr == ""
 
 
-def test_a_block_of_whatever_size_is_fastest_gives_the_same_text(model_folder):
-    options = ("--raw", "--max-new-tokens", 24, "--dtype", "fp32", "--stats", "json", "--block-size", "auto")
+@pytest.mark.parametrize("chosen", [(), ("--block-size", "auto")], ids=["by default", "named"])
+def test_a_block_of_whatever_size_is_fastest_gives_the_same_text(model_folder, chosen):
+    options = ("--raw", "--max-new-tokens", 24, "--dtype", "fp32", "--stats", "json", "--device", "cpu", *chosen)
     result = run("generate", model_folder, "the text", *options)
     assert result.exit_code == 0, result.stderr
     text, last = result.stdout.removesuffix("\n").rsplit("\n", 1)

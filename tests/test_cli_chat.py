@@ -93,6 +93,8 @@ def test_bad_options_are_one_line(folder: Path) -> None:
     assert_bad_input(small, "--max-len must exceed the conversation")
     assert_bad_input(run("serve", folder, "--host", "0.0.0.0"), "--host 0.0.0.0", "--api-key")
     assert_bad_input(run("serve", folder, "--api-key", " "), "--api-key must not be empty")
+    both = run("serve", folder, "--one-pass", "--sampling", "rejection")
+    assert_bad_input(both, "--sampling must be coupled with --one-pass, but is rejection")
 
 
 def test_what_only_runs_can_show_is_one_line_too() -> None:

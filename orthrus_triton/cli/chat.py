@@ -18,6 +18,7 @@ from orthrus_triton.cli.common import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    fast_block,
     one_line_errors,
     require_impl,
     require_text,
@@ -70,7 +71,7 @@ def chat(
         network, tokenizer, name = load_model(model, resolve_dtype(dtype, where), where)
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("MODEL must have a chat template: use orthrus-triton generate --raw")
-        decoder = ConsensusDecoder(network, mode=mode, max_cache_len=max_len)
+        decoder = ConsensusDecoder(network, mode=mode, block_size=fast_block(None, where), max_cache_len=max_len)
         console = Console()
         plain = plain or not console.is_terminal
         if not plain:

@@ -16,6 +16,8 @@ from rich.status import Status
 if TYPE_CHECKING:
     import torch
 
+    from orthrus_triton.modules.decode_options import BlockSize
+
 # what is printed is text, whatever it looks like: a path may hold [brackets] or :colons:
 PLAIN = {"markup": False, "emoji": False, "highlight": False}
 # stdout carries generated text and results only, so that it can be piped
@@ -38,13 +40,20 @@ def _block_size(text: str) -> int | Literal["auto"]:
         raise typer.BadParameter(f"must be a number of rows or auto, but got {text!r}") from None
 
 
-BlockSizeOption = Annotated[
-    Any,
-    typer.Option(
-        parser=_block_size, metavar="<int>|auto",
-        help="Rows of a draft block, anchor included; by default the model's own. auto: the fastest, cycle by cycle.",
-    ),
-]  # fmt: skip
+def _block_size_option(default: str) -> Any:
+    about = f"Rows of a draft block, anchor included; auto: the fastest, cycle by cycle. By default {default}."
+    return Annotated[Any, typer.Option(parser=_block_size, metavar="<int>|auto", help=about)]
+
+
+BlockSizeOption = _block_size_option("the model's own")
+FastBlockOption = _block_size_option("auto on a CPU, else the model's own")
+
+
+def fast_block(block_size: BlockSize | None, device: torch.device, one_pass: bool = False) -> BlockSize | None:
+    """What `FastBlockOption` stands for: on a CPU every row takes time, so that fewer may be faster than all."""
+    return "auto" if block_size is None and device.type == "cpu" and not one_pass else block_size
+
+
 OnePassOption = Annotated[
     bool,
     typer.Option(

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from orthrus_triton.cli.common import (
+    BlockSizeOption,
     DeviceOption,
     DtypeOption,
     ImplOption,
@@ -56,9 +57,7 @@ def evaluate(
     ] = "shipped",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens per prompt, 2 at least.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
-    ] = None,
+    block_size: BlockSizeOption = None,
     one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",

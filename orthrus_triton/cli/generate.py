@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from orthrus_triton.cli.common import (
-    BlockSizeOption,
     DeviceOption,
     DtypeOption,
+    FastBlockOption,
     ImplOption,
     Int8DraftsOption,
     MinPOption,
@@ -23,6 +23,7 @@ from orthrus_triton.cli.common import (
     TopPOption,
     block_of,
     encode_prompt,
+    fast_block,
     one_line_errors,
     require_impl,
     require_text,
@@ -52,7 +53,7 @@ def generate(
     top_p: TopPOption = 1.0,
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
-    block_size: BlockSizeOption = None,
+    block_size: FastBlockOption = None,
     one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
@@ -83,6 +84,7 @@ def generate(
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
+        block_size = fast_block(block_size, where, one_pass)
         from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 
         # out-of-range options are named before a model is loaded

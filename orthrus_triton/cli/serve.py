@@ -12,8 +12,10 @@ import typer
 from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
+    FastBlockOption,
     Int8DraftsOption,
     OnePassOption,
+    fast_block,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -43,6 +45,7 @@ def serve(
     sampling: Annotated[
         Literal["coupled", "rejection"], typer.Option(help="coupled: the tokens AR decoding of the same seed gives.")
     ] = "coupled",
+    block_size: FastBlockOption = None,
     one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
@@ -75,10 +78,9 @@ def serve(
         from orthrus_triton.serving.app import create_app
         from orthrus_triton.serving.server import Server
 
-        scheduler = Scheduler(
-            ConsensusDecoder(network, one_pass=one_pass), slots=slots, max_len=max_len, max_waiting=max_waiting,
-            sampling=sampling,
-        )  # fmt: skip
+        block_size = fast_block(block_size, where, one_pass)
+        decoder = ConsensusDecoder(network, block_size=block_size, one_pass=one_pass)
+        scheduler = Scheduler(decoder, slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling)
         # the last part of a folder or hub id: clients need not know where it lies
         name = name or (DEMO_NAME if model is None else Path(model).resolve().name)
         app = create_app(scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from orthrus_triton.modules import ConsensusDecoder, DecodeStats, first_difference
+from orthrus_triton.modules.decode_options import BlockSize
 from orthrus_triton.modules.dual_view_model import DualViewModel
 
 REPEAT_GRAM = 4
@@ -33,7 +34,7 @@ def evaluate(
     prompts: Sequence[tuple[str, list[int]]],
     *,
     max_new_tokens: int = 128,
-    block_size: int | None = None,
+    block_size: BlockSize | None = None,
     one_pass: bool = False,
     impl: str = "auto",
     check_exact: bool = True,
@@ -48,7 +49,7 @@ def evaluate(
         model: a dual-view model.
         prompts: (domain, token ids) of each.
         max_new_tokens: most tokens per prompt, >= 2: the first one is the prefill's, and no cycle's.
-        block_size: rows of a block; by default the model's own, in one pass 8.
+        block_size: rows of a block, or "auto"; by default the model's own, in one pass 8.
         one_pass: draft and verify in one pass, as in `ConsensusDecoder`.
         impl: "auto", "triton" or "torch".
         check_exact: decode in mode="ar" too and compare the ids.
@@ -88,7 +89,7 @@ def evaluate(
     domains = dict.fromkeys(domain for domain, _ in prompts)
     return {
         **_summary(answers),
-        "block_size": decoders["consensus"].block_size,
+        "block_size": "auto" if block_size == "auto" else decoders["consensus"].block_size,
         "max_new_tokens": max_new_tokens,
         "exactness": _exactness(answers) if check_exact else None,
         "domains": {name: _summary([answer for answer in answers if answer.domain == name]) for name in domains},
