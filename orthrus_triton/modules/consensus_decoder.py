@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from orthrus_triton.modules.compiled import compile_apart
 from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses
 from orthrus_triton.modules.decode_cycle import DecodeCycle
 from orthrus_triton.modules.decode_options import BlockSize, Mode, require_one_device, stop_ids, widest_block
-from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun, Slot
+from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.decode_stats import DecodeOutput
 from orthrus_triton.modules.dual_view_model import DualViewModel
@@ -22,6 +23,7 @@ from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.prompts import split_prompts, tokens_to_cache
 from orthrus_triton.modules.run_to_end import Stop, run_to_end
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams, SamplingRule, params_of
+from orthrus_triton.modules.slot import Slot
 from orthrus_triton.ops._cpu_packing import forget_changed
 from orthrus_triton.ops._dispatch import IMPLS, resolve_impl
 
@@ -193,12 +195,17 @@ class ConsensusDecoder(DecodeCycle):
         # what runs on the host cannot be captured
         runner = StepRunner(None, self._state.idle) if choosing.hosted else self._runner
         lag = 1 if runner.captures_steps else 0
-        rule = self._block_rule(option, batch_size)
-        self.run = DecodeRun(self, self.cache, self._state, runner, rule, impl, lag, choosing)
+        rules = partial(self._block_rule, option)
+        self.run = DecodeRun(self, self.cache, self._state, runner, rules, impl, lag, choosing)
         if last:  # what the cache still holds of them may be the beginning of the next prompts
             self.run.slots = [Slot(slot.prompt, tokens=slot.tokens, failed=slot.failed) for slot in last]
         self.run.prepare()
         return self.run
+
+    @property
+    def needs_all_slots(self) -> bool:
+        """Cycles are made for a batch of one size: captured or compiled."""
+        return self._runner.captures_steps or self._compile_options is not None
 
     def run_cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
         """`cycle`, or what was compiled of it: once per block size and kind of choosing."""

@@ -3,9 +3,7 @@ The host enqueues cycles and looks at what they did a step later, so that the de
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +16,7 @@ from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.prompts import split_prompts, tokens_to_cache
 from orthrus_triton.modules.report_ring import Report, ReportRing
 from orthrus_triton.modules.sampling_params import GREEDY_PARAMS, Choosing, SamplingParams
+from orthrus_triton.modules.slot import Progress, Slot
 from orthrus_triton.ops import VOID
 
 if TYPE_CHECKING:
@@ -27,43 +26,14 @@ if TYPE_CHECKING:
 AR_STEPS = 8  # passes per replay in AR mode: one pass is too short to hide the host's work behind
 
 
-class Progress(NamedTuple):
-    """Tokens that became known of one slot, and whether it stopped with them."""
-
-    slot: int
-    tokens: list[int]
-    finished: bool
-
-
-@dataclass
-class Slot:
-    """What the host knows of one sequence: late by the steps in flight, and never wrong.
-
-    failed: there was no token to choose; see `NonFiniteLogitsError`.
-    """
-
-    prompt: torch.Tensor | None = None
-    limit: int = 0
-    tokens: list[int] = field(default_factory=list)
-    finished: bool = True
-    failed: bool = False
-    cycles: Counter[int] = field(default_factory=Counter)
-    born: int = 0  # reports posted before this one are about the slot's previous sequence
-
-    @property
-    def cached(self) -> list[int]:
-        """Tokens whose K/V the slot's cache surely holds, from its first row on: all but the newest."""
-        if self.prompt is None or self.failed:
-            return []
-        return [*self.prompt.tolist(), *self.tokens][:-1]
-
-
 class _Work(NamedTuple):
-    """Note on a report: its number, block size and cycles. A prefill has size and cycles 0; it commits one token."""
+    """Note on a report: its number, block size, cycles, and how many slots they ran over. A prefill, which commits one
+    token, has 0 of the last three."""
 
     number: int
     size: int
     cycles: int
+    width: int
 
 
 def _device_work(method: Callable) -> Callable:
@@ -92,17 +62,17 @@ class DecodeRun:
     """
 
     def __init__(
-        self, decoder: ConsensusDecoder, cache: SharedKVCache, state: DecodeState, runner: StepRunner, rule: BlockRule,
-        impl: str, lag: int, choosing: Choosing,
+        self, decoder: ConsensusDecoder, cache: SharedKVCache, state: DecodeState, runner: StepRunner,
+        rules: Callable[[int], BlockRule], impl: str, lag: int, choosing: Choosing,
     ) -> None:  # fmt: skip
-        self.cache, self.state, self.rule, self.impl, self.lag = cache, state, rule, impl, lag
+        self.cache, self.state, self.impl, self.lag = cache, state, impl, lag
         self.choosing, self.one_pass = choosing, decoder.one_pass
         self.slots = [Slot() for _ in range(cache.batch_size)]
-        self._decoder, self._runner = decoder, runner
+        self._decoder, self._runner, self._rules = decoder, runner, rules
+        self._started: dict[int, BlockRule] = {}  # by the number of slots: the time of a cycle depends on it
         self._ring = ReportRing(state.report, decoder.clock)
         self._posted = 0
         self.cycles_known = 0
-        rule.start()
 
     @property
     def done(self) -> bool:
@@ -133,11 +103,11 @@ class DecodeRun:
         self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
         self._ring.begin()
         self._decoder.prefill(
-            prompt, self.cache.sequence(b), self.state.slot(b), max_new_tokens, self.impl, params, cached
+            prompt, self.cache.sequences(b, 1), self.state.slots(b, 1), max_new_tokens, self.impl, params, cached
         )
         self.slots[b].failed = False
         self.state.write_report()
-        self._post(0, 0)
+        self._post(0, 0, 0)
 
     @_device_work
     def admit_together(
@@ -206,13 +176,14 @@ class DecodeRun:
         missing = self._missing_tokens()
         if missing <= 0:
             return False
-        size = self.rule.next_size()
+        first, width = self._live_slots()
+        size = self._rule(width).next_size()
         cycles = AR_STEPS if size == AR and self._runner.captures_steps and missing >= AR_STEPS else 1
-        key, work = self._key(size, cycles), self._work(size, cycles)
+        key, work = self._key(size, cycles), self._work(size, cycles, first, width)
         self._runner.prepare(key, work)
         self._ring.begin()
         self._runner.run(key, work)
-        self._post(size, cycles)
+        self._post(size, cycles, width)
         return True
 
     def poll(self, lag: int | None = None) -> list[Progress]:
@@ -229,17 +200,35 @@ class DecodeRun:
     @_device_work
     def prepare(self) -> None:
         """Capture a graph for every block size the rule may ask for, the largest first. Without graphs, nothing."""
-        for size in sorted(self.rule.sizes, reverse=True):
+        for size in sorted(self._rule(len(self.slots)).sizes, reverse=True):
             for cycles in (AR_STEPS, 1) if size == AR else (1,):
-                self._runner.prepare(self._key(size, cycles), self._work(size, cycles))
+                self._runner.prepare(self._key(size, cycles), self._work(size, cycles, 0, len(self.slots)))
+
+    def _rule(self, width: int) -> BlockRule:
+        if width not in self._started:
+            self._started[width] = self._rules(width)
+            self._started[width].start()
+        return self._started[width]
+
+    def _live_slots(self) -> tuple[int, int]:
+        """The first slot of the next step, and how many: where that may change, from the first to the last unfinished
+        one, for on a CPU the rows of the others take time, too."""
+        if self._decoder.needs_all_slots:
+            return 0, len(self.slots)
+        live = [b for b, slot in enumerate(self.slots) if not slot.finished]
+        return live[0], live[-1] + 1 - live[0]
 
     def _key(self, size: int, cycles: int) -> tuple:
         return (size, cycles, self.choosing)
 
-    def _work(self, size: int, cycles: int) -> Callable[[], None]:
+    def _work(self, size: int, cycles: int, first: int, width: int) -> Callable[[], None]:
+        cache, state = self.cache, self.state
+        if width < len(self.slots):
+            cache, state = cache.sequences(first, width), state.slots(first, width)
+
         def work() -> None:
             for _ in range(cycles):
-                self._decoder.run_cycle(self.cache, self.state, size, self.impl)
+                self._decoder.run_cycle(cache, state, size, self.impl)
             self.state.write_report()
 
         return work
@@ -255,8 +244,8 @@ class DecodeRun:
                 missing = max(missing, slot.limit - len(slot.tokens) - flying)
         return missing
 
-    def _post(self, size: int, cycles: int) -> None:
-        self._ring.post(self.state.report, _Work(self._posted, size, cycles))
+    def _post(self, size: int, cycles: int, width: int) -> None:
+        self._ring.post(self.state.report, _Work(self._posted, size, cycles, width))
         self._posted += 1
 
     def _absorb(self, report: Report) -> list[Progress]:
@@ -281,7 +270,7 @@ class DecodeRun:
             if tokens or finished:
                 progress.append(Progress(b, tokens, slot.finished))
         if work.size:
-            self.rule.observe(work.size, report.seconds / work.cycles, accepted)
+            self._rule(work.width).observe(work.size, report.seconds / work.cycles, accepted)
         return progress
 
     def _require_room(self, b: int, prompt: torch.Tensor, max_new_tokens: int) -> None:

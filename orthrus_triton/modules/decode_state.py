@@ -77,12 +77,13 @@ class DecodeState:
             self.sampling = self.sampling or SamplingState.allocate(self.block.shape[0], self.block.device)
             self.sampling.prepare(choosing, vocab_size)
 
-    def slot(self, b: int) -> DecodeState:
-        """The buffers of one sequence, as views: what is written to them is written here."""
+    def slots(self, first: int, count: int) -> DecodeState:
+        """The buffers of `count` sequences in a row, as views: what is written to them is written here."""
         shared = ("eos_ids", "report_columns", "mask_token_id")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "sampling"}
-        views = {name: value if name in shared else value[b : b + 1] for name, value in values.items()}
-        return DecodeState(**views, sampling=None if self.sampling is None else self.sampling.slot(b))
+        only = slice(first, first + count)
+        views = {name: value if name in shared else value[only] for name, value in values.items()}
+        return DecodeState(**views, sampling=None if self.sampling is None else self.sampling.slots(first, count))
 
     def anchors(self, block_size: int) -> torch.Tensor:
         """The next block [B, K]. A sequence that ended for want of a token has some token there: nobody looks."""

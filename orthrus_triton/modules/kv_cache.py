@@ -174,17 +174,17 @@ class SharedKVCache:
         both = (torch.cat(pair, dim=1) for pair in zip(verify[1:4], drafts[1:4]))
         return ViewPass("diffusion", *both, self.prompt_len, impl, impl, (verify, drafts), block_rows=rows)
 
-    def sequence(self, b: int) -> SharedKVCache:
-        """The buffers of one sequence as a cache of batch size 1, all views: what is written to it is written here."""
-        only = slice(b, b + 1)
+    def sequences(self, first: int, count: int) -> SharedKVCache:
+        """The buffers of `count` sequences in a row as a cache, all views: what is written to it is written here."""
+        only = slice(first, first + count)
         view = copy.copy(self)
-        view.batch_size = 1
+        view.batch_size = count
         view.layers = [CacheLayer(*(buffer[only] for buffer in layer)) for layer in self.layers]
         view.context_len, view.prompt_len = self.context_len[only], self.prompt_len[only]
         return view
 
     def prefix(self, rows: int) -> SharedKVCache:
-        """The first `rows` of every sequence as a cache, rounded up to a multiple of 512: views, as in `sequence`."""
+        """The first `rows` of every sequence as a cache, rounded up to a multiple of 512: views, as in `sequences`."""
         view = copy.copy(self)
         view.capacity = min(-(-rows // CAPACITY_QUANTUM) * CAPACITY_QUANTUM, self.capacity)
         view.layers = [

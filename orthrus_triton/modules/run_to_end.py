@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from orthrus_triton.modules.decode_run import DecodeRun, Progress
+from orthrus_triton.modules.decode_run import DecodeRun
 from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats
 from orthrus_triton.modules.sampling_params import SamplingParams
+from orthrus_triton.modules.slot import Progress
 
 Stop = Callable[[int, list[int]], bool]
 WHY_NO_TOKEN = "the model gave NaN or infinity, or its processors banned every token"

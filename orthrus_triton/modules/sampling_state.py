@@ -55,12 +55,12 @@ class SamplingState:
             torch.zeros(batch_size, vocab_size + 1, dtype=torch.int32, device=device),
         )  # fmt: skip
 
-    def slot(self, b: int) -> SamplingState:
-        """The buffers of one slot, as views."""
-        only = slice(b, b + 1)
+    def slots(self, first: int, count: int) -> SamplingState:
+        """The buffers of `count` slots in a row, as views."""
+        only = slice(first, first + count)
         processors = None if self.processors is None else ProcessorTensors(*(t[only] for t in self.processors))
         sampling = SamplingTensors(*(tensor[only] for tensor in self.sampling))
-        return SamplingState(sampling, self.absorbed[only], processors, self.hosts, self.first + b)
+        return SamplingState(sampling, self.absorbed[only], processors, self.hosts, self.first + first)
 
     def start(self, params: SamplingParams, prompt: torch.Tensor) -> None:
         """Set up this slot (a view of one) for a new sequence."""

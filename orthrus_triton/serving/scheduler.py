@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 
 from orthrus_triton.modules import Choosing, ConsensusDecoder, DecodeRun, SamplingParams
-from orthrus_triton.modules.decode_run import Progress, Slot
 from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.modules.sampling_params import SamplingRule
+from orthrus_triton.modules.slot import Progress, Slot
 
 logger = logging.getLogger(__name__)
 

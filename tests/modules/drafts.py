@@ -16,6 +16,8 @@ class ScriptedDrafts(ConsensusDecoder):
         right: how many drafted tokens are right, by cycle; -1 stands for random drafts.
     """
 
+    needs_all_slots = True  # as on a GPU; and the script knows sequences by their slot
+
     def __init__(self, model, answers: list[torch.Tensor], right: list[int], **options) -> None:
         super().__init__(model, **{"cuda_graph": False} | options)  # the script reads lengths on the host
         self.answers, self.right, self.drafted = answers, right, 0

@@ -59,6 +59,6 @@ def assert_verify_rows_are_decode_rows(
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(written(), written_single)), "K/V"
     choices = torch.cat([model.choose(hidden[:, row : row + 1], impl) for row in range(rows)], dim=1)
     assert torch.equal(model.choose(hidden, impl), choices), "choices"
-    last = cache.sequence(len(contexts) - 1)
+    last = cache.sequences(len(contexts) - 1, 1)
     alone = model.forward_view(ids[-1:], last, last.view_pass("ar", rows, impl=impl))
     assert torch.equal(alone, hidden[-1:]), "without neighbours"

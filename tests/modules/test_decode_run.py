@@ -113,6 +113,36 @@ def test_sequences_join_and_leave(lag: int) -> None:
     assert run.slots[1].tokens == ANSWERS[3][:7].tolist()
 
 
+@pytest.mark.parametrize("mode", ["consensus", "ar"])
+def test_on_a_cpu_finished_slots_cost_no_rows(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is of the first to the last unfinished slot, and leaves the others as they are."""
+    decoder = ConsensusDecoder(MODEL, impl="torch", mode=mode)
+    run, widths, cycle = decoder.open(4, 64), [], decoder.run_cycle
+    monkeypatch.setattr(
+        decoder, "run_cycle", lambda cache, state, *rest: widths.append(cache.batch_size) or cycle(cache, state, *rest)
+    )
+    run.admit(2, PROMPTS[2], 20)
+    run.step()
+    run.admit(1, PROMPTS[1], 3)
+    run.advance()
+    assert widths == [1, 2]
+    while not run.slots[1].finished:
+        run.advance()
+    before = frozen(run, 1)
+    run.admit(0, PROMPTS[0], 24)
+    run.advance()
+    assert widths[-1] == 3  # slot 1 lies between two that go on
+    drain(run)
+    assert widths[-1] == 1
+    for was, now in zip(before, frozen(run, 1)):
+        assert torch.equal(was, now)
+    for b, length in ((0, 24), (1, 3), (2, 20)):
+        assert run.slots[b].tokens == ANSWERS[b][:length].tolist()
+    compiled = ConsensusDecoder(MODEL, impl="torch", mode=mode, compile="eager")
+    compiled.open(2, 64)
+    assert compiled.needs_all_slots and not decoder.needs_all_slots
+
+
 def test_a_run_says_what_is_wrong() -> None:
     decoder = ConsensusDecoder(MODEL, impl="torch")
     run = decoder.open(1, 64)

@@ -1,0 +1,41 @@
+"""Slot and Progress: what the host knows of the sequences of a run, and what it has just learnt.
+Plain Python; what the device knows is in `DecodeState`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+
+class Progress(NamedTuple):
+    """Tokens that became known of one slot, and whether it stopped with them."""
+
+    slot: int
+    tokens: list[int]
+    finished: bool
+
+
+@dataclass
+class Slot:
+    """What the host knows of one sequence: late by the steps in flight, and never wrong.
+
+    failed: there was no token to choose; see `NonFiniteLogitsError`.
+    """
+
+    prompt: torch.Tensor | None = None
+    limit: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = True
+    failed: bool = False
+    cycles: Counter[int] = field(default_factory=Counter)
+    born: int = 0  # reports posted before this one are about the slot's previous sequence
+
+    @property
+    def cached(self) -> list[int]:
+        """Tokens whose K/V the slot's cache surely holds, from its first row on: all but the newest."""
+        if self.prompt is None or self.failed:
+            return []
+        return [*self.prompt.tolist(), *self.tokens][:-1]
