@@ -20,7 +20,14 @@ import typer
 
 from benchmarks.common import Report, require_green, require_known, whole_numbers
 from benchmarks.shapes import SHAPES, build
-from orthrus_triton.cli.common import DtypeName, one_line_errors, resolve_device, resolve_dtype
+from orthrus_triton.cli.common import (
+    DtypeName,
+    FastBlockOption,
+    fast_block,
+    one_line_errors,
+    resolve_device,
+    resolve_dtype,
+)
 from orthrus_triton.cli.load import load_model
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.dual_view_model import DualViewModel
@@ -203,6 +210,7 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="Of each level, in all; at least one per client is sent.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
     slots: Annotated[int | None, typer.Option(min=1, help="Of the server; by default the most clients.")] = None,
+    block_size: FastBlockOption = None,
     prompts: Annotated[Path, typer.Option(help="One prompt a line; ignored with --shape.")] = PROMPTS,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of random prompts, with --shape.")] = 64,
     dtype: Annotated[DtypeName, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
@@ -225,6 +233,7 @@ def main(
         if shape is not None:
             require_known("--shape", shape, SHAPES)
         where = resolve_device(device)
+        block_size = fast_block(block_size, where)
         of = resolve_dtype(dtype, where)
         if shape is None:
             network, tokenizer, name = load_model(model, of, where)
@@ -239,8 +248,10 @@ def main(
     require_green(list(problems(network, tokenizer, questions[:most], most, slots)))
     for level in levels:
         asked = questions[: max(requests, level)]
-        answers, seconds = timed_load(ConsensusDecoder(network), tokenizer, asked, tokens, level, slots)
-        fixed = {"model": name, "dtype": str(of).removeprefix("torch."), "clients": level, "slots": slots}
+        decoder = ConsensusDecoder(network, block_size=block_size)
+        answers, seconds = timed_load(decoder, tokenizer, asked, tokens, level, slots)
+        fixed = {"model": name, "dtype": str(of).removeprefix("torch."), "block_size": block_size or network.block_size}
+        fixed |= {"clients": level, "slots": slots}
         report.add(**fixed, max_tokens=tokens, **figures(answers, seconds))
     table = f"{name}, {str(of).removeprefix('torch.')}\n\n{report.markdown(SHOWN)}"
     if path := report.write_csv():
