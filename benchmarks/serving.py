@@ -31,6 +31,7 @@ from orthrus_triton.cli.common import (
 from orthrus_triton.cli.load import load_model
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.dual_view_model import DualViewModel
+from orthrus_triton.serving.apart import run_apart
 from orthrus_triton.training.prompts import encode, read_prompts
 
 PROMPTS = Path(__file__).parents[1] / "examples" / "prompts" / "code.txt"
@@ -236,16 +237,17 @@ def main(
         block_size = fast_block(block_size, where)
         of = resolve_dtype(dtype, where)
         if shape is None:
-            network, tokenizer, name = load_model(model, of, where)
+            network, tokenizer, name = run_apart(lambda: load_model(model, of, where))
         else:
-            network, tokenizer, name = build(SHAPES[shape], of, where), NumberTokenizer(), f"{shape}, random weights"
+            network = run_apart(lambda: build(SHAPES[shape], of, where))
+            tokenizer, name = NumberTokenizer(), f"{shape}, random weights"
         most = max(levels)
         questions = make_prompts(
             tokenizer, None if shape else prompts, max(requests, most), prompt_tokens, network.vocab_size
         )
     slots = slots or most
     report = Report(f"serving_{shape or 'model'}", where, out)
-    require_green(list(problems(network, tokenizer, questions[:most], most, slots)))
+    require_green(run_apart(lambda: list(problems(network, tokenizer, questions[:most], most, slots))))
     for level in levels:
         asked = questions[: max(requests, level)]
         decoder = ConsensusDecoder(network, block_size=block_size)

@@ -72,12 +72,14 @@ def serve(
         _require_free(host, port)
         where = resolve_device(device)
         require_impl("auto", where)
-        network, tokenizer, _ = load_model(model, resolve_dtype(dtype, where), where, int8_drafts)
+        precision = resolve_dtype(dtype, where)
         from orthrus_triton.modules import ConsensusDecoder
         from orthrus_triton.serving import Scheduler
+        from orthrus_triton.serving.apart import run_apart
         from orthrus_triton.serving.app import create_app
         from orthrus_triton.serving.server import Server
 
+        network, tokenizer, _ = run_apart(lambda: load_model(model, precision, where, int8_drafts))
         block_size = fast_block(block_size, where, one_pass)
         decoder = ConsensusDecoder(network, block_size=block_size, one_pass=one_pass)
         scheduler = Scheduler(decoder, slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling)

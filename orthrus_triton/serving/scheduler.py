@@ -16,6 +16,7 @@ from orthrus_triton.modules import Choosing, ConsensusDecoder, DecodeRun, Sampli
 from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.modules.sampling_params import SamplingRule
 from orthrus_triton.modules.slot import Progress, Slot
+from orthrus_triton.serving.apart import run_apart
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
         self._closing, self._why_closed = False, "the server is closing"
-        self._run = self._open()
+        self._run = run_apart(self._open)
         self._thread = threading.Thread(target=self._work, name="orthrus-scheduler", daemon=True)
         self._thread.start()
 

@@ -11,6 +11,7 @@ import torch
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.serving import QueueFullError, Request, Scheduler
+from orthrus_triton.serving.apart import run_apart
 from tests.modules.ledger_model import LedgerModel, oracle
 
 VOCAB = 17
@@ -108,3 +109,35 @@ def test_a_lost_device_is_said_to_all_who_wait_and_come(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="cannot run any more: RuntimeError: device lost"):
         scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), print))
     scheduler.close()
+
+
+def test_the_caller_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has computed on a CPU keeps worker threads, which slow down whoever computes next."""
+    computed: set[str] = set()
+
+    def note(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*arguments, **options):
+            computed.add(threading.current_thread().name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(LedgerModel, "new_cache")
+    note(LedgerModel, "forward_view")
+    scheduler, done = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=2, max_len=64), []
+    scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), lambda *part: done.append(part[1])))
+    wait_for(lambda: done and done[-1])
+    scheduler.close()
+    assert len(computed) == 2 and threading.current_thread().name not in computed
+
+
+def no_model() -> None:
+    raise FileNotFoundError("no such model")
+
+
+def test_work_done_apart_gives_its_result_or_its_error() -> None:
+    assert run_apart(lambda: threading.current_thread() is not threading.main_thread())
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        run_apart(no_model)
