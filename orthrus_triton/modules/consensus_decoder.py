@@ -204,8 +204,10 @@ class ConsensusDecoder(DecodeCycle):
 
     @property
     def needs_all_slots(self) -> bool:
-        """Cycles are made for a batch of one size: captured or compiled."""
-        return self._runner.captures_steps or self._compile_options is not None
+        """Whether every step is of the whole batch: on a GPU, where rows cost little, and what is captured or compiled
+        is so for a batch of one size."""
+        on_gpu = self.cache.context_len.device.type != "cpu"
+        return on_gpu or self._runner.captures_steps or self._compile_options is not None
 
     def run_cycle(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
         """`cycle`, or what was compiled of it: once per block size and kind of choosing."""
