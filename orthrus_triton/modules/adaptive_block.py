@@ -3,6 +3,7 @@ Plain Python, no tensors: exactness never depends on what it says."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from statistics import median
 from typing import Protocol
@@ -47,7 +48,9 @@ class FixedBlock:
 class AdaptiveBlock:
     """The size with the most expected tokens per second.
 
-    Each size is timed over its first `SAMPLES` cycles, once; the largest goes first, it tells most about the drafts.
+    Each size is timed over `SAMPLES` cycles at first; the largest goes first, it tells most about the drafts. The last
+    `RECENT` cycles of a size count, and the sizes next to the one in use are timed anew every `RETIME` cycles, because
+    the machine may have been busy when they were.
     The chance that a draft agrees, given that all before it did, is kept per position as counts that fade. A size's
     worth is `1 + sum of the chances that its first 1, 2, ... drafts are all accepted`, over its cycle time.
 
@@ -56,7 +59,7 @@ class AdaptiveBlock:
         anchor_rows: tokens that a cycle with drafts commits besides, 0 or 1.
     """
 
-    SAMPLES = 3
+    SAMPLES, RECENT, RETIME = 3, 9, 256
     MARGIN = 0.05  # another size must promise this much more, or estimates that are close would make it flutter
     FADE = 0.93  # per drafted cycle: what is remembered is about the last 15
     PROBE_FADE = 0.5  # what was learnt before a long stretch of AR counts half beside a probe
@@ -68,10 +71,11 @@ class AdaptiveBlock:
         self.sizes, self.anchor_rows = tuple(sorted(set(sizes))), anchor_rows
         if not self.sizes or self.sizes[0] < 1:
             raise ValueError(f"sizes must be block sizes >= 1, but got {list(sizes)}")
-        self._times: dict[int, list[float]] = {size: [] for size in self.sizes}
+        self._times: dict[int, deque[float]] = {size: deque(maxlen=self.RECENT) for size in self.sizes}
         self._agreed = [0.0] * (self.sizes[-1] - 1)
         self._tried = [0.0] * (self.sizes[-1] - 1)
         self._current: int | None = None
+        self._cycles = 0  # since sizes were timed anew
         self.start()
 
     def start(self) -> None:
@@ -91,6 +95,12 @@ class AdaptiveBlock:
             self._current = best
         if self._current != AR:
             self._ar_cycles, self._probe_after = 0, self.FIRST_PROBE
+            if self._cycles >= self.RETIME:
+                self._cycles = 0
+                at = self.sizes.index(self._current)
+                for size in self.sizes[max(at - 1, 0) : at] + self.sizes[at + 1 : at + 2]:
+                    self._times[size].clear()
+                return self.next_size()
         elif self._ar_cycles >= self._probe_after and self.sizes != (AR,):
             self._ar_cycles, self._probe_after = 0, min(2 * self._probe_after, self.LAST_PROBE)
             self._forget(self.PROBE_FADE)
@@ -99,8 +109,8 @@ class AdaptiveBlock:
 
     def observe(self, size: int, seconds: float, accepted: Sequence[int]) -> None:
         """See `BlockRule`."""
-        if len(self._times[size]) < self.SAMPLES:
-            self._times[size].append(seconds)
+        self._times[size].append(seconds)
+        self._cycles += 1
         if size == AR:
             self._ar_cycles += 1
             return

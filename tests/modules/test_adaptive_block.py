@@ -61,6 +61,16 @@ def test_one_slow_cycle_is_no_reason() -> None:
     assert rule.next_size() == 32
 
 
+def test_a_machine_that_was_busy_is_timed_again() -> None:
+    """8 rows were timed while something else ran; in the end they are found to be the fastest, and cost few cycles."""
+    fast = {1: 49.0, 4: 51.0, 8: 54.0, 16: 90.0}
+    rule = calibrated({**fast, 8: 200.0}, 7)
+    sizes = play(rule, fast, [7] * 800)
+    assert 8 not in sizes[:200] and sizes[-256:].count(8) > 240
+    # and one that becomes busy is left
+    assert set(play(rule, {**fast, 8: 200.0}, [7] * 20)[-5:]) == {16}
+
+
 def test_near_ties_do_not_flutter() -> None:
     times = {4: 100.0, 8: 101.0}
     rule = calibrated(times, 3)
