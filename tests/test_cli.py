@@ -71,6 +71,7 @@ def test_int8_drafts_are_drafts_of_the_same_text(model_folder, command, monkeypa
     if command == "generate":
         result = run(command, model_folder, "the text", *options, "--int8-drafts")
         assert result.stdout == expected_text(model_folder, "the text", 24) + "\n"
+        run(command, model_folder, "the text", *options, "--int8-drafts", "--mode", "ar")  # drafts nothing
     else:
         (tmp_path / "code.txt").write_text("the text\n")
         named = ("--model", model_folder, "--prompts", tmp_path / "code.txt", "--no-baseline", "--json")

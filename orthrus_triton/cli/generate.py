@@ -89,7 +89,7 @@ def generate(
 
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        network, tokenizer, _ = load_model(model, precision, where, int8_drafts)
+        network, tokenizer, _ = load_model(model, precision, where, int8_drafts and mode == "consensus")
         input_ids = encode_prompt(tokenizer, prompt, chat, system)
         decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, one_pass=one_pass, impl=impl)
         output = decoder.generate(
