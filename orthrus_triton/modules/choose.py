@@ -99,7 +99,8 @@ def process_on_host(
 ) -> torch.Tensor:  # fmt: skip
     """Logits after each slot's own function, called row by row with the row's history. Slow, and right.
 
-    In a draft, row t's history is what rows 0..t-1 draft.
+    In a draft, row t's history is what rows 0..t-1 draft. A block's rows behind a draft that its function has banned
+    stay as they are, for nobody looks at what they say: a function of a grammar need not know texts that break it.
     """
     logits = logits.clone()
     for b in range(logits.shape[0]):
@@ -111,6 +112,8 @@ def process_on_host(
         slot = ops.SamplingTensors(*(tensor[b : b + 1] for tensor in state.sampling.sampling))
         for t in range(logits.shape[1]):
             if t and candidate is not None:
+                if logits[b, t - 1, candidate[b, t]] == -torch.inf:
+                    break
                 ids = torch.cat((ids, candidate[b, t : t + 1]))
             scores = process(ids[None], logits[b, t][None].clone())
             if tuple(scores.shape) != (1, logits.shape[-1]):

@@ -28,10 +28,10 @@ def widest_block(block_size: BlockSize | None, model: DualViewModel, one_pass: b
         return min(model.block_size, ONE_PASS_BLOCK)
     if block_size is None or block_size == "auto":
         return model.block_size
+    auto = "" if one_pass else "or 'auto', "
     if not isinstance(block_size, int) or not 2 <= block_size <= model.block_size:
         raise ValueError(
-            f"block_size must be in 2..{model.block_size}, the size the view was made for, or 'auto', "
-            f"but got {block_size!r}"
+            f"block_size must be in 2..{model.block_size}, the size the view was made for, {auto}but got {block_size!r}"
         )
     return block_size
 

@@ -266,7 +266,9 @@ class DecodeRun:
                 # a cycle of AR commits one token, so a replay that ended early ran as many cycles as it gave tokens
                 slot.cycles[work.size] += new if work.size == AR else 1
                 if not finished:
-                    accepted.append(new - 1 - self._decoder.anchor_rows if work.size != AR else 0)
+                    # besides drafts: the bonus token, and what the frozen view says while drafting in a pass of its own
+                    besides = 1 if self.one_pass else 1 + self._decoder.anchor_rows
+                    accepted.append(new - besides if work.size != AR else 0)
             if tokens or finished:
                 progress.append(Progress(b, tokens, slot.finished))
         if work.size:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orthrus_triton.modules import ConsensusDecoder, SharedKVCache
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams, SharedKVCache
 from orthrus_triton.modules.choose import choose_drafts
 from orthrus_triton.testing import TinyDualViewModel
+from tests.modules.ledger_model import LedgerModel, oracle
 
 FORMS = [{"anchor_rows": 0}, {"anchor_rows": 1}]
 
@@ -132,12 +133,45 @@ def test_a_finished_slot_keeps_its_block() -> None:
     assert torch.equal(decoder._state.block[0], before) and not torch.equal(decoder._state.block[1], before)
 
 
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_a_function_of_a_grammar_never_sees_a_text_that_breaks_it(anchor_rows: int) -> None:
+    """The masks that a prefill leaves in the block to verify, and drafts like them, are no text of any grammar."""
+    model, prompt = LedgerModel(17, anchor_rows=anchor_rows), torch.tensor([1, 2])
+
+    def even_then_odd(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        new = ids[0, 2:]
+        assert torch.equal(new % 2, torch.arange(len(new)) % 2), f"a text that breaks the grammar: {new.tolist()}"
+        return scores.masked_fill(torch.arange(17) % 2 != len(new) % 2, -torch.inf)
+
+    params = SamplingParams(logits_processor=even_then_odd)
+    decoder = ConsensusDecoder(model, one_pass=True, impl="torch")
+    output = decoder.generate([prompt], max_new_tokens=20, params=[params])
+    assert output.sequences[0].tolist() == [1, 2, *oracle(model, [1, 2], 20, params)]
+    assert sum(output.stats.accepted_histogram[1:]) > 0
+
+
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_a_rule_hears_of_the_drafts_that_were_accepted(anchor_rows: int) -> None:
+    model, heard = LedgerModel(17, anchor_rows=anchor_rows), []
+    decoder = ConsensusDecoder(model, one_pass=True, impl="torch")
+    run = decoder.open(1, 64)
+    run._rule(1).observe = lambda size, seconds, accepted: heard.extend(accepted)
+    run.admit(0, torch.tensor([3]), 40)
+    while not run.done:
+        run.advance()
+    counts = decoder._state.accepted_histogram[0].tolist()
+    # the last cycle's sequence did not go on
+    assert len(heard) == sum(counts) - 1 and all(0 <= counts[n] - heard.count(n) <= 1 for n in range(len(counts)))
+
+
 def test_options_that_do_not_go_together_are_named() -> None:
     model, prompt = make_model(block_size=16), [torch.tensor([1, 2])]
     assert ConsensusDecoder(model, one_pass=True).block_size == 8
     assert ConsensusDecoder(make_model(block_size=4), one_pass=True).block_size == 4
     with pytest.raises(ValueError, match="block_size must be a number of rows with one_pass=True, but got 'auto'"):
         ConsensusDecoder(model, one_pass=True, block_size="auto")
+    with pytest.raises(ValueError, match=r"in 2..16, the size the view was made for, but got 17"):
+        ConsensusDecoder(model, one_pass=True, block_size=17)
     decoder = ConsensusDecoder(model, one_pass=True)
     with pytest.raises(ValueError, match="sampling must be 'coupled' with one_pass=True, but got 'rejection'"):
         decoder.generate(prompt, max_new_tokens=3, temperature=1.0, sampling="rejection")
