@@ -21,7 +21,8 @@ def save_chart(report: dict[str, Any], path: str | PathLike[str], title: str) ->
     drawn = bars.bar(list(domains), [domain["tokens_per_cycle"] for domain in domains.values()], color="#4878a8")
     bars.bar_label(drawn, fmt="%.2f")
     bars.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    bars.set(ylabel="tokens per cycle", ylim=(0, report["block_size"]))
+    widest = 1 + len(report["acceptance_by_position"])  # rows; the report's block size may be "auto"
+    bars.set(ylabel="tokens per cycle", ylim=(0, widest))
     for name, domain in domains.items():
         rates = domain["acceptance_by_position"]
         curves.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=name)

@@ -61,7 +61,8 @@ def evaluate(
         JSON-ready. Of all prompts, and of each of `domains`:
         `tokens_per_cycle`: all tokens but each prompt's first, over all cycles; with `_per_question` the mean over
         prompts. `tpf`, tokens per forward pass, likewise.
-        `acceptance_by_position`: share of cycles that accepted the draft at each of the K-1 positions and all before.
+        `acceptance_by_position`: share of cycles that accepted the draft at each of the K-1 positions and all before;
+        cycles of a shorter block, with "auto", and those that had no drafts, as a text's first in one pass, count too.
         `acceptance_given_previous`: of the cycles that accepted all drafts before it.
         `repetition_share`: 4-grams that the same answer holds already.
         `seconds`, `decode_seconds`, `tokens_per_second`: by decoder.

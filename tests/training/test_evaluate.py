@@ -148,11 +148,11 @@ def run(folder, *options: object):
     return CliRunner().invoke(app, [str(option) for option in (*fixed, *options)])
 
 
-def test_command_ends_with_json_and_draws(folder, tmp_path):
+@pytest.mark.parametrize("how", [(), ("--block-size", "auto"), ("--one-pass",)], ids=str)
+def test_command_ends_with_json_and_draws(folder, tmp_path, how):
     pytest.importorskip("matplotlib", reason="the chart needs matplotlib")
-    result = run(
-        folder, "--prompts", folder / "code.txt", "--prompts", folder / "q.jsonl", "--json", "--output", tmp_path
-    )
+    prompts = ("--prompts", folder / "code.txt", "--prompts", folder / "q.jsonl")
+    result = run(folder, *prompts, "--json", "--output", tmp_path, *how)
     assert result.exit_code == 0, (result.stderr, result.exception)
     report = json.loads(result.stdout)
     assert len(result.stdout.splitlines()) == 1
