@@ -44,12 +44,22 @@ def turn(decoder: ConsensusDecoder, tokenizer, messages: list[dict], said: str) 
     return messages[-1]["content"]
 
 
-def test_a_piped_conversation_is_the_librarys(folder: Path) -> None:
+def decoders_made(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The options of each decoder that a command makes."""
+    made: list[dict] = []
+    noted = lambda model, **how: made.append(how) or ConsensusDecoder(model, **how)  # noqa: E731
+    monkeypatch.setattr("orthrus_triton.modules.ConsensusDecoder", noted)
+    return made
+
+
+def test_a_piped_conversation_is_the_librarys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = decoders_made(monkeypatch)
     result = run(
         "chat", folder, "--max-new-tokens", 12, "--device", "cpu", "--dtype", "fp32", "--system", "Be brief.",
         stdin="hello\nand then?\n/clear\nhello\n",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert made == [{"mode": "consensus", "block_size": "auto", "max_cache_len": 4096}]
     model, tokenizer = OrthrusForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     decoder = ConsensusDecoder(model, max_cache_len=4096)
     messages = [{"role": "system", "content": "Be brief."}]
@@ -117,9 +127,26 @@ def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest
         assert_bad_input(
             run("serve", tmp_path, "--port", port), f"--host 127.0.0.1 --port {port}: Address already in use"
         )
+    made = decoders_made(monkeypatch)
     result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", port)
     assert result.exit_code == 0, result.output
+    assert made == [{"block_size": "auto", "one_pass": False}]
     config = seen[0].config
     assert (config.host, config.port, config.timeout_graceful_shutdown) == ("127.0.0.1", port, 5)
     hosts = {"localhost": True, "::1": True, "0.0.0.0": False, "example.org": False}
     assert {host: serve._is_loopback(host) for host in hosts} == hosts
+
+
+def test_ctrl_c_while_serve_loads_gives_the_cursor_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is loaded in another thread, whose spinner has hidden it and does not end by itself."""
+    pytest.importorskip("orthrus_triton.serving.server", reason="needs the extra [serve]", exc_type=ImportError)
+    shown = []
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orthrus_triton.serving.apart.run_apart", interrupted)
+    monkeypatch.setattr(serve.status_console, "show_cursor", lambda: shown.append(True))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert run("serve", folder, "--device", "cpu", "--port", port).exit_code != 0 and shown == [True]

@@ -79,7 +79,11 @@ def serve(
         from orthrus_triton.serving.app import create_app
         from orthrus_triton.serving.server import Server
 
-        network, tokenizer, _ = run_apart(lambda: load_model(model, precision, where, int8_drafts))
+        try:
+            network, tokenizer, _ = run_apart(lambda: load_model(model, precision, where, int8_drafts))
+        except KeyboardInterrupt:  # the other thread hid the cursor, and ends with the process
+            status_console.show_cursor()
+            raise
         block_size = fast_block(block_size, where, one_pass)
         decoder = ConsensusDecoder(network, block_size=block_size, one_pass=one_pass)
         scheduler = Scheduler(decoder, slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling)
