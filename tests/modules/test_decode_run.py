@@ -143,6 +143,26 @@ def test_on_a_cpu_finished_slots_cost_no_rows(mode: str, monkeypatch: pytest.Mon
     assert compiled.needs_all_slots and not decoder.needs_all_slots
 
 
+def test_a_block_size_is_timed_for_every_number_of_slots() -> None:
+    """Three slots, then one, in this run and the next; on a clock by which each slot of a cycle takes a second."""
+    decoder = ConsensusDecoder(MODEL, impl="torch", block_size="auto")
+    seconds, cycle = [0.0], decoder.cycle
+
+    def timed(cache, *rest) -> None:
+        cycle(cache, *rest)
+        seconds[0] += cache.batch_size
+
+    decoder.cycle, decoder.clock = timed, lambda: seconds[0]
+    for _ in range(2):
+        run = decoder.open(3, 64)
+        run.admit(0, PROMPTS[0], 24)
+        run.admit(2, PROMPTS[2], 10)
+        drain(run)
+        assert [run.slots[b].tokens for b in (0, 2)] == [ANSWERS[0][:24].tolist(), ANSWERS[2][:10].tolist()]
+    times = {width: set().union(*rule._times.values()) for width, rule in decoder._adaptive.items()}
+    assert times == {1: {1.0}, 3: {3.0}}
+
+
 def test_a_run_says_what_is_wrong() -> None:
     decoder = ConsensusDecoder(MODEL, impl="torch")
     run = decoder.open(1, 64)

@@ -50,12 +50,13 @@ def until_poison(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(POISON) + 1] if POISON in tokens[:-1] else tokens
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("anchor_rows", [0, 1])
-def test_nan_ends_that_sequence_alone(anchor_rows: int) -> None:
+def test_nan_ends_that_sequence_alone(anchor_rows: int, one_pass: bool) -> None:
     """And the error names it; the decoder goes on."""
     model = LedgerModel(VOCAB, poison=5, anchor_rows=anchor_rows)
     healthy = LedgerModel(VOCAB)
-    decoder = ConsensusDecoder(model, impl="torch")
+    decoder = ConsensusDecoder(model, one_pass=one_pass, impl="torch")
     prompts = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5])]
     with pytest.raises(NonFiniteLogitsError, match="sequence.s. .*2") as caught:
         decoder.generate(prompts, max_new_tokens=12, eos_token_id=[])
@@ -197,11 +198,17 @@ class Drafting(ConsensusDecoder):
     script: tuple[int, ...] = ()
 
     def draft(self, cache, state, block_size, impl):
-        drafted = super().draft(cache, state, block_size, impl).clone()
-        rest = self.script[int(state.output_len[0]) :][: block_size - 1]
-        drafted[0, 1:] = POISON
-        drafted[0, 1 : 1 + len(rest)] = torch.tensor(rest, dtype=torch.int64)
-        return drafted
+        return self.scripted(super().draft(cache, state, block_size, impl).clone(), state)
+
+    def verify_and_draft(self, cache, state, block_size, impl):
+        super().verify_and_draft(cache, state, block_size, impl)
+        self.scripted(state.block[:, :block_size], state)
+
+    def scripted(self, block, state):
+        rest = self.script[int(state.output_len[0]) :][: block.shape[1] - 1]
+        block[0, 1:] = POISON
+        block[0, 1 : 1 + len(rest)] = torch.tensor(rest, dtype=torch.int64)
+        return block
 
 
 def overflowing(token: int, value: float, dtype: torch.dtype, window: int | None) -> TinyDualViewModel:
@@ -229,7 +236,9 @@ def test_a_draft_that_overflows_is_a_draft_that_is_rejected(
     tokens = 3 if impl == "triton" else 12  # the interpreter takes seconds for each
     said = ConsensusDecoder(model, mode="ar", impl=impl).generate(prompt, max_new_tokens=tokens).sequences[0]
     assert POISON not in said
-    assert torch.equal(Drafting(model, impl=impl).generate(prompt, max_new_tokens=tokens).sequences[0], said)
+    for one_pass in (False,) if impl == "triton" else (False, True):
+        decoder = Drafting(model, one_pass=one_pass, impl=impl)
+        assert torch.equal(decoder.generate(prompt, max_new_tokens=tokens).sequences[0], said)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -240,12 +249,13 @@ def test_what_is_said_before_an_overflow_is_said_in_both_modes(impl: str) -> Non
     script = whole.sequences[0][3:].tolist()
     assert script[6] not in script[:6]
     model = overflowing(script[6], torch.nan, torch.float32, None)
-    for decoder in (ConsensusDecoder(model, mode="ar", impl=impl), Drafting(model, impl=impl)):
+    one_pass = [Drafting(model, one_pass=True, impl=impl)] if impl == "torch" else []
+    for decoder in (ConsensusDecoder(model, mode="ar", impl=impl), Drafting(model, impl=impl), *one_pass):
         decoder.script = tuple(script)
         with pytest.raises(NonFiniteLogitsError) as caught:
             decoder.generate(prompt, max_new_tokens=12)
         answers.append(caught.value.output.sequences[0][3:].tolist())
-    assert answers[0] == answers[1] == script[:7]
+    assert all(answer == script[:7] for answer in answers)
 
 
 @pytest.mark.parametrize(
@@ -259,5 +269,7 @@ def test_a_view_that_has_diverged_costs_time_and_no_token(anchor_rows: int, wind
     new = 3 if impl == "triton" else 6  # the interpreter takes seconds for a token
     said = ConsensusDecoder(model, mode="ar", impl=impl).generate(prompts, max_new_tokens=new).sequences
     model.layers[0].self_attn.qkv_proj_diff.weight.data.fill_(torch.nan)
-    drafted = ConsensusDecoder(model, impl=impl).generate(prompts, max_new_tokens=new).sequences
-    assert all(map(torch.equal, drafted, said))
+    for one_pass in (False,) if impl == "triton" else (False, True):
+        decoder = ConsensusDecoder(model, one_pass=one_pass, impl=impl)
+        drafted = decoder.generate(prompts, max_new_tokens=new).sequences
+        assert all(map(torch.equal, drafted, said))
