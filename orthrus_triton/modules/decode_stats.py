@@ -17,7 +17,8 @@ class DecodeStats:
     forward_passes: 1 prefill, then 2 per cycle; 1 where it drafts and verifies in one pass, or in AR (block size 1).
     tokens_per_cycle: tokens committed per cycle a sequence was alive, bonus token included; at most K, and K + 1 where
         the frozen view reads the anchor while the block is drafted.
-    tpf: tokens per forward pass, the paper's Eq. 9: tokens / (1 + 2 * cycles), token-weighted over sequences.
+    tpf: tokens per forward pass, token-weighted over sequences; with two passes a cycle, the paper's Eq. 9:
+        tokens / (1 + 2 * cycles).
     accepted_histogram: accepted_histogram[a] cycles had their first `a` drafted tokens accepted.
     prefill_seconds, decode_seconds: wall-clock.
     cycles_by_block_size: cycles of all sequences by the block size they ran with; 1 stands for AR.

@@ -24,7 +24,7 @@ def prefill(
     Args:
         model: see `DualViewModel`.
         prompt: [L] int64.
-        cache: of one sequence (`SharedKVCache.sequence`). `prompt_len` is set to L, `context_len` to L - 1: the last
+        cache: of one sequence (`SharedKVCache.sequences`). `prompt_len` is set to L, `context_len` to L - 1: the last
             prompt token is the anchor of the choice that follows, and committing that choice advances past it.
         chunk: prompt tokens per pass.
         impl, linear_impl: of the attention and small ops, and of the products.
