@@ -78,7 +78,7 @@ def test_tokens_and_cache_are_those_of_ar_decoding(form: dict, options: dict, dt
 def test_triton_gives_the_tokens_of_ar_decoding(dtype: torch.dtype, anchor_rows: int) -> None:
     shape = {"num_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
     model = make_model(dtype, anchor_rows=anchor_rows, **shape)
-    prompts = prompts_of(model, 3, 9)
+    prompts = prompts_of(model, 3)
     ar = ConsensusDecoder(model, mode="ar", impl="triton").generate(prompts, max_new_tokens=5)
     decoder = ConsensusDecoder(model, one_pass=True, block_size=3, impl="triton")
     output = decoder.generate(prompts, max_new_tokens=5)
