@@ -103,6 +103,9 @@ def test_bad_options_are_one_line(folder: Path) -> None:
     assert_bad_input(small, "--max-len must exceed the conversation")
     assert_bad_input(run("serve", folder, "--host", "0.0.0.0"), "--host 0.0.0.0", "--api-key")
     assert_bad_input(run("serve", folder, "--api-key", " "), "--api-key must not be empty")
+    for command in (("generate", folder, "hello"), ("serve", folder)):
+        auto = run(*command, "--device", "cpu", "--one-pass", "--block-size", "auto")
+        assert_bad_input(auto, "--block-size must be a number of rows with --one-pass, but is auto")
     both = run("serve", folder, "--one-pass", "--sampling", "rejection")
     assert_bad_input(both, "--sampling must be coupled with --one-pass, but is rejection")
 

@@ -50,7 +50,13 @@ FastBlockOption = _block_size_option("auto on a CPU, else the model's own")
 
 
 def fast_block(block_size: BlockSize | None, device: torch.device, one_pass: bool = False) -> BlockSize | None:
-    """What `FastBlockOption` stands for: on a CPU every row takes time, so that fewer may be faster than all."""
+    """What `FastBlockOption` stands for: on a CPU every row takes time, so that fewer may be faster than all.
+
+    Raises:
+        ValueError: "auto" with `one_pass`, said before a model is loaded.
+    """
+    if one_pass and block_size == "auto":
+        raise ValueError("--block-size must be a number of rows with --one-pass, but is auto")
     return "auto" if block_size is None and device.type == "cpu" and not one_pass else block_size
 
 

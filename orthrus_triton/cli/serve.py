@@ -72,7 +72,7 @@ def serve(
         _require_free(host, port)
         where = resolve_device(device)
         require_impl("auto", where)
-        precision = resolve_dtype(dtype, where)
+        precision, block_size = resolve_dtype(dtype, where), fast_block(block_size, where, one_pass)
         from orthrus_triton.modules import ConsensusDecoder
         from orthrus_triton.serving import Scheduler
         from orthrus_triton.serving.apart import run_apart
@@ -84,7 +84,6 @@ def serve(
         except KeyboardInterrupt:  # the other thread hid the cursor, and ends with the process
             status_console.show_cursor()
             raise
-        block_size = fast_block(block_size, where, one_pass)
         decoder = ConsensusDecoder(network, block_size=block_size, one_pass=one_pass)
         scheduler = Scheduler(decoder, slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling)
         # the last part of a folder or hub id: clients need not know where it lies
