@@ -51,11 +51,14 @@ def test_the_plan_of_the_pass() -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"qk_norm": True}, {"window": 9}, {"window": 3, "qkv_bias": True}, {"view_rank": 4}, {"num_kv_heads": 4}],
+    ("options", "dtype"),
+    [
+        ({}, torch.float32), ({}, torch.bfloat16), ({"qk_norm": True}, torch.bfloat16), ({"window": 9}, torch.float32),
+        ({"window": 3, "qkv_bias": True}, torch.bfloat16), ({"view_rank": 4}, torch.float32),
+        ({"num_kv_heads": 4}, torch.bfloat16),
+    ],
     ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+)  # fmt: skip
 def test_tokens_and_cache_are_those_of_ar_decoding(form: dict, options: dict, dtype: torch.dtype) -> None:
     model = make_model(dtype, **form, **options)
     prompts = prompts_of(model, 3, 40, 11)
