@@ -64,7 +64,7 @@ def test_no_winner_is_passed_over(seed: int, scale: float, data: st.DataObject) 
         2, temperature=data.draw(st.sampled_from([0.02, 1.0, 30.0])), seed=seed,
         top_p=data.draw(st.sampled_from([1.0, 0.9, 0.3])), top_k=data.draw(st.sampled_from([0, 9])),
     )  # fmt: skip
-    logits, positions = make_logits(seed, 2, 1, 120, scale=scale), positions_of(2, 1)
+    logits, positions = make_logits(seed, 2, 1, 80, scale=scale), positions_of(2, 1)
     with pytest.MonkeyPatch.context() as patch:
         use_spans(patch, 32, 8)
         ids = sample_choice(logits, positions, how, impl="triton")
