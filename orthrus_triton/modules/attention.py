@@ -3,6 +3,8 @@ Parameter names are those of the published Orthrus checkpoints: {q,k,v,o}_proj, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 
@@ -114,27 +116,40 @@ class DualViewAttention(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """A whole draft in one attention; where the frozen view reads the anchor, by each row's own projections."""
         impl, parts = view_pass.impl, view_pass.parts
-        widths = [part.positions.shape[1] for part in parts]
-        inputs, angles = hidden.split(widths, dim=1), _split_rope(rope, widths)
-        residuals = [None] * len(parts) if residual is None else residual.split(widths, dim=1)
         if self.window is not None or view_pass.block_rows:
-            pieces = zip(inputs, angles, parts, residuals)
-            return _join([self(rows, turn, cache_layer, part, rest, next_norm) for rows, turn, part, rest in pieces])
+            pieces = zip(*_split(parts, hidden, *rope, residual), parts)
+            return _join([
+                self(rows, (cos, sin), cache_layer, part, rest, next_norm) for rows, cos, sin, rest, part in pieces
+            ])  # fmt: skip
         k, v = cache_layer.k, cache_layer.v
         if self.qk_norm:  # each view has norms of its own
+            pieces = zip(*_split(parts, hidden, *rope), parts)
             q = _join([
-                self._rotate_and_store(rows, turn, k, v, part.positions, part)
-                for rows, turn, part in zip(inputs, angles, parts)
+                self._rotate_and_store(rows, (cos, sin), k, v, part.positions, part) for rows, cos, sin, part in pieces
             ])  # fmt: skip
         else:
-            qkv = [self._project_qkv(rows, part.view == "diffusion", impl) for rows, part in zip(inputs, parts)]
-            q = ops.rope_cache(_join(qkv), *rope, k, v, view_pass.slots, impl=impl)
+            qkv = self._by_view(
+                lambda rows, part: self._project_qkv(rows, part.view == "diffusion", impl), hidden, parts
+            )
+            q = ops.rope_cache(qkv, *rope, k, v, view_pass.slots, impl=impl)
         attended = ops.dual_view_attention(q, k, v, view_pass.key_limit, impl=impl).flatten(2)
         if next_norm is not None and impl == "torch":  # one norm of all rows is less work, and the same
-            pieces = zip(attended.split(widths, dim=1), parts)
-            return next_norm(_join([self._project_out(rows, part) for rows, part in pieces]), residual, impl=impl)
-        outputs = zip(attended.split(widths, dim=1), parts, residuals)
-        return _join([self._project_out(rows, part, rest, next_norm) for rows, part, rest in outputs])
+            return next_norm(self._by_view(self._project_out, attended, parts), residual, impl=impl)
+        pieces = zip(*_split(parts, attended, residual), parts)
+        return _join([self._project_out(rows, part, rest, next_norm) for rows, rest, part in pieces])
+
+    def _by_view(
+        self, project: Callable[[torch.Tensor, ViewPass], torch.Tensor], rows: torch.Tensor, parts: Sequence[ViewPass]
+    ) -> torch.Tensor:
+        """rows [B, T, ...] -> [B, T, ...], each part's rows as `project` has them."""
+        if len(parts) == 1:
+            return project(rows, parts[0])
+        anchor, masks = parts
+        first = anchor.positions.shape[1]
+        of_anchor = project(rows[:, :first], anchor)
+        # a CPU multiplies eight rows at a time in any case: the anchor's may as well be among them
+        of_masks = project(rows, masks)[:, first:] if masks.impl == "torch" else project(rows[:, first:], masks)
+        return torch.cat((of_anchor, of_masks), dim=1)
 
     def _rotate_and_store(
         self,
@@ -220,5 +235,7 @@ def _join(pieces: list) -> torch.Tensor | tuple[torch.Tensor, ...]:
     return torch.cat(pieces, dim=1)
 
 
-def _split_rope(rope: tuple[torch.Tensor, torch.Tensor], widths: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(zip(*(angles.split(widths, dim=1) for angles in rope)))
+def _split(parts: Sequence[ViewPass], *tensors: torch.Tensor | None) -> list[Sequence[torch.Tensor | None]]:
+    """Each of the tensors [B, T, ...] in pieces of the parts' rows; None in pieces of None."""
+    widths = [part.positions.shape[1] for part in parts]
+    return [[None] * len(parts) if tensor is None else tensor.split(widths, dim=1) for tensor in tensors]

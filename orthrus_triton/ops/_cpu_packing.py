@@ -4,11 +4,11 @@ Without it every product of a few rows first lays out the whole weight anew, whi
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 LAID_OUT_FOR = 8  # rows; the layout serves any number
@@ -19,12 +19,12 @@ SAMPLES = 1024  # values of a weight by which a change is noticed that left no t
 @dataclass
 class _Packed:
     weight: torch.Tensor
-    nbytes: int
+    parameter: weakref.ref[torch.nn.Parameter]
     made_from: tuple[int, int]  # address and version of the parameter
     sample: torch.Tensor
 
 
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_packed: dict[int, _Packed] = {}  # by the parameter's id: a decode step looks some hundred times
 
 
 def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
@@ -33,24 +33,35 @@ def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
     Only parameters have one: other tensors are not there to stay. It lives as long as they do. A parameter that was
     assigned or changed in place since is packed again.
     """
+    entry = _packed.get(id(weight))
+    if entry is not None and entry.parameter() is weight:
+        if entry.made_from == (weight.data_ptr(), weight._version):
+            return entry.weight
+        del _packed[id(weight)]
     if not isinstance(weight, torch.nn.Parameter) or weight.dtype not in PACKED_DTYPES or not has_onednn():
         return None
     if weight.is_inference():  # such parameters do not tell whether they changed
         return None
-    entry = _packed.get(weight)
-    if entry is None or entry.made_from != (weight.data_ptr(), weight._version):
-        if not weight.is_contiguous() or not _has_room(weight):
-            return None
-        made_from = (weight.data_ptr(), weight._version)
-        entry = _packed[weight] = _Packed(pack(weight), weight.nbytes, made_from, _sample(weight))
+    if not weight.is_contiguous() or not _has_room(weight):
+        return None
+    forget = partial(_forget, id(weight))
+    entry = _Packed(pack(weight), weakref.ref(weight, forget), (weight.data_ptr(), weight._version), _sample(weight))
+    _packed[id(weight)] = entry
     return entry.weight
 
 
 def forget_changed() -> None:
     """Drop packed weights whose parameter changed behind its version's back, as `parameter.data.copy_()` does."""
-    for weight, entry in list(_packed.items()):
-        if not torch.equal(_sample(weight), entry.sample):
-            del _packed[weight]
+    for key, entry in list(_packed.items()):
+        parameter = entry.parameter()
+        if parameter is None or not torch.equal(_sample(parameter), entry.sample):
+            _packed.pop(key, None)
+
+
+def _forget(key: int, parameter: weakref.ref[torch.nn.Parameter]) -> None:
+    """Drop what was packed for a parameter that is gone, unless another one has its id by now."""
+    if key in _packed and _packed[key].parameter is parameter:
+        del _packed[key]
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -72,7 +83,7 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _has_room(weight: torch.Tensor) -> bool:
-    held = sum(entry.nbytes for parameter, entry in _packed.items() if parameter is not weight)
+    held = sum(entry.weight.nbytes for entry in list(_packed.values()))
     return held + weight.nbytes <= MEMORY_SHARE * _memory_bytes()
 
 

@@ -15,20 +15,19 @@ MAX_ROWS = 128  # of one product
 
 
 def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], weight [N, K], bias [N] -> [M, N]: every row has the bits that it would have alone.
+    """x [..., K], weight [N, K], bias [N] -> [..., N]: every row has the bits that it would have alone.
 
-    Rows are filled up to whole tiles. A product of one tile has one shape, and so one kernel, for every M. Taller ones
-    read the weight once for all their rows; see `has_tile_bits`.
+    Rows are filled up to whole tiles. A product of one tile has one shape, and so one kernel, for every number of rows.
+    Taller ones read the weight once for all their rows; see `has_tile_bits`.
     """
-    M = x.shape[0]
-    missing = -M % ROW_TILE
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing))
-    if M <= MAX_ROWS:
-        out = _rows_product(x, weight, bias)
-    else:
-        out = torch.cat([_rows_product(rows, weight, bias) for rows in x.split(MAX_ROWS)])
-    return out[:M] if missing else out
+    M = x.shape[:-1].numel()
+    if M % ROW_TILE:
+        filled = F.pad(x.reshape(M, -1), (0, 0, 0, -M % ROW_TILE))
+        return tiled_product(filled, weight, bias)[:M].view(*x.shape[:-1], -1)
+    if M > MAX_ROWS:
+        pieces = [_rows_product(rows, weight, bias) for rows in x.reshape(M, -1).split(MAX_ROWS)]
+        return torch.cat(pieces).view(*x.shape[:-1], -1)
+    return _rows_product(x, weight, bias)
 
 
 def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -36,14 +35,15 @@ def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if x.device.type != "cpu" or x.dtype not in PACKED_DTYPES or not has_onednn():
         return F.linear(x, weight, bias)
     # oneDNN also for fp32, where F.linear takes MKL, which is slower for few rows and rounds them by their number
-    packed, (N, K) = packed_weight(weight), weight.shape
-    return _onednn(x.reshape(-1, K), weight if packed is None else packed, bias).view(*x.shape[:-1], N)
+    packed = packed_weight(weight)
+    return _onednn(x, weight if packed is None else packed, bias)
 
 
 def _rows_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] of whole tiles."""
     of = (*weight.shape, weight.dtype, torch.get_num_threads())
-    packed = packed_weight(weight)
-    for rows in (x.shape[0], ROW_TILE):
+    packed, M = packed_weight(weight), x.shape[:-1].numel()
+    for rows in (M, ROW_TILE):
         if packed is not None and has_tile_bits(rows, *of, True):
             product, factor = _onednn, packed
         elif rows == ROW_TILE or has_tile_bits(rows, *of, False):
@@ -51,9 +51,10 @@ def _rows_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         else:
             continue
         break
-    if rows == x.shape[0]:
+    if rows == M:
         return product(x, factor, bias)
-    return torch.cat([product(tile, factor, bias) for tile in x.split(rows)])
+    tiles = x.reshape(M, -1).split(ROW_TILE)
+    return torch.cat([product(tile, factor, bias) for tile in tiles]).view(*x.shape[:-1], -1)
 
 
 @cache
@@ -74,7 +75,7 @@ def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: in
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if x.dtype in PACKED_DTYPES and has_onednn():
         return _onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

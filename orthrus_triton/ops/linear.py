@@ -239,8 +239,9 @@ def linear_torch(
     """Any device. On the CPU a row's bits are those it would have alone (`tiled_product`)."""
     if x.device.type != "cpu" or weight_scale is not None:
         return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
-    N, K = weight.shape
-    out = tiled_product(x.reshape(-1, K), weight, bias).view(*x.shape[:-1], N).to(out_dtype)
+    out = tiled_product(x, weight, bias)
+    if out.dtype != out_dtype:
+        out = out.to(out_dtype)
     return out if residual is None else out + residual
 
 

@@ -4,9 +4,10 @@ The block size depends on the hidden size alone, so a row has the same bits in a
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
 
 
 def rms_norm(
@@ -95,10 +96,8 @@ def launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torc
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Any device; rounds where the Triton kernel rounds."""
-    h = x.contiguous().to(accumulate_dtype(x.dtype))
-    scale = h.square().sum(-1, keepdim=True).div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (h * scale).to(x.dtype) * weight
+    """Any device; rounds where the Triton kernel rounds: before the weight, and after it."""
+    return F.rms_norm(x.contiguous(), weight.shape, eps=eps) * weight
 
 
 def add_rms_norm_torch(

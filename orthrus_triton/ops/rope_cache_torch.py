@@ -6,15 +6,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+import torch.nn.functional as F
+
+from orthrus_triton.ops._kept import Kept
+
+_angles: Kept[torch.Tensor] = Kept()
+_placements: Kept[_Placement] = Kept()
 
 
 def rope_cache_torch(
     qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding, keep=False
 ) -> torch.Tensor:
     """Any device. `compute` is the dtype of the arithmetic, `rounding` that between norm, weight and rotation. With
-    keep=True where the slots lie is kept for other calls with this very tensor; not for compiled code, which writes new
-    numbers into old tensors and tells nobody."""
+    keep=True, what follows from the angles and from the slots is kept for other calls with these very tensors."""
     B, T, width = qkv.shape
     HKV, D = k_out.shape[1], k_out.shape[3]
     heads = qkv.view(B, T, width // D, D)
@@ -23,23 +27,29 @@ def rope_cache_torch(
     if q_norm is not None:
         weight = torch.cat((q_norm.expand(HQ, D), k_norm.expand(HKV, D)))
         q_and_k = _norm(q_and_k, weight, eps, rounding)
-    rotated = _rotate(q_and_k, cos.to(compute), sin.to(compute)).to(qkv.dtype)
+    rotated = _rotate(q_and_k, cos, sin, keep).to(qkv.dtype)
     _write(k_out, rotated[:, :, HQ:], v_out, v, slots, keep)
     return rotated[:, :, :HQ]
 
 
 def _norm(heads: torch.Tensor, weight: torch.Tensor, eps: float, rounding: torch.dtype) -> torch.Tensor:
     """heads [..., H, D], weight [H, D]."""
-    normed = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps)
+    normed = F.rms_norm(heads, heads.shape[-1:], eps=eps)
     return (normed.to(rounding) * weight.to(rounding)).to(heads.dtype)
 
 
-def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keep: bool) -> torch.Tensor:
     """heads [B, T, H, D] in halves low and high -> low * cos - high * sin, high * cos + low * sin."""
-    low, high = heads.chunk(2, dim=-1)
+
+    def over_both(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        return torch.cat((low, high), dim=-1)[:, :, None].to(heads.dtype)
+
     # [B, T, 1, D]
-    cos, sin = torch.cat((cos, cos), dim=-1)[:, :, None], torch.cat((-sin, sin), dim=-1)[:, :, None]
-    return (heads * cos).add_(torch.cat((high, low), dim=-1).mul_(sin))
+    cosines = _angles.get(cos, ("cos", heads.dtype), lambda: over_both(cos, cos), keep)
+    sines = _angles.get(sin, ("sin", heads.dtype), lambda: over_both(-sin, sin), keep)
+    # [B, T, H, D]: high, low
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    return (heads * cosines).addcmul_(swapped, sines)
 
 
 class _Placement(NamedTuple):
@@ -50,20 +60,6 @@ class _Placement(NamedTuple):
     b: torch.Tensor | None = None
     s: torch.Tensor | None = None
     t: torch.Tensor | None = None
-
-
-_placements: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _placement(slots: torch.Tensor, num_slots: int, keep: bool) -> _Placement:
-    """All layers of a pass write to the same slots, so the answer is kept as long as the tensor lives."""
-    if not keep or slots.is_inference():  # inference tensors do not tell whether they changed
-        return _place(slots, num_slots)
-    of, placement = _placements.get(slots, (None, None))
-    if of != (slots._version, num_slots):
-        placement = _place(slots, num_slots)
-        _placements[slots] = ((slots._version, num_slots), placement)
-    return placement
 
 
 def _place(slots: torch.Tensor, num_slots: int) -> _Placement:
@@ -84,7 +80,8 @@ def _write(
     k_out: torch.Tensor, k: torch.Tensor, v_out: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, keep: bool
 ) -> None:
     """out[b, :, slots[b, t]] = rows[b, t] wherever the slot exists."""
-    first, b, s, t = _placement(slots, k_out.shape[2], keep)
+    num_slots = k_out.shape[2]
+    first, b, s, t = _placements.get(slots, num_slots, lambda: _place(slots, num_slots), keep)
     for out, rows in ((k_out, k), (v_out, v)):
         if first is not None:
             out[:, :, first : first + rows.shape[1]] = rows.transpose(1, 2)

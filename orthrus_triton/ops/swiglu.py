@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.ops._dispatch import accumulate_dtype, resolve_impl
@@ -59,7 +60,7 @@ def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 def swiglu_formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """In torch: computed in `dtype`, rounded once."""
     gate, up = gate_up.contiguous().to(dtype).chunk(2, dim=-1)
-    return torch.sigmoid(gate).mul_(gate).mul_(up).to(gate_up.dtype)
+    return F.silu(gate).mul_(up).to(gate_up.dtype)
 
 
 @torch.library.custom_op("orthrus_triton::swiglu", mutates_args=(), schema="(Tensor gate_up, str impl) -> Tensor")

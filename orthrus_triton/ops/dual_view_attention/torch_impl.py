@@ -32,30 +32,36 @@ def attention_torch(
     beyond its limit, and, without a block, whether it comes alone or with others.
 
     With exact=False ("library") only the rows and keys there are go in, and more rows at a time: cheaper for one row
-    and for many, with no such promise. With keep=True what is seen is kept for other calls with this very `key_limit`;
-    not for compiled code, which writes new numbers into old tensors and tells nobody.
+    and for many, with no such promise. With keep=True what is seen is kept for other calls with this very `key_limit`.
     """
-    (B, T, HQ, D), HKV = q.shape, k_cache.shape[1]
+    (_, T, HQ, D), (_, HKV, S, _) = q.shape, k_cache.shape
     group = HQ // HKV
     tokens = max((ROW_CHUNK if exact else LIBRARY_CHUNK) // group, 1)
     if block_size is not None:
         tokens = max(tokens // block_size, 1) * block_size
-    out = q.new_empty(q.shape)
+    pieces = []
     for t in range(0, T, tokens):
         rows = slice(t, t + tokens)
-        seen = visible_tiles(key_limit, rows, k_cache.shape[2], group, block_size, window, exact, q.dtype, D, keep)
-        # [B, HKV, tokens * group, D]: the heads of a group lie beside each other
-        packed = q[:, rows].view(B, -1, HKV, group, D).transpose(1, 2).reshape(B, HKV, -1, D)
-        # [B, HKV, tokens * group, D] and [B, HKV, tokens * group]
-        if block_size is None:
-            attended, _ = _attend_cache(packed, k_cache, v_cache, seen, scale)
-        else:
-            attended = _merge(
-                *_attend_cache(packed, k_cache, v_cache, seen, scale),
-                *_attend_own_block(packed, k_block[:, rows], v_block[:, rows], block_size, scale),
-            )
-        out[:, rows] = attended.view(B, HKV, -1, group, D).transpose(1, 2).reshape(B, -1, HQ, D)
-    return out
+        seen = visible_tiles(key_limit, rows, S, group, block_size, window, exact, q.dtype, D, keep)
+        packed = _pack(q if tokens >= T else q[:, rows], HKV)
+        out, lse = _attend_cache(packed, k_cache, v_cache, seen, scale)
+        if block_size is not None:
+            own = _attend_own_block(packed, k_block[:, rows], v_block[:, rows], block_size, scale)
+            out = _merge(out, lse, *own).to(q.dtype)
+        pieces.append(_unpack(out, HQ))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _pack(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """[B, T, HQ, D] -> [B, HKV, T * group, D]: the heads of a group lie beside each other."""
+    B, T, HQ, D = q.shape
+    return q.view(B, T, num_kv_heads, -1, D).transpose(1, 2).reshape(B, num_kv_heads, -1, D)
+
+
+def _unpack(packed: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[B, HKV, T * group, D] -> [B, T, HQ, D]."""
+    B, HKV, _, D = packed.shape
+    return packed.view(B, HKV, -1, num_heads // HKV, D).transpose(1, 2).reshape(B, -1, num_heads, D).contiguous()
 
 
 def _attend_cache(
@@ -75,7 +81,8 @@ def _attend_cache(
         out, lse = _sdpa(rows, keys, values, seen.mask, scale)
         if seen.mask is not None and not math.isfinite(out.sum(dtype=torch.float32).item()):
             _mend_rows(out, lse, rows, keys, values, seen.mask, scale)
-    out, lse = out[:, :, :num_rows], lse[:, :, :num_rows]
+    if seen.filled:
+        out, lse = out[:, :, :num_rows], lse[:, :, :num_rows]
     if seen.blind is not None:
         out, lse = out.masked_fill(seen.blind, 0.0), lse.masked_fill(seen.blind[..., 0], -torch.inf)
     return out, lse

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from orthrus_triton.ops._kept import Kept
 from orthrus_triton.ops.dual_view_attention.key_tails import KV_TILE, tiles_end
 
 ROW_TILE = 8  # packed rows (token x head in group) come in multiples of it: BLAS takes other kernels for fewer
@@ -32,7 +32,7 @@ class VisibleTiles:
     blind: torch.Tensor | None
 
 
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_kept: Kept[VisibleTiles] = Kept()
 
 
 def visible_tiles(
@@ -43,17 +43,9 @@ def visible_tiles(
 
     With exact=False the tiles end where the longest row's keys end. With keep=True the answer is kept.
     """
-    # inference tensors do not tell whether they changed
-    if not keep or key_limit.shape[1] > KEPT_TOKENS or key_limit.is_inference():
-        return _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype, head_dim)
-    version, kept = _kept.get(key_limit, (None, {}))
-    if version != key_limit._version:
-        kept = {}
-        _kept[key_limit] = (key_limit._version, kept)
     key = (rows.start, rows.stop, capacity, group, block_size, window, exact, dtype, head_dim)
-    if key not in kept:
-        kept[key] = _look(key_limit[:, rows], capacity, group, block_size, window, exact, dtype, head_dim)
-    return kept[key]
+    keep = keep and key_limit.shape[1] <= KEPT_TOKENS
+    return _kept.get(key_limit, key, lambda: _look(key_limit[:, rows], *key[2:]), keep)
 
 
 def _look(
