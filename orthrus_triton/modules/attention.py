@@ -237,5 +237,7 @@ def _join(pieces: list) -> torch.Tensor | tuple[torch.Tensor, ...]:
 
 def _split(parts: Sequence[ViewPass], *tensors: torch.Tensor | None) -> list[Sequence[torch.Tensor | None]]:
     """Each of the tensors [B, T, ...] in pieces of the parts' rows; None in pieces of None."""
+    if len(parts) == 1:
+        return [[tensor] for tensor in tensors]
     widths = [part.positions.shape[1] for part in parts]
     return [[None] * len(parts) if tensor is None else tensor.split(widths, dim=1) for tensor in tensors]
