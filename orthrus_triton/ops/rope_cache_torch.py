@@ -49,7 +49,7 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keep: boo
     sines = _angles.get(sin, ("sin", heads.dtype), lambda: over_both(-sin, sin), keep)
     # [B, T, H, D]: high, low
     swapped = heads.roll(heads.shape[-1] // 2, -1)
-    return (heads * cosines).addcmul_(swapped, sines)
+    return (heads * cosines).add_(swapped.mul_(sines))  # no addcmul: it may fuse, which rounds otherwise
 
 
 class _Placement(NamedTuple):

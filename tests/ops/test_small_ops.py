@@ -121,6 +121,20 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
     assert [set(row.nonzero().flatten().tolist()) for row in written] == expected_rows
 
 
+def test_rope_cache_in_torch_rounds_products_before_their_sum() -> None:
+    """As the kernels do: a fused multiply-add would be another number, wherever a machine has one."""
+    qkv, cos, sin = (randn(seed, 1, 9, width, dtype=torch.float32) for seed, width in ((0, 4 * 20), (1, 10), (2, 10)))
+    k_out, v_out = torch.zeros(2, 1, 1, 9, 20, device=DEVICE)
+    slots = torch.arange(9, dtype=torch.int32, device=DEVICE)[None]
+    low, high = qkv.view(1, 9, 4, 20)[:, :, :3].chunk(2, dim=-1)
+    cosines, sines = cos[:, :, None], sin[:, :, None]
+    rotated = torch.cat((low * cosines - high * sines, high * cosines + low * sines), dim=-1)
+    with torch.no_grad():
+        for _ in range(2):  # the second finds the angles kept
+            q = ops.rope_cache(qkv, cos, sin, k_out, v_out, slots, impl="torch")
+            assert torch.equal(q, rotated[:, :, :2]) and torch.equal(k_out[0, 0], rotated[0, :, 2])
+
+
 def test_rope_cache_needs_whole_rows() -> None:
     """A kernel would write to places that belong to others."""
     angles, slots = torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.int32)
