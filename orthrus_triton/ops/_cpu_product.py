@@ -75,7 +75,7 @@ def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: in
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if x.dtype in PACKED_DTYPES and has_onednn():
         return _onednn(x, weight, bias)
-    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -93,6 +93,13 @@ def test_row_without_keys_is_zero(impl: str, device: torch.device) -> None:
     assert not out[:, 0].any() and out[:, 1].any()
 
 
+@pytest.mark.parametrize("impl", ["torch", "library"])
+def test_no_rows_give_no_rows(impl: str, device: torch.device) -> None:
+    q, cache = torch.randn(2, 0, 4, 64, device=device), torch.randn(2, 2, 8, 64, device=device)
+    limit = torch.zeros(2, 0, dtype=torch.int32, device=device)
+    assert dual_view_attention(q, cache, cache, limit, impl=impl).shape == q.shape
+
+
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_a_window_shorter_than_the_block_leaves_its_last_rows_the_block_alone(impl: str, device: torch.device) -> None:
     check(make_case(8, torch.float32, device, rows=8, block_size=8, window=3), impl)

@@ -47,6 +47,15 @@ def test_both_products_are_the_product(impl):
     assert torch.allclose(ops.linear(x, weight, None, residual, impl=impl).double(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_no_rows_give_no_rows(dtype):
+    weight, bias = torch.randn(24, 16).to(dtype), torch.randn(24).to(dtype)
+    for shape in ((0,), (2, 0), (0, 3)):
+        x = torch.empty(*shape, 16, dtype=dtype)
+        for impl in ("torch", "library"):
+            assert ops.linear(x, weight, bias, impl=impl).shape == (*shape, 24)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_taller_products_are_taken_only_where_they_have_the_bits_of_tiles(dtype, monkeypatch):
     x, weight = torch.randn(40, 96).to(dtype), torch.randn(64, 96).to(dtype)

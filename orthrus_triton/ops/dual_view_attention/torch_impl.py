@@ -35,6 +35,8 @@ def attention_torch(
     and for many, with no such promise. With keep=True what is seen is kept for other calls with this very `key_limit`.
     """
     (_, T, HQ, D), (_, HKV, S, _) = q.shape, k_cache.shape
+    if T == 0:
+        return q.new_empty(q.shape)
     group = HQ // HKV
     tokens = max((ROW_CHUNK if exact else LIBRARY_CHUNK) // group, 1)
     if block_size is not None:
