@@ -37,22 +37,22 @@ def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
     if entry is not None and entry.parameter() is weight:
         if entry.made_from == (weight.data_ptr(), weight._version):
             return entry.weight
-        del _packed[id(weight)]
+        _packed.pop(id(weight), None)
     if not isinstance(weight, torch.nn.Parameter) or weight.dtype not in PACKED_DTYPES or not has_onednn():
         return None
     if weight.is_inference():  # such parameters do not tell whether they changed
         return None
     if not weight.is_contiguous() or not _has_room(weight):
         return None
-    forget = partial(_forget, id(weight))
-    entry = _Packed(pack(weight), weakref.ref(weight, forget), (weight.data_ptr(), weight._version), _sample(weight))
-    _packed[id(weight)] = entry
+    parameter = weakref.ref(weight, partial(_forget, id(weight)))
+    made_from = (weight.data_ptr(), weight._version)
+    entry = _packed[id(weight)] = _Packed(pack(weight), parameter, made_from, _sample(weight))
     return entry.weight
 
 
 def forget_changed() -> None:
     """Drop packed weights whose parameter changed behind its version's back, as `parameter.data.copy_()` does."""
-    for key, entry in list(_packed.items()):
+    for key, entry in _packed.copy().items():  # a list of items could collect garbage, and change them, midway
         parameter = entry.parameter()
         if parameter is None or not torch.equal(_sample(parameter), entry.sample):
             _packed.pop(key, None)
@@ -60,8 +60,9 @@ def forget_changed() -> None:
 
 def _forget(key: int, parameter: weakref.ref[torch.nn.Parameter]) -> None:
     """Drop what was packed for a parameter that is gone, unless another one has its id by now."""
-    if key in _packed and _packed[key].parameter is parameter:
-        del _packed[key]
+    entry = _packed.get(key)
+    if entry is not None and entry.parameter is parameter:
+        _packed.pop(key, None)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -73,6 +73,46 @@ def test_packed_weights_go_with_their_parameters_and_are_bounded(monkeypatch):
     assert len(_cpu_packing._packed) == 0 and packed_weight(parameter()) is not None
 
 
+def test_a_weight_that_changes_while_it_is_packed_is_packed_again(monkeypatch):
+    weight, pack = parameter(), _cpu_packing.pack
+
+    def pack_and_change(weight: torch.Tensor) -> torch.Tensor:
+        packed = pack(weight)
+        with torch.no_grad():
+            weight.mul_(2)
+        return packed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_cpu_packing, "pack", pack_and_change)
+        early = packed_weight(weight)
+    late = packed_weight(weight)
+    assert late is not early
+    assert torch.equal(ops.linear(torch.eye(64), weight, impl="torch"), weight.detach().T)
+
+
+def test_garbage_may_be_collected_at_any_time():
+    """A collection, which Python may start wherever something is allocated, forgets the weights it collects."""
+    kept = [parameter() for _ in range(8)]
+    thresholds = gc.get_threshold()
+    try:
+        for later in range(1, 20):
+            gc.disable()
+            for weight in kept:
+                packed_weight(weight)
+            pairs = [(later, n) for n in range(3000)]  # more than Python has in store: the next ones are allocated
+            cycle: list = [parameter()]
+            packed_weight(cycle[0])
+            cycle.append(cycle)
+            del cycle
+            gc.set_threshold(gc.get_count()[0] + later)
+            gc.enable()
+            forget_changed()
+            del pairs
+    finally:
+        gc.enable()
+        gc.set_threshold(*thresholds)
+
+
 def test_inference_parameters_are_not_packed():
     with torch.inference_mode():
         weight = parameter()
