@@ -40,6 +40,23 @@ def test_a_row_of_attention_has_the_bits_it_has_alone(dtype, rows, at, context, 
     assert torch.equal(together[:, row], alone)
 
 
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(9, 5000), (33, 1037), (3, 33000)])
+def test_a_row_of_swiglu_has_the_bits_it_has_alone_where_threads_share_the_rows(rows, width, two_threads):
+    for seed in range(8):
+        gate_up = torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(seed)) * 3
+        together = ops.swiglu(gate_up, impl="torch")
+        assert torch.equal(together, ops.swiglu(gate_up[None], impl="torch")[0])
+        assert torch.equal(together, torch.cat([ops.swiglu(row, impl="torch") for row in gate_up.split(1)]))
+
+
 @pytest.mark.parametrize("impl", ["library", "torch"])
 def test_both_products_are_the_product(impl):
     x, weight, residual = torch.randn(3, 5, 64), torch.randn(24, 64), torch.randn(3, 5, 24)
