@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.ops._dispatch import accumulate_dtype, resolve_impl
@@ -60,23 +59,23 @@ def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 def swiglu_formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """In torch: computed in `dtype`, rounded once."""
     gate, up = gate_up.contiguous().to(dtype).chunk(2, dim=-1)
-    return _silu(gate).mul_(up).to(gate_up.dtype)
+    return _sigmoid(gate).mul_(gate).mul_(up).to(gate_up.dtype)
 
 
 SHARED_FROM = 32768  # numbers: at::internal::GRAIN_SIZE, from which torch's CPU kernels share a step among threads
 
 
-def _silu(gate: torch.Tensor) -> torch.Tensor:
+def _sigmoid(gate: torch.Tensor) -> torch.Tensor:
     """Of [..., I], so that a row has the bits it has alone.
 
     A thread's share may begin and end within a row, and the last numbers of a share, which fill no vector, are rounded
     otherwise. So a step has no more rows than one thread takes.
     """
     if gate.device.type != "cpu" or gate.numel() < SHARED_FROM:
-        return F.silu(gate)
+        return torch.sigmoid(gate)
     intermediate = gate.shape[-1]
     steps = gate.reshape(-1, intermediate).split(max(SHARED_FROM // intermediate, 1))
-    return torch.cat([F.silu(rows) for rows in steps]).view(gate.shape)
+    return torch.cat([torch.sigmoid(rows) for rows in steps]).view(gate.shape)
 
 
 @torch.library.custom_op("orthrus_triton::swiglu", mutates_args=(), schema="(Tensor gate_up, str impl) -> Tensor")
