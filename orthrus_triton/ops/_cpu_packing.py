@@ -84,7 +84,7 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _has_room(weight: torch.Tensor) -> bool:
-    held = sum(entry.weight.nbytes for entry in list(_packed.values()))
+    held = sum(entry.weight.nbytes for entry in _packed.copy().values())
     return held + weight.nbytes <= MEMORY_SHARE * _memory_bytes()
 
 
