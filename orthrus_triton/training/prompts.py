@@ -31,11 +31,13 @@ def read_prompts(path: str | PathLike[str]) -> list[Prompt]:
     one prompt a line; its domain is its name where that is code, chat, prose or docs, else "all".
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it holds no prompt, is not UTF-8, or has a line that is
-            not such an object; the message names file and line.
+        FileNotFoundError: there is no such file. IsADirectoryError: it is a folder. ValueError: it holds no prompt, is
+            not UTF-8, or has a line that is not such an object; the message names file and line.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise IsADirectoryError(f"prompts must come from a file, but {str(path)!r} is a folder")
+    if not path.exists():
         raise FileNotFoundError(f"prompts must come from a file, but there is no {str(path)!r}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON text may hold other line separators

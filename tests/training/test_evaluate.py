@@ -119,6 +119,8 @@ def test_prompt_files(tmp_path):
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(FileNotFoundError, match="prompts must come from a file, but there is no .*nowhere.txt"):
         read_prompts(tmp_path / "nowhere.txt")
+    with pytest.raises(IsADirectoryError, match="prompts must come from a file, but .* is a folder"):
+        read_prompts(tmp_path)
 
 
 def test_encode_follows_the_template():
