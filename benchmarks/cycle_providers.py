@@ -93,13 +93,6 @@ def ours_int8_drafts(load: Workload) -> Cycles:
     return measured
 
 
-def ours_one_pass(load: Workload) -> Cycles:
-    """Our cycle of one pass, in blocks of eight."""
-    measured = ours(load, one_pass=True)
-    measured.views = ("both",)
-    return measured
-
-
 class _Stopwatch:
     """A streamer that takes the time of every token it is given and ends the generation when it has enough."""
 
@@ -186,7 +179,6 @@ def hf_compiled(load: Workload) -> Cycles:
 PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours": ours,
     "ours-ar": lambda load: ours(load, "ar"),
-    "ours-one-pass": ours_one_pass,
     "ours-int8-drafts": ours_int8_drafts,
     "ours-sampled": lambda load: ours(load, params=SAMPLED),
     "ours-rejection": lambda load: ours(load, params=SAMPLED, rule="rejection"),
@@ -212,8 +204,6 @@ def problems(load: Workload, names: Sequence[str], tokens: int = 16) -> list[str
 
     said = text("ar")
     got = {"consensus": text("consensus"), "auto": text("consensus", block_size="auto")}
-    if "ours-one-pass" in names:
-        got["consensus in one pass"] = text("consensus", one_pass=True)
     if "ours-int8-drafts" in names:
         with int8_drafts(model):
             got["consensus with int8 drafts"] = text("consensus")

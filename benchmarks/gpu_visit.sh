@@ -10,7 +10,7 @@
 #                   of an earlier visit; VIEW_OPTIONS="--set ..." DATA_SECONDS=60 TRAIN_SECONDS=300 RATES=1e-3,2e-3,4e-3
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
 # What to ask of 13 minutes: tune_1:140 cycle:110 batch:120 context:90 attention:90 prefill:95 tests_timing:100.
-# What has not run yet: tests_timing, shipped, ours-one-pass and ours-int8-drafts of cycle.
+# What has not run yet: tests_timing, shipped.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -80,7 +80,7 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         attention) run attention "$python" -m benchmarks.attention --out "$out" ;;
         # one context, everybody
         cycle) run cycle "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 \
-            --providers ours,ours-one-pass,ours-int8-drafts,ours-ar,official,hf,ours-inexact $official --out "$out" ;;
+            --providers ours,ours-int8-drafts,ours-ar,official,hf,ours-inexact $official --out "$out" ;;
         # what exactness costs of a cycle: the same one with the library's products
         tax) run tax "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1,4 --cycles 30 \
             --providers ours,ours-inexact --out "$out/tax" ;;
@@ -107,11 +107,9 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         view) make_view --data-seconds "${DATA_SECONDS:-60}" --train-seconds "${TRAIN_SECONDS:-300}" ;;
         # after a visit that was cut short on the same machine: with the rows that are there
         view_rest) make_view --stages train,export,evaluate --train-seconds "${TRAIN_SECONDS:-300}" ;;
-        # the shipped view's tokens per cycle, per pass and per second: two passes, and one
-        shipped) for how in "" --one-pass "--one-pass --block-size 12"; do
-            PYTHONPATH=$PYTHONPATH:${VIEW_DATA:-view-data}/site run "shipped${how// /}" "$python" -m orthrus_triton.cli \
-                evaluate --prompts examples/prompts/code.txt --limit 20 --json $how
-        done ;;
+        # the shipped view's tokens per cycle, per pass and per second
+        shipped) PYTHONPATH=$PYTHONPATH:${VIEW_DATA:-view-data}/site run shipped "$python" -m orthrus_triton.cli \
+            evaluate --prompts examples/prompts/code.txt --limit 20 --json ;;
         # time to first token of long prompts, and the price of batch-invariant products
         prefill) run prefill "$python" -m benchmarks.prefill --shape "$shape" --out "$out" ;;
         # 1,000 prompts of real weights in both modes; the test tests_exact is the same run

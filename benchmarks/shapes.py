@@ -114,10 +114,10 @@ def load_module(path: Path) -> ModuleType:
 
 def bytes_per_pass(model: OrthrusForCausalLM, view: str, context: int, batch: int) -> int:
     """What one pass of a view must read: its weights once, and every sequence's K/V. Of an embedding only if it is
-    also the LM head. The view "diffusion-int8" reads int8 copies of its layers' matrices; "both" are in one pass."""
+    also the LM head. The view "diffusion-int8" reads int8 copies of its layers' matrices."""
     of_int8 = view == "diffusion-int8"
     view = view.removesuffix("-int8")
-    unused = {"ar": "_diff.", "diffusion": "\0", "both": "\0"}[view]
+    unused = {"ar": "_diff.", "diffusion": "\0"}[view]
     total = 0
     for name, parameter in model.named_parameters():
         of_ar_only = any(part in name for part in (".qkv_proj.", ".o_proj.", ".q_norm.", ".k_norm."))
