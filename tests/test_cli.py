@@ -81,25 +81,6 @@ def test_int8_drafts_are_drafts_of_the_same_text(model_folder, command, monkeypa
     assert result.exit_code == 0 and len(quantized) == 1
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "verify"])
-def test_one_pass_gives_the_same_text(model_folder, command, tmp_path):
-    options = ("--raw", "--max-new-tokens", 24, "--dtype", "fp32", "--one-pass")
-    if command == "generate":
-        result = run(command, model_folder, "the text", *options, "--stats", "json")
-        text, last = result.stdout.removesuffix("\n").rsplit("\n", 1)
-        assert text == expected_text(model_folder, "the text", 24)
-    else:
-        (tmp_path / "code.txt").write_text("the text\n")
-        more = ("--json", "--no-baseline") if command == "evaluate" else ("--json",)
-        result = run(command, "--model", model_folder, "--prompts", tmp_path / "code.txt", *options, *more)
-        last = result.stdout.splitlines()[-1]
-    report = json.loads(last)
-    assert result.exit_code == 0 and report["one_pass"] is True and report["block_size"] == 4
-    if command != "verify":  # the prefill, and one pass for each cycle
-        cycles, tokens = report["cycles"], report["tokens"]
-        assert report["tpf"] == pytest.approx(tokens / (1 + cycles))
-
-
 def test_generate_samples_what_its_options_say_in_either_mode(model_folder):
     command = ("generate", model_folder, "the text", "--raw", "--max-new-tokens", 24, "--dtype", "fp32")
     sampled = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.001, "--seed")

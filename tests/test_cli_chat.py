@@ -103,11 +103,6 @@ def test_bad_options_are_one_line(folder: Path) -> None:
     assert_bad_input(small, "--max-len must exceed the conversation")
     assert_bad_input(run("serve", folder, "--host", "0.0.0.0"), "--host 0.0.0.0", "--api-key")
     assert_bad_input(run("serve", folder, "--api-key", " "), "--api-key must not be empty")
-    for command in (("generate", folder, "hello"), ("serve", folder)):
-        auto = run(*command, "--device", "cpu", "--one-pass", "--block-size", "auto")
-        assert_bad_input(auto, "--block-size must be a number of rows with --one-pass, but is auto")
-    both = run("serve", folder, "--one-pass", "--sampling", "rejection")
-    assert_bad_input(both, "--sampling must be coupled with --one-pass, but is rejection")
 
 
 def test_what_only_runs_can_show_is_one_line_too() -> None:
@@ -133,7 +128,7 @@ def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest
     made = decoders_made(monkeypatch)
     result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", port)
     assert result.exit_code == 0, result.output
-    assert made == [{"block_size": "auto", "one_pass": False}]
+    assert made == [{"block_size": "auto"}]
     config = seen[0].config
     assert (config.host, config.port, config.timeout_graceful_shutdown) == ("127.0.0.1", port, 5)
     hosts = {"localhost": True, "::1": True, "0.0.0.0": False, "example.org": False}

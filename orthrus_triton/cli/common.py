@@ -4,7 +4,7 @@ Nothing heavy is imported before a command runs."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,25 +49,11 @@ BlockSizeOption = _block_size_option("the model's own")
 FastBlockOption = _block_size_option("auto on a CPU, else the model's own")
 
 
-def fast_block(block_size: BlockSize | None, device: torch.device, one_pass: bool = False) -> BlockSize | None:
-    """What `FastBlockOption` stands for: on a CPU every row takes time, so that fewer may be faster than all.
-
-    Raises:
-        ValueError: "auto" with `one_pass`, said before a model is loaded.
-    """
-    if one_pass and block_size == "auto":
-        raise ValueError("--block-size must be a number of rows with --one-pass, but is auto")
-    return "auto" if block_size is None and device.type == "cpu" and not one_pass else block_size
+def fast_block(block_size: BlockSize | None, device: torch.device) -> BlockSize | None:
+    """What `FastBlockOption` stands for: on a CPU every row takes time, so that fewer may be faster than all."""
+    return "auto" if block_size is None and device.type == "cpu" else block_size
 
 
-OnePassOption = Annotated[
-    bool,
-    typer.Option(
-        "--one-pass",
-        help="Draft the next block in the pass that verifies this one, in blocks of 8: the same text, fewer passes of "
-        "more rows. For GPUs.",
-    ),
-]  # fmt: skip
 Int8DraftsOption = Annotated[
     bool,
     typer.Option(
@@ -82,11 +68,6 @@ TopKOption = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 ke
 TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability together.")]
 MinPOption = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of sampling; the same one gives the same text.")]
-
-
-def block_of(report: Mapping[str, Any]) -> str:
-    """A report's `block_size` and `one_pass` in words."""
-    return f"block {report['block_size']}{' in one pass' if report['one_pass'] else ''}"
 
 
 def result_console(**options: Any) -> Console:

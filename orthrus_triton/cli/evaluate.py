@@ -19,8 +19,6 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     ImplOption,
     Int8DraftsOption,
-    OnePassOption,
-    block_of,
     busy,
     one_line_errors,
     require_impl,
@@ -58,7 +56,6 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens per prompt, 2 at least.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
     block_size: BlockSizeOption = None,
-    one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -108,12 +105,11 @@ def evaluate(
         with Progress(*columns, console=status_console, transient=True) as progress:
             task = progress.add_task("", total=len(encoded))
             report = measure(
-                network, encoded, max_new_tokens=max_new_tokens, block_size=block_size, one_pass=one_pass,
-                impl=impl, check_exact=check_exact, baseline=baseline, on_answer=lambda: progress.advance(task),
+                network, encoded, max_new_tokens=max_new_tokens, block_size=block_size, impl=impl,
+                check_exact=check_exact, baseline=baseline, on_answer=lambda: progress.advance(task),
             )  # fmt: skip
         report = {
             "model": name,
-            "one_pass": one_pass,
             "int8_drafts": int8_drafts,
             **_setting(where, precision, runs, prompts or []),
             **report,
@@ -161,7 +157,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
     from orthrus_triton.training.chart import save_chart
 
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    title = f"{report['model']}, {report['dtype']} on {report['hardware']}, {block_of(report)}"
+    title = f"{report['model']}, {report['dtype']} on {report['hardware']}, block {report['block_size']}"
     save_chart(report, folder / "chart.png", title)
     status_console.print(f"wrote {folder / 'report.json'} and {folder / 'chart.png'}")
 
@@ -182,7 +178,9 @@ def _setting(where: torch.device, precision: torch.dtype, runs: str, files: list
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
-    title = f"{report['model']}, {report['dtype']} on {report['device']} ({report['impl']}), {block_of(report)}"
+    title = (
+        f"{report['model']}, {report['dtype']} on {report['device']} ({report['impl']}), block {report['block_size']}"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("domain")
     for column in (

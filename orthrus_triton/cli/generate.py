@@ -16,12 +16,10 @@ from orthrus_triton.cli.common import (
     ImplOption,
     Int8DraftsOption,
     MinPOption,
-    OnePassOption,
     SeedOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
-    block_of,
     encode_prompt,
     fast_block,
     one_line_errors,
@@ -54,7 +52,6 @@ def generate(
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     block_size: FastBlockOption = None,
-    one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -84,14 +81,14 @@ def generate(
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
-        block_size = fast_block(block_size, where, one_pass)
+        block_size = fast_block(block_size, where)
         from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         network, tokenizer, _ = load_model(model, precision, where, int8_drafts and mode == "consensus")
         input_ids = encode_prompt(tokenizer, prompt, chat, system)
-        decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, one_pass=one_pass, impl=impl)
+        decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
         output = decoder.generate(
             input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), params=[params]
         )
@@ -102,7 +99,6 @@ def generate(
             "tokens_per_second": output.stats.tokens_per_second,
             "stopped_by": "eos" if int(output.sequences[0][-1]) in network.eos_token_ids else "length",
             "block_size": (block_size or decoder.block_size) if mode == "consensus" else 1,
-            "one_pass": one_pass and mode == "consensus",
             "dtype": str(precision).removeprefix("torch."),
             "device": str(where),
             "impl": runs,
@@ -125,6 +121,6 @@ def _stats_line(stats: DecodeStats, report: dict[str, Any]) -> str:
     return (
         f"{stats.tokens} tokens in {stats.prefill_seconds + stats.decode_seconds:.2f} s "
         f"({stats.tokens_per_second:.1f} tokens/s, prefill included); {stats.cycles} cycles of "
-        f"{stats.tokens_per_cycle:.2f} tokens, TPF {stats.tpf:.2f}; {report['mode']}, {block_of(report)}, "
+        f"{stats.tokens_per_cycle:.2f} tokens, TPF {stats.tpf:.2f}; {report['mode']}, block {report['block_size']}, "
         f"{report['dtype']} on {report['device']} ({report['impl']}), stopped by {report['stopped_by']}"
     )

@@ -14,7 +14,6 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     FastBlockOption,
     Int8DraftsOption,
-    OnePassOption,
     fast_block,
     one_line_errors,
     require_impl,
@@ -46,7 +45,6 @@ def serve(
         Literal["coupled", "rejection"], typer.Option(help="coupled: the tokens AR decoding of the same seed gives.")
     ] = "coupled",
     block_size: FastBlockOption = None,
-    one_pass: OnePassOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -58,8 +56,6 @@ def serve(
     ORTHRUS_API_KEY=... orthrus-triton serve ./orthrus --host 0.0.0.0 --slots 16
     """
     with one_line_errors():
-        if one_pass and sampling == "rejection":
-            raise ValueError("--sampling must be coupled with --one-pass, but is rejection")
         if api_key is not None and not api_key.strip():
             raise ValueError("--api-key must not be empty")
         if api_key is None and not _is_loopback(host):
@@ -72,7 +68,7 @@ def serve(
         _require_free(host, port)
         where = resolve_device(device)
         require_impl("auto", where)
-        precision, block_size = resolve_dtype(dtype, where), fast_block(block_size, where, one_pass)
+        precision, block_size = resolve_dtype(dtype, where), fast_block(block_size, where)
         from orthrus_triton.modules import ConsensusDecoder
         from orthrus_triton.serving import Scheduler
         from orthrus_triton.serving.apart import run_apart
@@ -84,7 +80,7 @@ def serve(
         except KeyboardInterrupt:  # the other thread hid the cursor, and ends with the process
             status_console.show_cursor()
             raise
-        decoder = ConsensusDecoder(network, block_size=block_size, one_pass=one_pass)
+        decoder = ConsensusDecoder(network, block_size=block_size)
         scheduler = Scheduler(decoder, slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling)
         # the last part of a folder or hub id: clients need not know where it lies
         name = name or (DEMO_NAME if model is None else Path(model).resolve().name)

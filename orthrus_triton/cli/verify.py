@@ -16,8 +16,6 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
-    OnePassOption,
-    block_of,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -30,6 +28,7 @@ from orthrus_triton.cli.load import ModelOption, load_model
 if TYPE_CHECKING:
     import torch
 
+    from orthrus_triton.modules.decode_options import BlockSize
     from orthrus_triton.modules.dual_view_model import DualViewModel
 
 
@@ -52,7 +51,6 @@ def verify(
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
     block_size: BlockSizeOption = None,
-    one_pass: OnePassOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     impl: ImplOption = "auto",
@@ -89,12 +87,11 @@ def verify(
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
         network, tokenizer, name = load_model(model, precision, where)
-        options = {"block_size": block_size, "one_pass": one_pass, "impl": impl}
         ids = {question.line: torch.tensor(encode(tokenizer, question)) for question in questions}
-        found, tokens, rows = _compare(network, ids, max_new_tokens, batch_size, options)
+        found, tokens = _compare(network, ids, max_new_tokens, block_size, impl, batch_size)
     result = {
         "model": name, "prompts": len(ids), "identical": len(ids) - len(found), "tokens": tokens,
-        "max_new_tokens": max_new_tokens, "block_size": block_size or rows, "one_pass": one_pass,
+        "max_new_tokens": max_new_tokens, "block_size": block_size or network.block_size,
         "dtype": str(precision).removeprefix("torch."), "device": str(where), "impl": runs,
     }  # fmt: skip
     if as_json:
@@ -106,17 +103,17 @@ def verify(
 
 
 def _compare(
-    network: DualViewModel, ids: dict[int, torch.Tensor], max_new_tokens: int, batch_size: int, options: dict[str, Any]
-) -> tuple[list[Divergence], int, int]:
-    """Divergences, tokens that AR decoding generated, and rows of a block; `options` are of the decoder."""
+    network: DualViewModel, ids: dict[int, torch.Tensor], max_new_tokens: int, block_size: BlockSize | None, impl: str,
+    batch_size: int,
+) -> tuple[list[Divergence], int]:  # fmt: skip
+    """Divergences, and how many tokens AR decoding generated in all."""
     from orthrus_triton.modules import ConsensusDecoder, first_difference
     from orthrus_triton.modules.prompts import tokens_to_cache
 
     # one cache for all batches: graphs captured over it serve to the end
     longest = max(prompt.numel() for prompt in ids.values())
-    max_cache_len, impl = tokens_to_cache(longest, max_new_tokens), options["impl"]
-    consensus = ConsensusDecoder(network, max_cache_len=max_cache_len, **options)
-    ar = ConsensusDecoder(network, mode="ar", max_cache_len=max_cache_len, impl=impl)
+    options = {"block_size": block_size, "impl": impl, "max_cache_len": tokens_to_cache(longest, max_new_tokens)}
+    consensus, ar = (ConsensusDecoder(network, mode=mode, **options) for mode in ("consensus", "ar"))
     found, tokens, lines = [], 0, list(ids)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=status_console, transient=True) as progress:
@@ -135,7 +132,7 @@ def _compare(
                     parted = (said[position] if position < len(said) else None for said in (ours, theirs))
                     found.append(Divergence(line, position, *parted, margin))
             progress.advance(bar, len(batch))
-    return found, tokens, consensus.block_size
+    return found, tokens
 
 
 def _top2_margin(network: DualViewModel, prompt: torch.Tensor, agreed: torch.Tensor, impl: str) -> float:
@@ -166,6 +163,7 @@ def _print(result: dict[str, Any], found: list[Divergence], tokenizer: Any) -> N
         )
     console.print(
         f"{result['identical']} of {result['prompts']} prompts identical ({result['tokens']} tokens); "
-        f"{result['model']}, {result['dtype']} on {result['device']} ({result['impl']}), {block_of(result)}",
+        f"{result['model']}, {result['dtype']} on {result['device']} ({result['impl']}), "
+        f"block {result['block_size']}",
         style="bold red" if found else "bold green",
     )

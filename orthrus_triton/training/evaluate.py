@@ -35,7 +35,6 @@ def evaluate(
     *,
     max_new_tokens: int = 128,
     block_size: BlockSize | None = None,
-    one_pass: bool = False,
     impl: str = "auto",
     check_exact: bool = True,
     baseline: bool = True,
@@ -49,8 +48,7 @@ def evaluate(
         model: a dual-view model.
         prompts: (domain, token ids) of each.
         max_new_tokens: most tokens per prompt, >= 2: the first one is the prefill's, and no cycle's.
-        block_size: rows of a block, or "auto"; by default the model's own, in one pass 8.
-        one_pass: draft and verify in one pass, as in `ConsensusDecoder`.
+        block_size: rows of a block, or "auto"; by default the model's own.
         impl: "auto", "triton" or "torch".
         check_exact: decode in mode="ar" too and compare the ids.
         baseline: time the cheapest one-row AR pass too (`exact=False`). Where that is the exact pass itself, the two
@@ -62,7 +60,7 @@ def evaluate(
         `tokens_per_cycle`: all tokens but each prompt's first, over all cycles; with `_per_question` the mean over
         prompts. `tpf`, tokens per forward pass, likewise.
         `acceptance_by_position`: share of cycles that accepted the draft at each of the K-1 positions and all before;
-        cycles of a shorter block, with "auto", and those that had no drafts, as a text's first in one pass, count too.
+        with "auto", cycles of a shorter block count too, and those of AR, which draft nothing.
         `acceptance_given_previous`: of the cycles that accepted all drafts before it.
         `repetition_share`: 4-grams that the same answer holds already.
         `seconds`, `decode_seconds`, `tokens_per_second`: by decoder.
@@ -76,7 +74,7 @@ def evaluate(
         raise ValueError("prompts must hold at least one prompt, but got none")
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens must be >= 2, but got {max_new_tokens}")
-    decoders = {"consensus": ConsensusDecoder(model, block_size=block_size, one_pass=one_pass, impl=impl)}
+    decoders = {"consensus": ConsensusDecoder(model, block_size=block_size, impl=impl)}
     if check_exact:
         decoders["ar"] = ConsensusDecoder(model, mode="ar", impl=impl)
     if baseline:

@@ -150,7 +150,7 @@ def run(folder, *options: object):
     return CliRunner().invoke(app, [str(option) for option in (*fixed, *options)])
 
 
-@pytest.mark.parametrize("how", [(), ("--block-size", "auto"), ("--one-pass",)], ids=str)
+@pytest.mark.parametrize("how", [(), ("--block-size", "auto")], ids=str)
 def test_command_ends_with_json_and_draws(folder, tmp_path, how):
     pytest.importorskip("matplotlib", reason="the chart needs matplotlib")
     prompts = ("--prompts", folder / "code.txt", "--prompts", folder / "q.jsonl")
