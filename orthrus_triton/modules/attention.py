@@ -101,7 +101,7 @@ class DualViewAttention(nn.Module):
         inexact = impl == "torch" and view_pass.linear_impl == "library"
         attended = ops.dual_view_attention(
             q, cache_layer.k, cache_layer.v, view_pass.key_limit, k_block, v_block,
-            block_size=view_pass.block_rows or None, window=self.window, impl="library" if inexact else impl,
+            block_size=T if drafting else None, window=self.window, impl="library" if inexact else impl,
         ).view(B, T, -1)  # fmt: skip
         return self._project_out(attended, view_pass, residual, next_norm)
 
@@ -116,7 +116,7 @@ class DualViewAttention(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """A whole draft in one attention; where the frozen view reads the anchor, by each row's own projections."""
         impl, parts = view_pass.impl, view_pass.parts
-        if self.window is not None or view_pass.block_rows:
+        if self.window is not None:
             pieces = zip(*_split(parts, hidden, *rope, residual), parts)
             return _join([
                 self(rows, (cos, sin), cache_layer, part, rest, next_norm) for rows, cos, sin, rest, part in pieces

@@ -64,12 +64,11 @@ def choose_logits(
 
 
 def choose_drafts(
-    decoder: DecodeCycle, hidden: torch.Tensor, anchor: torch.Tensor, state: DecodeState, view_pass: ViewPass,
-    first: int,
-) -> torch.Tensor:  # fmt: skip
-    """Tokens [B, T] of a draft's rows, of which the `first` (0 or 1) are the frozen view's own: each for itself, or, if
-    the view has a chain, in turn and with an eye to what was said before. `anchor` [B] stands at the first position."""
-    model, choosing = decoder.model, decoder.choosing
+    decoder: DecodeCycle, hidden: torch.Tensor, anchor: torch.Tensor, state: DecodeState, view_pass: ViewPass
+) -> torch.Tensor:
+    """Tokens [B, T] of a draft's rows, of which the first is the frozen view's own where that reads the anchor [B]:
+    each for itself, or, if the view has a chain, in turn and with an eye to what was said before."""
+    model, choosing, first = decoder.model, decoder.choosing, decoder.anchor_rows
     if choosing.hosted or not getattr(model, "has_chain", False):
         return decoder.choose(hidden, state, view_pass)
     noise, exact = None, None

@@ -39,10 +39,6 @@ class ConsensusDecoder(DecodeCycle):
         block_size: rows of a block, anchor included, 2..model.block_size; by default the trained one. "auto" chooses
             before each cycle, by measured times and recent acceptance, among AR, powers of two and the trained block.
             In AR mode there are no blocks.
-        one_pass: draft the next block in the pass that verifies this one. Behind each of the K rows stand K - 1 masks
-            for the case that it is the last one kept: a cycle is one pass of about K * K rows instead of two of K, and
-            commits what was accepted and the bonus token. The tokens are the same. `block_size` is then 8 by default.
-            For small batches on a GPU, where a pass is the reading of the weights and its rows cost little.
         impl: "auto", "triton", "torch" or "reference" for every op of a cycle.
         exact: in AR mode, use arithmetic whose bits equal the verify pass. Triton needs nothing for that, the torch
             implementation rounds its rows up to eight; exact=False gives it the library's product of one row instead,
@@ -68,7 +64,6 @@ class ConsensusDecoder(DecodeCycle):
         *,
         mode: Mode = "consensus",
         block_size: BlockSize | None = None,
-        one_pass: bool = False,
         impl: str = "auto",
         exact: bool = True,
         max_cache_len: int | None = None,
@@ -83,10 +78,10 @@ class ConsensusDecoder(DecodeCycle):
             raise ValueError(f"impl must be one of {IMPLS}, but got {impl!r}")
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be >= 1 or None, but got {prefill_chunk}")
-        super().__init__(model, exact, one_pass, prefill_chunk, batch_invariant_prefill)
+        super().__init__(model, exact, prefill_chunk, batch_invariant_prefill)
         self.mode = mode
         self._block_option = block_size
-        self.block_size = widest_block(block_size, self.model, one_pass)
+        self.block_size = widest_block(block_size, self.model)
         self.impl, self.max_cache_len, self.cuda_graph = impl, max_cache_len, cuda_graph
         self.cache: SharedKVCache | None = None
         self.run: DecodeRun | None = None
@@ -175,9 +170,7 @@ class ConsensusDecoder(DecodeCycle):
         """
         require_one_device(self.model)
         option = self._block_option if block_size is None else block_size
-        widest = widest_block(option, self.model, self.one_pass)
-        if self.one_pass and choosing.rejection and self.mode == "consensus":
-            raise ValueError("sampling must be 'coupled' with one_pass=True, but got 'rejection'")
+        widest = widest_block(option, self.model)
         eos_ids = stop_ids(eos_token_id, self.model)
         if self.max_cache_len is not None:
             if max_len > self.max_cache_len:
@@ -227,14 +220,13 @@ class ConsensusDecoder(DecodeCycle):
         if (
             cache is not None and weights == self._weights
             and cache.batch_size == batch_size and cache.capacity >= max_len
-            and state.block.shape[1] >= block_size and state.eos_ids.numel() >= eos_count
+            and cache.block_size >= block_size and state.eos_ids.numel() >= eos_count
         ):  # fmt: skip
             return True
         # free the old buffers and what was captured over them before the new ones are made
         self.run = self.cache = self._state = self._runner = cache = state = None
         self._compiled.clear()
-        scratch = block_size * (block_size - self.anchor_rows) if self.one_pass else block_size
-        self.cache = cache = self.model.new_cache(batch_size, max_len, scratch)
+        self.cache = cache = self.model.new_cache(batch_size, max_len, block_size)
         device = cache.context_len.device
         eos_slots = max(-(-eos_count // EOS_SLOTS), 1) * EOS_SLOTS
         self._state = DecodeState.allocate(
@@ -257,7 +249,7 @@ class ConsensusDecoder(DecodeCycle):
         if self.mode == "ar":
             return FixedBlock(AR)
         if option != "auto":
-            return FixedBlock(widest_block(option, self.model, self.one_pass))
+            return FixedBlock(widest_block(option, self.model))
         # cycle times differ by batch size
         rule = AdaptiveBlock(auto_sizes(self.model.block_size), self.anchor_rows)
         return self._adaptive.setdefault(batch_size, rule)

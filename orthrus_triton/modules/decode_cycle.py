@@ -21,7 +21,7 @@ class DecodeCycle:
 
     Args:
         model: see `DualViewModel`.
-        exact, one_pass, prefill_chunk, batch_invariant_prefill: as in `ConsensusDecoder`.
+        exact, prefill_chunk, batch_invariant_prefill: as in `ConsensusDecoder`.
 
     Attributes:
         anchor_rows: 1 where the frozen view reads a block's anchor, else 0.
@@ -29,10 +29,9 @@ class DecodeCycle:
     """
 
     def __init__(
-        self, model: DualViewModel, exact: bool, one_pass: bool, prefill_chunk: int | None,
-        batch_invariant_prefill: bool,
-    ) -> None:  # fmt: skip
-        self.model, self.exact, self.one_pass = model, exact, one_pass
+        self, model: DualViewModel, exact: bool, prefill_chunk: int | None, batch_invariant_prefill: bool
+    ) -> None:
+        self.model, self.exact = model, exact
         self.prefill_chunk, self.batch_invariant_prefill = prefill_chunk, batch_invariant_prefill
         self.anchor_rows: int = getattr(model, "anchor_rows", 0)
         self.choosing = Choosing()
@@ -44,8 +43,6 @@ class DecodeCycle:
         if block_size == AR:
             linear_impl = "library" if not self.exact and impl != "triton" else None
             candidate = choice = self.verify(state.anchors(1), cache, state, impl, linear_impl)
-        elif self.one_pass:
-            return self.verify_and_draft(cache, state, block_size, impl)
         elif self.choosing.rejection:
             candidate, choice = self.draft_and_judge(cache, state, block_size, impl)
         else:
@@ -61,7 +58,7 @@ class DecodeCycle:
         the block to verify, which ends one token later.
         """
         block, hidden, view_pass = self._draft_pass(cache, state, block_size, impl)
-        drafted = choose_drafts(self, hidden, block[:, 0], state, view_pass, self.anchor_rows)
+        drafted = choose_drafts(self, hidden, block[:, 0], state, view_pass)
         return self.block_to_verify(block, drafted, hidden, cache, state, impl)
 
     def verify(
@@ -72,35 +69,6 @@ class DecodeCycle:
         view_pass = cache.view_pass("ar", candidate.shape[1], impl=impl, linear_impl=linear_impl)
         hidden = self.model.forward_view(candidate, cache, view_pass)
         return ops.void_rows(self.choose(hidden, state, view_pass, candidate), hidden, impl=impl)
-
-    def verify_and_draft(self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str) -> None:
-        """One pass instead of two: verify the block in `state.block`, commit, and leave the next one there.
-
-        Behind every row of the block stand masks of its own, for nobody knows beforehand which row will be the last one
-        kept; those behind it have drafted. A block whose drafts are MASK, such as a prefill leaves, is verified as any.
-
-        Source: masks behind every drafted token are BiTA's (arXiv 2401.12522).
-        """
-        K, first = block_size, self.anchor_rows
-        candidate = state.anchors(K)
-        view_pass = cache.verify_and_draft_pass(K, first, impl=impl)
-        blocks = candidate.new_full((*candidate.shape, K - first), state.mask_token_id)
-        if first == 0:
-            blocks[..., 0] = candidate
-        hidden = self.model.forward_view(torch.cat((candidate, blocks.flatten(1)), dim=1), cache, view_pass)
-        said, verify = hidden[:, :K].contiguous(), view_pass.parts[0]
-        choice = ops.void_rows(self.choose(said, state, verify, candidate), said, impl=impl)
-        state.commit(candidate, choice, cache.context_len, impl)
-        if self.choosing.processed:
-            state.sampling.absorb(state.output_ids, state.output_len, K)
-        # [B]: the last row kept; of a sequence that has ended, any
-        kept = (cache.context_len - verify.positions[:, 0] - 1).clamp(min=0).long()
-        # [B, K - 1, H]: the masks behind it
-        masks = hidden[:, K:].unflatten(1, (K, K - first))[:, :, 1 - first :]
-        masks = masks.gather(1, kept[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0]
-        drafts = cache.view_pass("diffusion", K - 1, impl=impl)
-        drafted = choose_drafts(self, masks, state.block[:, 0], state, drafts, 0).clamp(min=0)
-        state.block[:, 1:K] = torch.where(state.finished[:, None], state.block[:, 1:K], drafted)
 
     def draft_and_judge(
         self, cache: SharedKVCache, state: DecodeState, block_size: int, impl: str

@@ -12,26 +12,18 @@ Mode = Literal["consensus", "ar"]
 BlockSize = int | Literal["auto"]
 
 
-ONE_PASS_BLOCK = 8  # 64 rows or a few more in a pass: about as many as a GPU reads its weights for anyway
-
-
-def widest_block(block_size: BlockSize | None, model: DualViewModel, one_pass: bool) -> int:
-    """Rows of the largest block that `block_size` allows; None and "auto" allow the trained one. With `one_pass`, where
-    rows are about as many as the square of it, None allows `ONE_PASS_BLOCK` at most.
+def widest_block(block_size: BlockSize | None, model: DualViewModel) -> int:
+    """Rows of the largest block that `block_size` allows; None and "auto" allow the trained one.
 
     Raises:
-        ValueError: it is not in 2..model.block_size, or "auto" in one pass.
+        ValueError: it is not in 2..model.block_size.
     """
-    if block_size == "auto" and one_pass:
-        raise ValueError("block_size must be a number of rows with one_pass=True, but got 'auto'")
-    if block_size is None and one_pass:
-        return min(model.block_size, ONE_PASS_BLOCK)
     if block_size is None or block_size == "auto":
         return model.block_size
-    auto = "" if one_pass else "or 'auto', "
     if not isinstance(block_size, int) or not 2 <= block_size <= model.block_size:
         raise ValueError(
-            f"block_size must be in 2..{model.block_size}, the size the view was made for, {auto}but got {block_size!r}"
+            f"block_size must be in 2..{model.block_size}, the size the view was made for, or 'auto', "
+            f"but got {block_size!r}"
         )
     return block_size
 

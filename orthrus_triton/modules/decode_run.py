@@ -66,7 +66,7 @@ class DecodeRun:
         rules: Callable[[int], BlockRule], impl: str, lag: int, choosing: Choosing,
     ) -> None:  # fmt: skip
         self.cache, self.state, self.impl, self.lag = cache, state, impl, lag
-        self.choosing, self.one_pass = choosing, decoder.one_pass
+        self.choosing = choosing
         self.slots = [Slot() for _ in range(cache.batch_size)]
         self._decoder, self._runner, self._rules = decoder, runner, rules
         self._started: dict[int, BlockRule] = {}  # by the number of slots: the time of a cycle depends on it
@@ -266,9 +266,8 @@ class DecodeRun:
                 # a cycle of AR commits one token, so a replay that ended early ran as many cycles as it gave tokens
                 slot.cycles[work.size] += new if work.size == AR else 1
                 if not finished:
-                    # besides drafts: the bonus token, and what the frozen view says while drafting in a pass of its own
-                    besides = 1 if self.one_pass else 1 + self._decoder.anchor_rows
-                    accepted.append(new - besides if work.size != AR else 0)
+                    # besides drafts: the bonus token, and what the frozen view says while drafting
+                    accepted.append(new - 1 - self._decoder.anchor_rows if work.size != AR else 0)
             if tokens or finished:
                 progress.append(Progress(b, tokens, slot.finished))
         if work.size:

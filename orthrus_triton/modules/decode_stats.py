@@ -14,10 +14,10 @@ class DecodeStats:
 
     tokens: generated tokens, EOS included.
     cycles: cycles of the longest-lived sequence. In AR mode a cycle is one pass.
-    forward_passes: 1 prefill, then 2 per cycle; 1 where it drafts and verifies in one pass, or in AR (block size 1).
+    forward_passes: 1 prefill, then 2 per cycle (1 per cycle of block size 1, which is AR).
     tokens_per_cycle: tokens committed per cycle a sequence was alive, bonus token included; at most K, and K + 1 where
-        the frozen view reads the anchor while the block is drafted.
-    tpf: tokens per forward pass, token-weighted over sequences; with two passes a cycle, the paper's Eq. 9:
+        the frozen view reads the anchor.
+    tpf: tokens per forward pass, token-weighted over sequences; with drafts in every cycle, the paper's Eq. 9:
         tokens / (1 + 2 * cycles).
     accepted_histogram: accepted_histogram[a] cycles had their first `a` drafted tokens accepted.
     prefill_seconds, decode_seconds: wall-clock.
@@ -50,10 +50,10 @@ class DecodeStats:
     @classmethod
     def measure(
         cls, tokens: list[int], cycles: list[dict[int, int]], histogram: list[list[int]], prefill_seconds: float,
-        decode_seconds: float, one_pass: bool = False,
+        decode_seconds: float,
     ) -> DecodeStats:  # fmt: skip
         """From per-sequence counts: generated tokens, cycles by block size, cycles by accepted length."""
-        passes = [1 + sum(n if size == 1 or one_pass else 2 * n for size, n in counts.items()) for counts in cycles]
+        passes = [1 + sum(n if size == 1 else 2 * n for size, n in counts.items()) for counts in cycles]
         totals = [sum(counts.values()) for counts in cycles]
         # the first token of each sequence is the prefill's
         committed = sum(tokens) - len(tokens)

@@ -20,11 +20,10 @@ class DualViewModel(Protocol):
     A model may also have `choose(hidden [B, T, H], impl) -> [B, T]`, the greedy tokens of `compute_logits` with the
     same arithmetic and without the logits in memory (`orthrus_triton.ops.lm_head_choice`), VOID where there is none;
     it is then used. And it may have `anchor_rows`, 1 where the frozen view reads a draft block's anchor, by default 0;
-    drafts then come with `ViewPass.parts`, which layers hand to `DualViewAttention` as it is. So does every pass of a
-    decoder with `one_pass=True`: the frozen view reads its first `ViewPass.anchor_rows`, a whole block, and a MASK in
-    it is a token as any. With `has_chain` true, drafts are `chain_drafts(hidden [B, T, H], logits [B, T, V], own [B],
-    noise, recalled) -> [B, T]`; see `DraftChain.choose`. With `static_rope_len` n, the angles of a token depend on the
-    prompt's length where that exceeds n; K/V of another prompt are then not used again.
+    drafts then come with `ViewPass.parts`, which layers hand to `DualViewAttention` as it is. With `has_chain` true,
+    drafts are `chain_drafts(hidden [B, T, H], logits [B, T, V], own [B], noise, recalled) -> [B, T]`; see
+    `DraftChain.choose`. With `static_rope_len` n, the angles of a token depend on the prompt's length where that
+    exceeds n; K/V of another prompt are then not used again.
     """
 
     block_size: int
@@ -33,8 +32,7 @@ class DualViewModel(Protocol):
     eos_token_ids: list[int]
 
     def new_cache(self, batch_size: int, max_len: int, block_size: int) -> SharedKVCache:
-        """Static buffers for this model on its device; arguments as in `SharedKVCache`, where `block_size` are the rows
-        of scratch."""
+        """Static buffers for this model on its device; arguments as in `SharedKVCache`."""
         ...
 
     def forward_view(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:

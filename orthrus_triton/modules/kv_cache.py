@@ -29,7 +29,6 @@ class ViewPass(NamedTuple):
     or of the scratch block in a pass of the diffusion view that is no draft); key_limit [B, T] int32 for the attention;
     prompt_len [B] int32 for length-dependent rotary rules; impl and linear_impl choose the implementations.
     parts: of a draft, the passes of its rows by the view that reads them; see `SharedKVCache.draft_pass`.
-    block_rows: where rows see scratch keys, how many of them in a row are a block; 0 where none do.
     """
 
     view: View
@@ -40,12 +39,11 @@ class ViewPass(NamedTuple):
     impl: str = "auto"
     linear_impl: str = "auto"
     parts: tuple[ViewPass, ...] = ()
-    block_rows: int = 0
 
     @property
     def anchor_rows(self) -> int:
-        """Leading rows of a draft that the frozen view reads: 0 or 1; where it verifies a block, too, all of that."""
-        return self.parts[0].positions.shape[1] if len(self.parts) == 2 else 0
+        """Leading rows of a draft that the frozen view reads: 0 or 1."""
+        return int(len(self.parts) == 2)
 
     @property
     def only_drafts(self) -> bool:
@@ -60,9 +58,8 @@ class SharedKVCache:
         num_layers, num_kv_heads, head_dim: shape of the model's attention.
         batch_size: sequences.
         max_len: tokens each sequence may hold; rounded up to a multiple of 512 as `capacity`.
-        block_size: most rows of one draft block, or of all that one pass drafts; sizes the scratch that layers share.
-            The paper's O(1) overhead keeps one block per layer; here drafts lie in the cache's free rows, or in
-            scratch that serves all layers in turn.
+        block_size: most rows of one draft block; sizes the scratch that windowed layers share. The paper's O(1)
+            overhead keeps one block per layer; here drafts lie in the cache's free rows, or in one block for all.
         dtype, device: of the buffers.
 
     Attributes:
@@ -126,8 +123,7 @@ class SharedKVCache:
             # laid out once here, not by every layer's kernels
             slots, key_limit = rows.repeat(start.shape[0], 1), start[:, None].repeat(1, num_rows)
         linear_impl = impl if linear_impl is None else linear_impl
-        block_rows = num_rows if view == "diffusion" else 0
-        return ViewPass(view, positions, slots, key_limit, self.prompt_len, impl, linear_impl, block_rows=block_rows)
+        return ViewPass(view, positions, slots, key_limit, self.prompt_len, impl, linear_impl)
 
     def draft_pass(self, block_size: int, anchor_rows: int = 0, *, impl: str = "auto") -> ViewPass:
         """Plan the pass that drafts a block [B, K] at context_len: each row sees the cached tokens and the whole block.
@@ -149,30 +145,6 @@ class SharedKVCache:
             key_limit = torch.cat((anchor.key_limit, key_limit), dim=1)
             parts = (anchor, masks)
         return ViewPass("diffusion", positions, positions, key_limit, self.prompt_len, impl, impl, parts)
-
-    def verify_and_draft_pass(self, block_size: int, anchor_rows: int = 0, *, impl: str = "auto") -> ViewPass:
-        """Plan the pass that verifies a block [B, K] at context_len and drafts the one after it.
-
-        Behind the block's K rows, which the frozen view reads as in any verify pass, stand K blocks of drafts: block g
-        begins at row g of the first, as if it were the last one kept, sees what that row sees, and lies in scratch.
-        Each holds K - 1 masks, and its anchor where the diffusion view reads that (`anchor_rows=0`).
-        """
-        verify = self.view_pass("ar", block_size, impl=impl)
-        rows = block_size - anchor_rows
-        if block_size * rows > self.block_size:
-            raise ValueError(
-                f"block_size * {rows} must be at most {self.block_size}, the cache's scratch rows, to verify and draft "
-                f"in one pass, but block_size is {block_size}"
-            )
-        steps = torch.arange(block_size * rows, dtype=torch.int32, device=self.context_len.device)
-        # [B, K, rows]: what the cache holds before each block
-        before = (verify.positions + anchor_rows)[..., None].repeat(1, 1, rows)
-        positions, slots = (before + steps[:rows]).flatten(1), steps.repeat(before.shape[0], 1)
-        drafts = ViewPass(
-            "diffusion", positions, slots, before.flatten(1), self.prompt_len, impl, impl, block_rows=rows
-        )  # fmt: skip
-        both = (torch.cat(pair, dim=1) for pair in zip(verify[1:4], drafts[1:4]))
-        return ViewPass("diffusion", *both, self.prompt_len, impl, impl, (verify, drafts), block_rows=rows)
 
     def sequences(self, first: int, count: int) -> SharedKVCache:
         """The buffers of `count` sequences in a row as a cache, all views: what is written to it is written here."""

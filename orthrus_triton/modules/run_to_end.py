@@ -56,7 +56,7 @@ def run_to_end(
     tokens = [slot.tokens for slot in run.slots]
     stats = DecodeStats.measure(
         [len(ids) for ids in tokens], [dict(slot.cycles) for slot in run.slots], run.state.accepted_histogram.tolist(),
-        prefilled - started, finished - prefilled, run.one_pass,
+        prefilled - started, finished - prefilled,
     )  # fmt: skip
     output = DecodeOutput([torch.cat((ids, ids.new_tensor(new))) for ids, new in zip(prompts, tokens)], stats)
     failed = [b for b, slot in enumerate(run.slots) if slot.failed]

@@ -56,7 +56,7 @@ class LedgerModel:
     def forward_view(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
         """Hidden states are the logits."""
         if view_pass.anchor_rows:
-            rows = input_ids.split([view_pass.anchor_rows, input_ids.shape[1] - view_pass.anchor_rows], dim=1)
+            rows = input_ids.split([1, input_ids.shape[1] - 1], dim=1)
             return torch.cat([self.forward_view(ids, cache, part) for ids, part in zip(rows, view_pass.parts)], dim=1)
         hidden = self.by_position[(view_pass.positions.long() + 1) % PERIOD]
         if view_pass.view == "diffusion":

@@ -18,12 +18,7 @@ from orthrus_triton.modules.kv_cache import CAPACITY_QUANTUM
 from orthrus_triton.testing import TinyDualViewModel
 from tests.modules.test_consensus_decoder import ar_answer, make_model, prompts_of
 
-MODES = [("consensus", 0), ("consensus", 1), ("ar", 0), ("one pass", 0), ("one pass", 1)]
-
-
-def how(mode: str) -> dict:
-    """The decoder's options."""
-    return {"one_pass": True} if mode == "one pass" else {"mode": mode}
+MODES = [("consensus", 0), ("consensus", 1), ("ar", 0)]
 
 
 class StandInGraphs(ConsensusDecoder):
@@ -104,7 +99,7 @@ def test_each_key_is_captured_once_and_idle() -> None:
 def test_replayed_runs_give_the_eager_tokens(mode: str, anchor_rows: int) -> None:
     model, prompts = make_model(qk_norm=True, anchor_rows=anchor_rows), prompts_of(31, [7, 2])
     answers = [ar_answer(model, prompt, 30) for prompt in prompts]
-    decoder = StandInGraphs(model, impl="torch", **how(mode))
+    decoder = StandInGraphs(model, impl="torch", mode=mode)
     eos = int(answers[0][17])
     for tokens in (1, 2, AR_STEPS, 30):
         output = decoder.generate(prompts, max_new_tokens=tokens, eos_token_id=eos)
@@ -183,8 +178,8 @@ def gpu_model(dtype: torch.dtype = torch.bfloat16, **options) -> TinyDualViewMod
 @pytest.mark.parametrize(("mode", "anchor_rows"), MODES)
 def test_gpu_graph_is_the_eager_cycle(mode: str, anchor_rows: int, dtype: torch.dtype) -> None:
     model, prompts = gpu_model(dtype, anchor_rows=anchor_rows), prompts_of(5, [40, 3, 300])
-    eager = ConsensusDecoder(model, cuda_graph=False, **how(mode))
-    graphed = ConsensusDecoder(model, **how(mode))
+    eager = ConsensusDecoder(model, mode=mode, cuda_graph=False)
+    graphed = ConsensusDecoder(model, mode=mode)
     for tokens in (1, 5, 200):
         expected = eager.generate(prompts, max_new_tokens=tokens)
         output = graphed.generate(prompts, max_new_tokens=tokens)
@@ -201,7 +196,7 @@ def test_gpu_graph_is_the_eager_cycle(mode: str, anchor_rows: int, dtype: torch.
 @pytest.mark.parametrize(("mode", "anchor_rows"), MODES)
 def test_gpu_graph_is_replayed_and_nothing_waits(mode: str, anchor_rows: int) -> None:
     model, (prompt,) = gpu_model(anchor_rows=anchor_rows), prompts_of(6, [20])
-    decoder = ConsensusDecoder(model, block_size=16, **how(mode))
+    decoder = ConsensusDecoder(model, mode=mode, block_size=16)
     run = decoder.open(1, 400)
     run.admit(0, prompt, 380)
     run.poll(lag=0)

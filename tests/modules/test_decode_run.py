@@ -12,6 +12,7 @@ from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.report_ring import ReportRing
 from orthrus_triton.modules.sampling_params import Choosing
 from tests.modules.drafts import ScriptedDrafts
+from tests.modules.ledger_model import LedgerModel
 from tests.modules.test_consensus_decoder import MODELS, ar_answer, prompts_of
 
 MODEL = MODELS["qk_norm"]
@@ -161,6 +162,18 @@ def test_a_block_size_is_timed_for_every_number_of_slots() -> None:
         assert [run.slots[b].tokens for b in (0, 2)] == [ANSWERS[0][:24].tolist(), ANSWERS[2][:10].tolist()]
     times = {width: set().union(*rule._times.values()) for width, rule in decoder._adaptive.items()}
     assert times == {1: {1.0}, 3: {3.0}}
+
+
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_a_rule_hears_of_the_drafts_that_were_accepted(anchor_rows: int) -> None:
+    decoder, heard = ConsensusDecoder(LedgerModel(17, anchor_rows=anchor_rows), impl="torch"), []
+    run = decoder.open(1, 64)
+    run._rule(1).observe = lambda size, seconds, accepted: heard.extend(accepted)
+    run.admit(0, torch.tensor([3]), 40)
+    drain(run)
+    counts = run.state.accepted_histogram[0].tolist()
+    # the last cycle's sequence did not go on
+    assert len(heard) == sum(counts) - 1 and all(0 <= counts[n] - heard.count(n) <= 1 for n in range(len(counts)))
 
 
 def test_a_run_says_what_is_wrong() -> None:

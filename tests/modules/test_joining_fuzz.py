@@ -62,8 +62,7 @@ def stop_in_time(run: DecodeRun, b: int, seat: Seat) -> int:
     ("mode", "lag", "hosts", "anchor_rows"),
     [
         ("consensus", 0, False, 0), ("ar", 0, False, 0), ("consensus", 0, True, 0), ("consensus", 2, True, 0),
-        ("ar", 0, True, 0), ("consensus", 0, False, 1), ("consensus", 2, True, 1), ("one pass", 0, False, 0),
-        ("one pass", 2, True, 1),
+        ("ar", 0, True, 0), ("consensus", 0, False, 1), ("consensus", 2, True, 1),
     ],
 )  # fmt: skip
 def test_sequences_join_and_leave(
@@ -71,8 +70,7 @@ def test_sequences_join_and_leave(
 ) -> None:  # fmt: skip
     """Sixty over three slots, some released at random: what they got until then is right, too."""
     rng, model = random.Random(1), LedgerModel(VOCAB, anchor_rows=anchor_rows)
-    how = {"one_pass": True} if mode == "one pass" else {"mode": mode}
-    decoder = ConsensusDecoder(model, impl="torch", **how)
+    decoder = ConsensusDecoder(model, impl="torch", mode=mode)
     choosing = Choosing(sampled=True, processed=True, hosted=hosts)
     run = decoder.open(SLOTS, CAPACITY, eos_token_id=EOS, choosing=choosing)
     run.lag = lag

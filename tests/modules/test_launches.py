@@ -46,12 +46,9 @@ def triton_launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return launches
 
 
-def cycle_launches(
-    launches: Counter, num_layers: int, block_size: int, one_pass: bool = False, **model: int
-) -> tuple[Counter, Counter]:
+def cycle_launches(launches: Counter, num_layers: int, block_size: int, **model: int) -> tuple[Counter, Counter]:
     """(Triton kernels, torch kernels) of one cycle over a batch of two."""
-    model = TinyDualViewModel(num_layers=num_layers, qk_norm=True, **model)
-    decoder = ConsensusDecoder(model, one_pass=one_pass, impl="triton")
+    decoder = ConsensusDecoder(TinyDualViewModel(num_layers=num_layers, qk_norm=True, **model), impl="triton")
     run = decoder.open(2, 64)
     launches.clear()
     with torch.no_grad(), torch.profiler.profile() as profile:
@@ -97,17 +94,6 @@ def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter)
     more.pop("combine_splits_kernel", None)
     assert more == {"linear_kernel": 2, "rope_cache_kernel": 1, "combine_norm_kernel": 1}
     assert own_torch - plain_torch == {"aten::cat": 3}  # in a batch, too
-
-
-def test_a_layer_of_the_cycle_of_one_pass(triton_launches: Counter) -> None:
-    """Each view's attention, and one MLP: fewer launches than two passes have."""
-    (one, torch_one), (three, torch_three) = (cycle_launches(triton_launches, n, 8, one_pass=True) for n in (1, 3))
-    layer = {name: (three[name] - one[name]) // 2 for name in three if three[name] != one[name]}
-    assert layer == {
-        "linear_kernel": 5, "combine_norm_kernel": 3, "rope_cache_kernel": 2, "linear_swiglu_kernel": 1,
-        "dual_view_attention_kernel": 2, "combine_splits_kernel": 2,
-    }  # fmt: skip
-    assert torch_three - torch_one == {"aten::cat": 4}  # of two layers: the norm's rows and the sum's
 
 
 @pytest.mark.parametrize(("block_size", "anchor_rows", "passes", "most"), [(8, 0, 2, 34), (8, 1, 2, 55), (1, 0, 1, 12)])
