@@ -79,7 +79,10 @@ def distill_data(
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard.")] = 256,
     budget: Annotated[
         str,
-        typer.Option(metavar="TIME", help="Stop after 300s, 5m or 1h and keep the complete shards; none: no limit."),
+        typer.Option(
+            metavar="TIME",
+            help="Stop after 300s, 5m or 1h and keep the complete shards, or what is invented by then; none: no limit.",
+        ),
     ] = "none",
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts only.")] = None,
     seed: Annotated[int, typer.Option(help="Of --builtin's phrasings and order, or of what --invent gives.")] = 0,
@@ -120,12 +123,12 @@ def distill_data(
         if max_new_tokens is None:
             max_new_tokens = 48 if inventing else 192
         seconds = parse_seconds(budget)
-        if prompts_only and seconds is not None:
-            raise ValueError(f"--budget is for answers, but --prompts-only has none; got {budget}")
+        if prompts_only and seconds is not None and not inventing:
+            raise ValueError(f"--budget is for answers and for --invent, but --prompts-only has neither; got {budget}")
         # before anything that takes long
         reserved = [prompt for file in held_out or [] for prompt in read_prompts(file)]
         starts = [""] if beginnings is None else [prompt.text for prompt in read_prompts(beginnings)]
-        network, tokenizer = None, None
+        network, tokenizer, stopped = None, None, False
         if inventing or not prompts_only:
             where = resolve_device(device)
             precision = resolve_dtype(dtype, where)
@@ -135,9 +138,9 @@ def distill_data(
                 load_demo("copy", precision, where) if model is None else load_model(model, precision, where)
             )
         if inventing:
-            questions = _invent(
+            questions, stopped = _invent(
                 network, tokenizer, invent, beginnings=starts, domain=domain, max_new_tokens=max_new_tokens,
-                batch_size=batch_size, seed=seed, impl=impl,
+                batch_size=batch_size, seed=seed, impl=impl, seconds=seconds,
             )  # fmt: skip
         else:
             questions = _gather(prompts, builtin, corpus, package or [], phrasings, seed)
@@ -145,6 +148,8 @@ def distill_data(
         if prompts_only:
             write_prompts(questions, folder)
             status_console.print(f"{folder}: {len(questions)} prompts")
+            if stopped:
+                raise typer.Exit(130)
             return
         from orthrus_triton.training.distill import distill
 
@@ -196,13 +201,31 @@ def _require_companions(owner: str, given: bool, **others: object) -> None:
         raise ValueError(f"{names} must come with {owner}, but it was not given")
 
 
-def _invent(network: Any, tokenizer: Any, count: int, **options: Any) -> list[Any]:
+def _invent(network: Any, tokenizer: Any, count: int, **options: Any) -> tuple[list[Any], bool]:
+    """The messages found, fewer than `count` where Ctrl-C or the budget was first; and whether it was Ctrl-C."""
     from orthrus_triton.training.invent import invent
 
+    found, stopped = [], False
     columns = (TextColumn("inventing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=status_console) as progress:
         task = progress.add_task("", total=count)
-        return invent(network, tokenizer, count, on_prompt=lambda text: progress.advance(task), **options)
+
+        def keep(prompt: Any) -> None:
+            found.append(prompt)
+            progress.advance(task)
+
+        try:
+            invent(network, tokenizer, count, on_prompt=keep, **options)
+        except KeyboardInterrupt:
+            stopped = True
+    if not found and not stopped:
+        raise ValueError("--budget must leave time to find a message, but none was found by then")
+    if len(found) < count:
+        why = "stopped" if stopped else "the budget is spent"
+        status_console.print(f"{why}; {len(found)} of {count} messages were found")
+    if not found:  # OUT stays as it is
+        raise typer.Exit(130)
+    return found, stopped
 
 
 def _gather(

@@ -3,6 +3,7 @@ What a view is trained on then resembles what the model was trained on."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ def invent(
     batch_size: int = 64,
     seed: int = 0,
     impl: str = "auto",
-    on_prompt: Callable[[str], None] = lambda text: None,
+    seconds: float | None = None,
+    on_prompt: Callable[[Prompt], None] = lambda prompt: None,
 ) -> list[Prompt]:
     """Let the AR view write the user's messages of chats, each of one line, no two alike.
 
@@ -48,6 +50,7 @@ def invent(
         batch_size: messages written side by side.
         seed: another one gives other messages.
         impl: "auto", "triton" or "torch".
+        seconds: stop after so long, with the messages found by then: the first of those that a whole run returns.
         on_prompt: called with each message returned, as soon as it is known.
 
     Raises:
@@ -69,9 +72,9 @@ def invent(
             "has no token to go on from"
         )
     decoder = ConsensusDecoder(model, mode="ar", exact=False, impl=impl)
-    found: dict[str, None] = {}
-    numbers = range(0)
-    while len(found) < count:
+    found: dict[str, Prompt] = {}
+    numbers, started = range(0), time.perf_counter()
+    while True:
         # perhaps half of the messages begun will count
         numbers = range(numbers.stop, numbers.stop + 2 * (count - len(found)))
         params = [SamplingParams(temperature=temperature, top_p=top_p, seed=seed, sequence=n) for n in numbers]
@@ -81,17 +84,16 @@ def invent(
             if tokens[-1] in model.eos_token_ids:
                 text = _message(tokenizer, beginnings[n % len(starts)], starts[n % len(starts)], tokens[:-1])
                 if text is not None and text not in found:
-                    found[text] = None
-                    on_prompt(text)
-                    if len(found) == count:
-                        break  # what was begun later is not needed
+                    found[text] = Prompt(text, domain, chat=True)
+                    on_prompt(found[text])
+            if len(found) == count or (seconds is not None and time.perf_counter() - started > seconds):
+                return list(found.values())  # what was begun later is not needed
             tried = n + 1
             if tried >= FIRST_TRIES and 10 * len(found) < tried:
                 raise ValueError(
                     f"model must invent messages that count, but only {len(found)} of {tried} did: it may not be "
                     "trained for chats, max_new_tokens may be too few, or it may repeat itself"
                 )
-    return [Prompt(text, domain, chat=True) for text in found]
 
 
 def _in_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -123,8 +124,8 @@ def test_what_counts(model, tokenizer, monkeypatch, backwards):
         [35, *four, 2],
     ]
     asked, seen = answers_from(monkeypatch, messages, backwards), []
-    found = [prompt.text for prompt in invent(model, tokenizer, 3, on_prompt=seen.append)]
-    assert found == ["w30 w31 w32 w33", "w34 w30 w31 w32 w33", "w35 w30 w31 w32 w33"]
+    found = invent(model, tokenizer, 3, on_prompt=seen.append)
+    assert [prompt.text for prompt in found] == ["w30 w31 w32 w33", "w34 w30 w31 w32 w33", "w35 w30 w31 w32 w33"]
     assert seen == found and asked == [6, 4]
     one = invent(model, tokenizer, 1, beginnings=["w50"], on_prompt=seen.append)
     assert one == [Prompt("w50 w30 w31 w32", "chat", True)] and len(seen) == 4
@@ -207,15 +208,53 @@ def test_the_bar_ends_at_its_total(model_folder, tmp_path, monkeypatch):
     assert result.exit_code == 0 and sum(steps) == 2
 
 
-def test_command_stopped_by_hand(model_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("messages", [0, 1, 2])
+def test_command_stopped_by_hand(model_folder, tmp_path, monkeypatch, messages):
     def interrupted(*_args, **_options):
-        yield 0, [30, 31, 32, 33, 2]
+        for n in range(messages):
+            yield n, [30 + n, 31, 32, 33, 2]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(inventing, "answer_all", interrupted)
-    result = run(model_folder, tmp_path / "out.jsonl", "--invent", 3, "--prompts-only")
-    assert result.exit_code == 130 and not list(tmp_path.iterdir())
+    result = run(model_folder, tmp_path / "out.jsonl", "--invent", 3, "--prompts-only", "--domain", "docs")
+    assert result.exit_code == 130 and f"stopped; {messages} of 3 messages were found" in result.stderr
     assert isinstance(result.exception, SystemExit) and "Traceback" not in result.output
+    if not messages:
+        assert not list(tmp_path.iterdir())
+        return
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    expected = [Prompt(f"w{30 + n} w31 w32 w33", "docs", True) for n in range(messages)]
+    assert read_prompts(tmp_path / "out.jsonl") == expected
+
+
+@pytest.mark.parametrize(("budget", "least", "most"), [(0.5, 0, 0), (6.5, 1, 8), (1000, 9, 9)])
+def test_a_time_limit_leaves_the_first_messages(model, tokenizer, texts, monkeypatch, budget, least, most):
+    answers, clock = inventing.answer_all, [0.0]
+
+    def slow(*arguments, **options):  # a second for every answer
+        for answer in answers(*arguments, **options):
+            clock[0] += 1.0
+            yield answer
+
+    monkeypatch.setattr(inventing, "answer_all", slow)
+    monkeypatch.setattr("orthrus_triton.training.invent.time.perf_counter", lambda: clock[0])
+    found = invent(model, tokenizer, 9, beginnings=BEGINNINGS, seconds=budget, **OPTIONS)
+    assert [prompt.text for prompt in found] == texts[: len(found)] and least <= len(found) <= most
+
+
+def test_command_with_a_budget(model_folder, tmp_path, monkeypatch):
+    answers_from(monkeypatch, [[30, 31, 32, 33, 2], [34, 31, 32, 33, 2], [2]])
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr("orthrus_triton.training.invent.time.perf_counter", lambda: next(clock))
+    out = tmp_path / "out.jsonl"
+    result = run(model_folder, out, "--invent", 9, "--prompts-only", "--budget", "15s")
+    assert result.exit_code == 0 and "the budget is spent; 2 of 9 messages were found" in result.stderr
+    assert len(read_prompts(out)) == 2
+    out.unlink()
+    answers_from(monkeypatch, [[2]])
+    result = run(model_folder, out, "--invent", 9, "--prompts-only", "--budget", "15s")
+    assert result.exit_code == 2 and "--budget must leave time to find a message" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_names_bad_input(model_folder, tmp_path, monkeypatch):
@@ -229,7 +268,7 @@ def test_command_names_bad_input(model_folder, tmp_path, monkeypatch):
         (("--builtin", "--prompts-only", "--beginnings", starts), "--beginnings and --domain must come with --invent"),
         (("--prompts", starts, "--domain", "code"), "--beginnings and --domain must come with --invent"),
         ((*invented, "--corpus", tmp_path), "must come with --builtin"),
-        ((*invented, "--budget", "5m"), "--budget is for answers, but --prompts-only has none; got 5m"),
+        (("--builtin", "--prompts-only", "--budget", "5m"), "--budget is for answers and for --invent, but"),
         (("--invent", 0, "--prompts-only"), "--invent must be >= 1, but got 0"),
         (("--invent", -3, "--prompts-only"), "--invent must be >= 1, but got -3"),
         ((*invented, "--beginnings", tmp_path / "missing.txt"), "missing.txt"),
