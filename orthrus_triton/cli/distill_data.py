@@ -108,6 +108,8 @@ def distill_data(
 
         if prompts_only:
             require_jsonl(folder)
+        elif folder.exists() and not folder.is_dir():
+            raise ValueError(f"OUT must be a folder, but {folder} is a file (prompts go in by --prompts)")
         inventing = invent is not None
         if bool(prompts) + builtin + inventing != 1:
             raise ValueError("prompts must come from --prompts FILE, from --builtin or from --invent N, one of them")

@@ -57,7 +57,7 @@ def write_prompts(prompts: Sequence[Prompt], path: str | PathLike[str]) -> None:
     """As a `.jsonl` file that `read_prompts` reads; under its name when it is complete.
 
     Raises:
-        ValueError: the name does not end in .jsonl.
+        ValueError: the name does not end in .jsonl, or is a folder's.
     """
     path = Path(path)
     require_jsonl(path)
@@ -72,6 +72,8 @@ def require_jsonl(path: Path) -> None:
     """Raise a ValueError if `write_prompts` would not write there."""
     if path.suffix != ".jsonl":
         raise ValueError(f"prompts must be written to a .jsonl file, but got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"prompts must be written to a .jsonl file, but {str(path)!r} is a folder")
 
 
 def encode(tokenizer: Any, prompt: Prompt, system: str | None = None) -> list[int]:

@@ -260,6 +260,8 @@ def test_command_with_a_budget(model_folder, tmp_path, monkeypatch):
 def test_command_names_bad_input(model_folder, tmp_path, monkeypatch):
     starts = tmp_path / "starts.txt"
     starts.write_text("w30\n")
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
     out, invented = tmp_path / "out.jsonl", ("--invent", 3, "--prompts-only")
     cases = [
         (("--invent", 3), "--invent must come with --prompts-only"),
@@ -280,6 +282,10 @@ def test_command_names_bad_input(model_folder, tmp_path, monkeypatch):
     for options, complaint in (((*invented, "--batch-size", 0), "batch_size"), ((*invented, "--seed", 2**63), "seed")):
         cases.append((options, complaint))
         results.append(run(model_folder, out, *options))
+    cases.append((invented, "prompts must be written to a .jsonl file, but"))
+    results.append(run(model_folder, folder, *invented))
+    cases.append((("--prompts", starts), "OUT must be a folder, but"))
+    results.append(run(model_folder, starts, "--prompts", starts))
     for result, (_, complaint) in zip(results, cases):
         assert result.exit_code == 2 and complaint in result.stderr, (result.stderr, result.exception)
         assert result.stderr.splitlines()[-1].startswith("orthrus-triton: error: ") and not out.exists()
