@@ -121,6 +121,7 @@ class ViewTrainingArguments(TrainingArguments):
         _require(self.frozen_dtype in ("float32", "bfloat16", "float16"), "frozen_dtype",
                  "auto, float32, bfloat16 or float16", self.frozen_dtype)  # fmt: skip
         _require(not self.load_best_model_at_end, "load_best_model_at_end", "false", self.load_best_model_at_end)
+        self.dataloader_pin_memory &= self.device.type != "cpu"  # there, torch would only warn of it
         self.remove_unused_columns = False  # a batch is what the collator makes, not columns of a table
 
     @property

@@ -35,9 +35,11 @@ def read_rows(path: str | Path, max_len: int) -> tuple[list[TextRow], int]:
         ValueError: a line that is not such an object, or not UTF-8; the message names file and line.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"rows must come from a .jsonl file or a folder of them, but there is no {str(path)!r}")
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise FileNotFoundError(f"data must name a .jsonl file or a folder of them, but {path} holds none")
+        raise FileNotFoundError(f"rows must come from a .jsonl file or a folder of them, but {path} holds none")
     rows, skipped = [], 0
     for file in files:
         with open(file, "rb") as lines:

@@ -39,7 +39,8 @@ def train_view(args: ViewTrainingArguments, resume: bool = True) -> ViewTrainer:
         raise ValueError("data must name a .jsonl file of distilled rows, or a folder of them, but is not set")
     if (args.eval_strategy != "no") != (args.eval_data is not None):
         raise ValueError(
-            f"eval_data and eval_strategy go together, but they are {args.eval_data!r} and {args.eval_strategy!r}"
+            f"eval_data and eval_strategy go together, but they are {args.eval_data!r} and "
+            f"{str(args.eval_strategy.value)!r}"
         )
     model, tokenizer = load_model(args)
     rows, eval_rows = load_rows(args.data, args), []

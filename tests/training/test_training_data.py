@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -49,6 +52,8 @@ def test_rows_are_read_cut_and_counted(tmp_path):
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match="holds none"):
         read_rows(empty, max_len=4)
+    with pytest.raises(FileNotFoundError, match="rows must come from a .jsonl file or a folder of them, but there is"):
+        read_rows(tmp_path / "missing", max_len=4)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +264,27 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
     )
     args = read_config(path, max_steps=7)
     assert args.save_strategy == "no"  # which YAML reads as false
+    assert not args.dataloader_pin_memory  # of which torch would warn on a CPU
     assert args.max_steps == 7 and args.domain_weights == {"code": 0.5} and args.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("name", ["train_smollm2", "train_smollm2_gpu"])
+def test_examples_are_configs(name):
+    args = read_config(ROOT / "examples" / f"{name}.yaml", use_cpu=True)
+    assert args.data == "rows" and args.eval_data == "held-out"
+
+
+@pytest.mark.parametrize("file", ["examples/train_smollm2.yaml", "examples/train_smollm2_gpu.yaml", "docs/training.md"])
+def test_commands_in_examples_and_docs_are_commands(file):
+    text = re.sub(r"\\\n#? *", "", (ROOT / file).read_text(encoding="utf-8"))
+    # a line of its own, or code in a sentence; what follows two spaces is a remark
+    lines = re.findall(r"^(?:# +)?orthrus-triton (.+?)(?:   .*)?$", text, flags=re.M)
+    lines += re.findall(r"`orthrus-triton (.+?)`", text)
+    assert len(lines) >= 4
+    commands = typer.main.get_command(app).commands
+    for line in lines:
+        name, *arguments = shlex.split(line.replace("--package ...", "--package pip"))
+        commands[name].make_context(name, arguments)  # raises where an option is unknown
 
 
 def test_a_block_larger_than_the_models_is_refused(tmp_path):
@@ -306,7 +331,7 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
     done = CliRunner().invoke(app, [*command, "--set", "max_steps=-3"])
     assert done.exit_code == 2 and "error: max_steps must be >= 1, but got -3" in done.output
     done = CliRunner().invoke(app, [*command, "--set", "eval_strategy=steps", "--set", "eval_steps=1"])
-    assert done.exit_code == 2 and "eval_data and eval_strategy go together" in done.output
+    assert done.exit_code == 2 and "go together, but they are None and 'steps'" in " ".join(done.output.split())
     done = CliRunner().invoke(app, [*command, "--set", "learning_rate=fast"])
     assert done.exit_code == 2 and "learning_rate must be a number, but got the text 'fast'" in " ".join(
         done.output.split()
