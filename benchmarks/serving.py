@@ -28,7 +28,7 @@ from orthrus_triton.cli.common import (
     resolve_device,
     resolve_dtype,
 )
-from orthrus_triton.cli.load import load_model
+from orthrus_triton.cli.load import load_apart
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.serving.apart import run_apart
@@ -237,7 +237,7 @@ def main(
         block_size = fast_block(block_size, where)
         of = resolve_dtype(dtype, where)
         if shape is None:
-            network, tokenizer, name = run_apart(lambda: load_model(model, of, where))
+            network, tokenizer, name = load_apart(model, of, where)
         else:
             network = run_apart(lambda: build(SHAPES[shape], of, where))
             tokenizer, name = NumberTokenizer(), f"{shape}, random weights"

@@ -21,6 +21,17 @@ def run(*arguments: str):
     return CliRunner().invoke(app, arguments)
 
 
+def test_ctrl_c_while_the_model_loads_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orthrus_triton.serving.apart.run_apart", interrupted)
+    monkeypatch.setattr("orthrus_triton.cli.load.status_console.show_cursor", lambda: shown.append(True))
+    assert run("nowhere", "--device", "cpu").exit_code == 130 and shown == [True]
+
+
 def test_a_row_for_every_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     admit, kept = DecodeRun.admit, []
 

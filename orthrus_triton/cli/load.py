@@ -56,6 +56,19 @@ def load_model(
     return loaded
 
 
+def load_apart(
+    name: str | None, dtype: torch.dtype, device: torch.device, int8_drafts: bool = False
+) -> tuple[OrthrusForCausalLM, Any, str]:
+    """`load_model` in a thread that ends with it, for a server's main thread must not compute (see `run_apart`)."""
+    from orthrus_triton.serving.apart import run_apart
+
+    try:
+        return run_apart(lambda: load_model(name, dtype, device, int8_drafts))
+    except KeyboardInterrupt:  # the other thread hid the cursor, and ends with the process
+        status_console.show_cursor()
+        raise
+
+
 def _load_folder(name: str, dtype: torch.dtype, device: torch.device) -> tuple[OrthrusForCausalLM, Any, str]:
     with busy(f"Loading {name}"):
         from orthrus_triton.models import OrthrusForCausalLM

@@ -21,7 +21,7 @@ from orthrus_triton.cli.common import (
     resolve_dtype,
     status_console,
 )
-from orthrus_triton.cli.load import DEMO_NAME, load_model
+from orthrus_triton.cli.load import DEMO_NAME, load_apart
 
 
 def serve(
@@ -71,15 +71,10 @@ def serve(
         precision, block_size = resolve_dtype(dtype, where), fast_block(block_size, where)
         from orthrus_triton.modules import ConsensusDecoder
         from orthrus_triton.serving import Scheduler
-        from orthrus_triton.serving.apart import run_apart
         from orthrus_triton.serving.app import create_app
         from orthrus_triton.serving.server import Server
 
-        try:
-            network, tokenizer, _ = run_apart(lambda: load_model(model, precision, where, int8_drafts))
-        except KeyboardInterrupt:  # the other thread hid the cursor, and ends with the process
-            status_console.show_cursor()
-            raise
+        network, tokenizer, _ = load_apart(model, precision, where, int8_drafts)
         decoder = ConsensusDecoder(network, block_size=block_size)
         scheduler = Scheduler(decoder, slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling)
         # the last part of a folder or hub id: clients need not know where it lies
