@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,13 @@ class Linear(nn.Module):
     def drop_draft_copy(self) -> None:
         """Free the int8 copy: a draft reads the weight again."""
         self.draft_weight = self.draft_scale = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
+        scale = self.draft_scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.draft_scale.dtype != scale.dtype:  # a cast is meant for the weights
+            self.draft_scale = scale.to(self.draft_scale.device)
+        return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

@@ -108,6 +108,21 @@ def test_a_low_rank_view_keeps_its_own_projections() -> None:
         model.quantize_drafts()
 
 
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+def test_copies_outlive_a_cast_unrounded(cast: torch.dtype) -> None:
+    model = dual_view("llama")
+    model.quantize_drafts()
+    before = {name: (m.draft_weight, m.draft_scale) for name, m in model.named_modules() if name in copied(model)}
+    model.to(cast)
+    assert copied(model) == list(before)
+    for name, (weight, scale) in before.items():
+        module = model.get_submodule(name)
+        assert module.weight.dtype == cast and module.draft_scale.dtype == torch.float32
+        assert torch.equal(module.draft_weight, weight) and torch.equal(module.draft_scale, scale)
+    model.to("meta")
+    assert all(model.get_submodule(name).draft_scale.is_meta for name in before)
+
+
 @pytest.mark.parametrize("loading", ["view", "checkpoint", "state dict", "none"])
 def test_drafts_are_of_the_view_that_was_loaded(loading: str, tmp_path: Path) -> None:
     other, model, ids = randomise_view(dual_view("llama"), seed=3), dual_view("llama"), random_ids(BLOCK)
