@@ -98,8 +98,8 @@ def process_on_host(
 ) -> torch.Tensor:  # fmt: skip
     """Logits after each slot's own function, called row by row with the row's history. Slow, and right.
 
-    In a draft, row t's history is what rows 0..t-1 draft. A block's rows behind a draft that its function has banned
-    stay as they are, for nobody looks at what they say: a function of a grammar need not know texts that break it.
+    In a draft, row t's history is what rows 0..t-1 draft. Rows behind a token that ends the text, or that the function
+    has banned, stay as they are, for nobody looks at what they say: a function of a grammar need not know such texts.
     """
     logits = logits.clone()
     for b in range(logits.shape[0]):
@@ -108,18 +108,21 @@ def process_on_host(
             continue
         prompt, process = state.sampling.hosts[number]
         ids = torch.cat((prompt.to(logits.device), state.output_ids[b, : int(state.output_len[b])]))
+        drafted = None  # [], what the row before says in a draft
         slot = ops.SamplingTensors(*(tensor[b : b + 1] for tensor in state.sampling.sampling))
         for t in range(logits.shape[1]):
-            if t and candidate is not None:
-                if logits[b, t - 1, candidate[b, t]] == -torch.inf:
+            if t:
+                read = drafted if candidate is None else candidate[b, t]
+                # VOID is one of the ids that end a text, so that it is no index
+                if bool((state.eos_ids == read).any()) or logits[b, t - 1, read] == -torch.inf:
                     break
-                ids = torch.cat((ids, candidate[b, t : t + 1]))
+                ids = torch.cat((ids, read[None]))
             scores = process(ids[None], logits[b, t][None].clone())
             if tuple(scores.shape) != (1, logits.shape[-1]):
                 raise ValueError(f"logits_processor must return [1, {logits.shape[-1]}], but got {tuple(scores.shape)}")
             logits[b, t] = scores[0]
             if candidate is None:
                 row = logits[b : b + 1, t : t + 1]
-                drafted = ops.sample_choice(row, positions[b : b + 1, t : t + 1], slot, stream=stream, impl=impl)
-                ids = torch.cat((ids, drafted[0].clamp(min=0)))
+                place = positions[b : b + 1, t : t + 1]
+                drafted = ops.sample_choice(row, place, slot, stream=stream, impl=impl)[0, 0]
     return logits

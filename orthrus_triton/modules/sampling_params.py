@@ -33,7 +33,8 @@ class SamplingParams:
         logit_bias: added to logits, by token; -inf bans one.
         logits_processor: a function of (input_ids [1, L], scores [1, V] fp32) -> scores, such as transformers'
             LogitsProcessorList. It runs on the host for every row, before temperature and filters, and must depend on
-            its arguments alone.
+            its arguments alone. What it gets never goes on behind a stop token that was generated, or with a token that
+            it has banned.
     """
 
     temperature: float = 0.0

@@ -1,0 +1,52 @@
+"""What a function on the host gets: texts that decoding may say, none of which goes on behind its end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from tests.modules.ledger_model import LedgerModel, oracle
+
+VOCAB, EOS = 17, [4, 9]
+
+
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+@pytest.mark.parametrize(("rule", "temperature"), [("coupled", 0.0), ("coupled", 1.0), ("rejection", 1.0)])
+def test_no_text_goes_on_behind_its_end(anchor_rows: int, rule: str, temperature: float) -> None:
+    model, ended = LedgerModel(VOCAB, anchor_rows=anchor_rows), 0
+
+    def grammar(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """No token twice in a row, and nothing behind a stop token."""
+        new = ids[0, 2:].tolist()
+        assert not set(new) & set(EOS), f"a text that goes on behind its end: {new}"
+        assert all(a != b for a, b in zip(new, new[1:])), f"a text that breaks the grammar: {new}"
+        return scores.index_fill(1, ids[0, -1:], -torch.inf)
+
+    decoder = ConsensusDecoder(model, impl="torch")
+    for seed in range(12):
+        params = SamplingParams(temperature=temperature, seed=seed, logits_processor=grammar)
+        prompt = [seed, (seed + 5) % VOCAB]
+        output = decoder.generate(
+            [torch.tensor(prompt)], max_new_tokens=20, eos_token_id=EOS, params=[params], sampling=rule
+        )
+        new = output.sequences[0][2:].tolist()
+        ended += new[-1] in EOS
+        if rule == "coupled":
+            assert new == oracle(model, prompt, 20, params, EOS)
+    assert ended
+
+
+def test_a_draft_without_a_token_ends_it() -> None:
+    """Where the function bans every token in a draft, what would stand there is no token it has allowed."""
+    model = LedgerModel(VOCAB)
+
+    def at_most_two(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert ids.shape[1] <= 4, f"a text with a token that was banned: {ids.tolist()}"
+        if ids.shape[1] == 4:
+            return torch.full_like(scores, -torch.inf)
+        return scores
+
+    params = SamplingParams(logits_processor=at_most_two)
+    with pytest.raises(ValueError, match="banned every token"):
+        ConsensusDecoder(model, impl="torch").generate([torch.tensor([1, 2])], max_new_tokens=9, params=[params])
