@@ -15,6 +15,22 @@ from orthrus_triton.training.data import TextRow
 UNCHAINED = 0.3  # share of the blocks that learn without a chain: it chooses among what the rows say by themselves
 
 
+def row_shares(rows: Sequence[TextRow], domain_weights: Mapping[str, float] | None) -> list[float]:
+    """How often each row is drawn, in proportion; None: all alike.
+
+    Raises:
+        ValueError: weights that do not name exactly the domains there are.
+    """
+    counts = Counter(row.domain for row in rows)
+    weights = counts if domain_weights is None else domain_weights
+    if set(weights) != set(counts) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise ValueError(
+            f"domain_weights must give each domain of the data, {sorted(counts)}, and no other, a share >= 0, "
+            f"but got {dict(weights)}"
+        )
+    return [weights[row.domain] / counts[row.domain] for row in rows]
+
+
 class AnchorExample(TypedDict):
     """One row of a batch: which text, at which tokens its blocks begin, ascending [A], and which of them a chain
     corrects, if the view has one [A]."""
@@ -62,14 +78,7 @@ class AnchorExamples(Dataset):
             raise ValueError(f"focus must be in [0, 1), and 0 where no surprise is given, but got {focus}")
         self.rows, self.num_examples, self.num_anchors, self.seed = rows, num_examples, num_anchors, seed
         self.surprise, self.focus, self.anchor_rows = surprise, focus, anchor_rows
-        counts = Counter(row.domain for row in rows)
-        weights = counts if domain_weights is None else domain_weights
-        if set(weights) != set(counts) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-            raise ValueError(
-                f"domain_weights must give each domain of the data, {sorted(counts)}, and no other, a share >= 0, "
-                f"but got {dict(weights)}"
-            )
-        shares = np.cumsum([weights[row.domain] / counts[row.domain] for row in rows])
+        shares = np.cumsum(row_shares(rows, domain_weights))
         self._cumulative = shares / shares[-1]
 
     def __len__(self) -> int:

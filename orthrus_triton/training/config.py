@@ -94,8 +94,12 @@ class ViewTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_steps", "max_row_len", "num_anchors", "eval_anchors", "teacher_top_k"):
+        for name in ("max_steps", "per_device_train_batch_size", "max_row_len", "num_anchors", "eval_anchors",
+                     "teacher_top_k"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        for name in ("output_dir", "cache_dir"):  # else it would be found out when the cache has been made
+            folder = getattr(self, name)
+            _require(folder is None or not Path(folder).is_file(), name, "a folder", f"the file {folder}")
         _require(self.anchor_view in (None, "ar", "diffusion"), "anchor_view", "'ar', 'diffusion' or null",
                  self.anchor_view)  # fmt: skip
         _require(self.block_size is None or self.block_size >= 2, "block_size", ">= 2 or null", self.block_size)

@@ -99,7 +99,12 @@ def load_model(args: ViewTrainingArguments) -> tuple[OrthrusForCausalLM, PreTrai
         if args.view_rank is not None:
             raise ValueError("view_rank is the model's own: set it where the model is made (orthrus-triton convert)")
         model = OrthrusForCausalLM.from_pretrained(args.model, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"model must have a tokenizer that transformers can read, but {args.model}: {error}"
+            ) from error
     if args.mask_embedding:
         model.add_mask_embedding()
     if args.init_view is not None:

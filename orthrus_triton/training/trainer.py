@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.view_checkpoint import checkpoint_metadata, load_checkpoint_view
 from orthrus_triton.training.acceptance import acceptance
-from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
+from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors, row_shares
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
 from orthrus_triton.training.clock import TrainingClock
 from orthrus_triton.training.config import ViewTrainingArguments
@@ -66,6 +66,7 @@ class ViewTrainer(Trainer):
         model.config.block_size = block_size  # what it is trained for, decoding drafts
         everything, cache = [*rows, *eval_rows], None
         _require_rows(rows, everything, model.vocab_size)
+        row_shares(rows, args.domain_weights)  # what is wrong with them is said before the cache is made
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.cache_dir is not None:
             model.to(args.device)  # as the Trainer will; filling the cache takes many passes of the frozen view

@@ -213,6 +213,14 @@ def test_a_damaged_cache_is_made_again(tmp_path, name, lost):
     assert all(map(torch.equal, (again.kv, again.teacher_ids, again.teacher_probs), expected))
 
 
+def test_wrong_domain_weights_are_named_before_the_cache_is_made(tmp_path):
+    model = make_model()
+    args = make_args(tmp_path / "run", 1, cache_dir=str(tmp_path / "cache"), domain_weights={"code": 1.0})
+    with pytest.raises(ValueError, match="domain_weights must give each domain"):
+        ViewTrainer(model, args, own_rows(model, 2))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_disk_without_room_for_the_cache_says_so(tmp_path, monkeypatch):
     def no_room(*arguments):
         raise OSError(28, "No space left on device")
@@ -229,6 +237,9 @@ def test_a_disk_without_room_for_the_cache_says_so(tmp_path, monkeypatch):
     [
         ({"max_steps": -1}, "max_steps must be >= 1, but got -1"),
         ({"num_anchors": 0}, "num_anchors must be >= 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be >= 1, but got 0"),
+        ({"output_dir": __file__}, "output_dir must be a folder, but got 'the file .*test_training_data.py'"),
+        ({"cache_dir": __file__}, "cache_dir must be a folder, but got 'the file .*test_training_data.py'"),
         ({"loss": "mse"}, "loss must be 'kl' or 'ce', but got 'mse'"),
         ({"position_decay": 0.0}, "position_decay must be > 0 or null"),
         ({"domain_weights": "code"}, "domain_weights must be a share for each domain or null, but got 'code'"),
@@ -294,6 +305,7 @@ def test_a_block_larger_than_the_models_is_refused(tmp_path):
 
 def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
     model = make_model(mask_embedding=False)
+    model.save_pretrained(tmp_path / "no-tokenizer")
     model.save_pretrained(tmp_path / "orthrus", tiny_tokenizer(list(range(101))))
     rows = own_rows(model, 5)
     lines = [
@@ -328,6 +340,8 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
     start = model.state_dict()
     name = "model.layers.0.self_attn.q_proj_diff.weight"
     assert not torch.equal(trained.state_dict()[name], start[name])
+    done = CliRunner().invoke(app, [*command, "--set", f"model={tmp_path}/no-tokenizer"])
+    assert done.exit_code == 2 and "error: model must have a tokenizer" in done.output
     done = CliRunner().invoke(app, [*command, "--set", "max_steps=-3"])
     assert done.exit_code == 2 and "error: max_steps must be >= 1, but got -3" in done.output
     done = CliRunner().invoke(app, [*command, "--set", "eval_strategy=steps", "--set", "eval_steps=1"])
