@@ -52,7 +52,7 @@ class Generation:
                 stop = StopStrings(tokenizer, body.stop_strings)
         except ValueError as error:
             raise HTTPException(400, f"stop: {error}") from error
-        self._text = TextStream(tokenizer, stop)
+        self._text = TextStream(tokenizer, stop, scheduler.decoder.model.eos_token_ids)
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(ids), 1))
         try:

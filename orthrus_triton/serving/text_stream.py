@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from orthrus_triton.models.stop_strings import StopStrings
@@ -14,14 +15,15 @@ class TextStream:
     Args:
         tokenizer: of transformers.
         stop: strings that end the text and are not part of it, or None.
+        stop_ids: tokens that end the text and are not part of it: not every tokenizer knows that they are special.
 
     Attributes:
         tokens: all that were pushed.
         stopped: a stop string came; nothing more is given out.
     """
 
-    def __init__(self, tokenizer: Any, stop: StopStrings | None = None) -> None:
-        self.stop = stop
+    def __init__(self, tokenizer: Any, stop: StopStrings | None = None, stop_ids: Collection[int] = ()) -> None:
+        self.stop, self.stop_ids = stop, frozenset(stop_ids)
         self.tokens: list[int] = []
         self._text, self._held = TokenText(tokenizer, skip_special_tokens=True), ""
         self.stopped = False
@@ -29,7 +31,7 @@ class TextStream:
     def push(self, tokens: list[int], last: bool = False) -> str:
         """Take new tokens, the last ones or not; give what text is certain now."""
         self.tokens += tokens
-        final, unsure = self._text.push(tokens)
+        final, unsure = self._text.push([token for token in tokens if token not in self.stop_ids])
         self._held += final + unsure if last else final
         if self.stop is None:
             text, self._held = self._held, ""

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -48,11 +48,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 class Running:
     """A server on a free port, in a thread."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, eos: Sequence[int] = (), **options) -> None:
         from orthrus_triton.serving.app import create_app
         from orthrus_triton.serving.server import Server
 
         self.model, self.tokenizer = SlowModel(VOCAB), make_tokenizer()
+        self.model.eos_token_ids = list(eos)
         self.scheduler = Scheduler(
             ConsensusDecoder(self.model, impl="torch"), **{"slots": 3, "max_len": 3000} | options
         )
@@ -157,6 +158,22 @@ def test_a_stop_string_around_a_special_token_ends_the_sequence(streamed: bool) 
         assert choices[-1].finish_reason == "stop"
         server.wait_until(lambda: server.scheduler.running == 0)
         assert max(len(slot.tokens) for slot in server.scheduler._run.slots) < 2500
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("stop", [None, "w16 w16 w16"])
+def test_a_stop_token_is_no_text_though_the_tokenizer_does_not_know_it(stop: str | None) -> None:
+    free = oracle(SlowModel(VOCAB), [1], 40, SamplingParams())
+    at = next(n for n in range(3, 40) if free[n] not in free[:n])
+    server = Running(eos=[free[at]])
+    try:
+        ask = {"model": "tiny", "prompt": "w1", "max_tokens": 40, "temperature": 0, "stop": stop}
+        whole = server.client().completions.create(**ask)
+        assert whole.choices[0].text == server.tokenizer.decode(free[:at])
+        assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("stop", at + 1)
+        parts = [chunk.choices[0] for chunk in server.client().completions.create(**ask, stream=True)]
+        assert "".join(part.text for part in parts) == whole.choices[0].text and parts[-1].finish_reason == "stop"
     finally:
         server.close()
 
