@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from orthrus_triton.cli import app, serve
-from orthrus_triton.cli.chat_view import ColourView
+from orthrus_triton.cli.chat_view import ColourView, PlainView
 from orthrus_triton.cli.common import one_line_errors, require_text
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
@@ -96,6 +97,34 @@ def test_several_passes_of_ar_are_no_drafts() -> None:
     assert "1.00 tokens/cycle" in file.getvalue() and "\x1b[36m" not in file.getvalue()
 
 
+def test_a_stop_token_is_no_part_of_a_reply() -> None:
+    """Not every tokenizer knows that it is special, and the template writes it itself in the next turn."""
+    tokenizer = make_tokenizer()
+    stop = tokenizer("k")["input_ids"]
+    view = PlainView(tokenizer, stop_ids=stop)
+    for tokens in ([1, 2], tokenizer("p")["input_ids"], tokenizer("ab")["input_ids"] + stop):
+        view.put(torch.tensor(tokens))
+    view.end()
+    assert view.text == "pab"
+
+
+def test_a_template_that_refuses_the_messages_is_one_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system role, please') }}"
+    tokenizer.save_pretrained(tmp_path)
+    options = ("--system", "Be brief.", "--device", "cpu", "--dtype", "fp32")
+    for result in (run("chat", tmp_path, *options, stdin="hello\n"), run("generate", tmp_path, "hello", *options)):
+        assert_bad_input(result, "roles ['system', 'user'], but: no system role, please")
+
+
+def test_arguments_that_are_no_text_are_named(folder: Path) -> None:
+    bad, options = "hi \udcff", ("--device", "cpu", "--dtype", "fp32")
+    assert_bad_input(run("chat", folder, "--system", bad, *options, stdin="hello\n"), "--system must be UTF-8")
+    assert_bad_input(run("generate", folder, "hello", "--system", bad, *options), "--system must be UTF-8")
+    assert_bad_input(run("generate", folder, bad, *options), "PROMPT must be UTF-8")
+
+
 def test_bad_options_are_one_line(folder: Path) -> None:
     assert_bad_input(run("chat", folder, "--temperature", -1), "temperature must be in 0..10000, but got -1")
     assert_bad_input(run("chat", folder, "--top-p", 0), "top_p must be in (0, 1], but got 0")
@@ -131,6 +160,10 @@ def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert made == [{"block_size": "auto"}]
     config = seen[0].config
     assert (config.host, config.port, config.timeout_graceful_shutdown) == ("127.0.0.1", port, 5)
+    assert f"http://127.0.0.1:{port}/v1" in result.stderr
+    monkeypatch.setattr(serve, "_require_free", lambda *_: None)  # not every machine has ::1
+    result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", port, "--host", "::1")
+    assert f"http://[::1]:{port}/v1" in result.stderr
     hosts = {"localhost": True, "::1": True, "0.0.0.0": False, "example.org": False}
     assert {host: serve._is_loopback(host) for host in hosts} == hosts
 

@@ -64,6 +64,8 @@ def chat(
     with one_line_errors():
         from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 
+        if system is not None:
+            require_text("--system", system)
         where = resolve_device(device)
         require_impl("auto", where)
         # out-of-range options are named before a model is loaded
@@ -106,13 +108,15 @@ def _reply(
     console: Console, plain: bool,
 ) -> str:  # fmt: skip
     """One turn, shown while it comes; what was said of it."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    from orthrus_triton.training.prompts import chat_text
+
+    text = chat_text(tokenizer, messages)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     room = decoder.max_cache_len - ids.shape[1] + 1
     if room < 1:
         raise ValueError(f"--max-len must exceed the conversation, which has {ids.shape[1]} tokens now")
-    drafts = decoder.mode == "consensus"
-    view = PlainView(tokenizer, drafts) if plain else ColourView(tokenizer, console, drafts)
+    how = {"drafts": decoder.mode == "consensus", "stop_ids": decoder.model.eos_token_ids}
+    view = PlainView(tokenizer, **how) if plain else ColourView(tokenizer, console, **how)
     try:
         decoder.generate(
             ids, max_new_tokens=min(max_new_tokens, room), streamer=view, params=[params], reuse_cache=True

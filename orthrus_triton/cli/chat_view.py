@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console, Group
@@ -20,13 +21,14 @@ class PlainView:
     Args:
         tokenizer: of transformers.
         drafts: what comes at once is the block of one cycle; else it is that many passes of the AR view.
+        stop_ids: tokens that end a reply and are not shown.
     """
 
-    def __init__(self, tokenizer: Any, drafts: bool = True) -> None:
+    def __init__(self, tokenizer: Any, drafts: bool = True, stop_ids: Collection[int] = ()) -> None:
         from orthrus_triton.serving.text_stream import TextStream
 
         self.text = ""
-        self._stream, self._puts, self._drafts = TextStream(tokenizer), 0, drafts
+        self._stream, self._puts, self._drafts = TextStream(tokenizer, stop_ids=stop_ids), 0, drafts
 
     def put(self, ids: Any) -> None:
         """The prompt first, then the tokens of the prefill, then those of each cycle."""
@@ -58,8 +60,10 @@ class ColourView(PlainView):
     Finished lines are printed for good; the line being written and the figures are redrawn.
     """
 
-    def __init__(self, tokenizer: Any, console: Console, drafts: bool = True) -> None:
-        super().__init__(tokenizer, drafts)
+    def __init__(
+        self, tokenizer: Any, console: Console, drafts: bool = True, stop_ids: Collection[int] = ()
+    ) -> None:  # fmt: skip
+        super().__init__(tokenizer, drafts, stop_ids)
         self._line, self._tokens, self._cycles = Text(), 0, 0
         self._began = time.perf_counter()
         self._live = Live(console=console, transient=True, refresh_per_second=12)

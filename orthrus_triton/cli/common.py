@@ -102,7 +102,7 @@ def _say(error: object) -> None:
 
 
 def require_text(name: str, text: str) -> str:
-    """`text`, or a ValueError that names it: bytes that are no UTF-8 come through stdin as half characters."""
+    """`text`, or a ValueError that names it: bytes that are no UTF-8 come from stdin or a shell as half characters."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -184,6 +184,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None, system: str | 
 
     if not prompt.strip():
         raise ValueError("PROMPT must not be empty")
+    require_text("PROMPT", prompt)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat is None:
         chat = has_template
@@ -191,6 +192,8 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None, system: str | 
         raise ValueError("--chat needs a tokenizer with a chat template, and this one has none: use --raw")
     if system is not None and not chat:
         raise ValueError("--system goes with a chat template, but this prompt is raw")
+    if system is not None:
+        require_text("--system", system)
     return torch.tensor([encode(tokenizer, Prompt(prompt, chat=chat), system)])
 
 

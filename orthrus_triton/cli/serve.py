@@ -80,7 +80,8 @@ def serve(
         # the last part of a folder or hub id: clients need not know where it lies
         name = name or (DEMO_NAME if model is None else Path(model).resolve().name)
         app = create_app(scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes)
-        status_console.print(f"{name} on http://{host}:{port}/v1, {slots} slots of {max_len} tokens")
+        place = f"[{host}]" if ":" in host else host
+        status_console.print(f"{name} on http://{place}:{port}/v1, {slots} slots of {max_len} tokens")
         try:
             Server(app, scheduler, host, port).run()
         finally:

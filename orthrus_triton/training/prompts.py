@@ -80,7 +80,8 @@ def encode(tokenizer: Any, prompt: Prompt, system: str | None = None) -> list[in
     """A prompt as token ids, in a chat after a `system` message if there is one.
 
     Raises:
-        ValueError: `prompt.chat` asks for a template the tokenizer does not have, or nothing is left to encode.
+        ValueError: `prompt.chat` asks for a template the tokenizer does not have, the template refuses the messages, or
+            nothing is left to encode.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     chat = has_template if prompt.chat is None else prompt.chat
@@ -91,12 +92,25 @@ def encode(tokenizer: Any, prompt: Prompt, system: str | None = None) -> list[in
         messages = [{"role": "user", "content": text}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = chat_text(tokenizer, messages)
     # a chat template writes its special tokens itself
     ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise ValueError(f"prompt {prompt.text[:40]!r} must have at least one token, but encodes to none")
     return list(ids)
+
+
+def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Messages as the chat template writes them, up to where the reply begins.
+
+    Raises:
+        ValueError: the template refuses them, as some do a system message.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"the chat template must take messages of the roles {roles}, but: {error}") from error
 
 
 def _parse(line: str, path: Path, number: int) -> Prompt:
