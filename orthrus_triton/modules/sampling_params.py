@@ -12,7 +12,7 @@ import torch
 
 SamplingRule = Literal["coupled", "rejection"]
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-MAX_TEMPERATURE, MAX_PENALTY = 1e4, 1e4
+MIN_TEMPERATURE, MAX_TEMPERATURE, MAX_PENALTY = 1e-30, 1e4, 1e4  # divided by less, logits may exceed fp32
 SEED_LIMIT = 2**63
 MOST_NEW_TOKENS = 2**30  # a position behind any prompt is an int32
 
@@ -53,6 +53,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _require(_is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
                  "temperature", f"in 0..{MAX_TEMPERATURE:g}", self.temperature)  # fmt: skip
+        _require(self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
+                 "temperature", f"0, which is greedy, or at least {MIN_TEMPERATURE:g}", self.temperature)  # fmt: skip
         _require(_is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "an integer in 0..2**31-1", self.top_k)
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)

@@ -276,6 +276,7 @@ def test_a_server_that_stops_tells_its_clients() -> None:
         ({"prompt": ["w1", "w2"]}, "prompt: .*must be one string, or one list of token ids"),
         ({"prompt": "w1", "top_p": 0}, "top_p: .*greater than 0"),
         ({"prompt": "w1", "temperature": -1}, "temperature: .*greater than or equal to 0"),
+        ({"prompt": "w1", "temperature": 1e-40}, "temperature must be 0, which is greedy, or at least 1e-30"),
         ({"prompt": "w1", "n": 2}, "n: Input should be 1"),
         ({"prompt": "w1", "suffix": "x"}, "suffix: Extra inputs are not permitted"),
         ({"prompt": "w1", "seed": 2**70}, "seed must be an integer of 64 bits"),
