@@ -34,7 +34,9 @@ class Guard:
             # what is left of the request is not read
             await error_response(status, message, {"Connection": "close"})(scope, receive, send)
 
-        if self.expected is not None and scope["path"] not in OPEN_PATHS:
+        # of an application that is mounted in another, the path begins with where
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self.expected is not None and path not in OPEN_PATHS:
             given = dict(scope["headers"]).get(b"authorization", b"")
             # constant time: how much of a guess was right does not show
             if not hmac.compare_digest(given, self.expected):

@@ -443,6 +443,20 @@ def test_a_burst_may_fill_slots_and_queue() -> None:
 
 def test_keys_and_limits(server: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
+def test_health_needs_no_key_where_the_application_is_mounted_in_another(server: Running) -> None:
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    from orthrus_triton.serving.app import create_app
+
+    outer = FastAPI()
+    outer.mount("/model", create_app(server.scheduler, server.tokenizer, "tiny", api_key=KEY))
+    client = TestClient(outer)
+    assert client.get("/model/health").json()["status"] == "ok"
+    assert client.get("/model/v1/models").status_code == 401
+    assert client.get("/model/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+
+
         server.client(api_key="secreu").models.list()
     assert httpx.get(f"{server.url}/v1/models").status_code == 401
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
