@@ -4,6 +4,7 @@ Chat and plain completions, streamed or whole; a client that goes away frees its
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -34,6 +35,8 @@ def create_app(
         api_key: clients must send it as a bearer token; None asks for none.
         max_body_bytes: larger requests are refused.
     """
+    # strict clients need a date
+    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "orthrus-triton"}
     app = FastAPI(title="orthrus-triton", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes)
     app.add_exception_handler(RequestValidationError, _say_what_is_invalid)
@@ -45,7 +48,7 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": model_name, "object": "model", "owned_by": "orthrus-triton"}]}
+        return {"object": "list", "data": [card]}
 
     # tokenizers work in a thread: a long prompt takes them a second, in which other clients want their text
     @app.post("/v1/completions")

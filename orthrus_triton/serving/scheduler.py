@@ -103,8 +103,9 @@ class Scheduler:
         length, vocab = request.prompt.numel(), self.decoder.model.vocab_size
         if length < 1 or request.prompt.dim() != 1:
             raise ValueError(f"prompt must be 1-D with at least one token, but got {tuple(request.prompt.shape)}")
-        if not 0 <= int(request.prompt.min()) <= int(request.prompt.max()) < vocab:
-            raise ValueError(f"prompt must hold ids in 0..{vocab - 1}, but got {int(request.prompt.max())}")
+        low, high = int(request.prompt.min()), int(request.prompt.max())
+        if low < 0 or high >= vocab:
+            raise ValueError(f"prompt must hold ids in 0..{vocab - 1}, but got {low if low < 0 else high}")
         if length >= self.max_len:
             raise ValueError(f"prompt must have at most {self.max_len - 1} tokens, but has {length}")
         if request.max_new_tokens < 1 or length + request.max_new_tokens > self.max_len:

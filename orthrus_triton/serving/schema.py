@@ -56,10 +56,10 @@ class Message(BaseModel):
         """
         content = self.content
         if isinstance(content, list):
-            kinds = {part.get("type") for part in content}
-            if kinds - {"text"}:
+            kinds = [part.get("type") for part in content if part.get("type") != "text"]
+            if kinds:
                 raise ValueError(f"content parts must be of type 'text', but got {sorted(map(str, kinds))}")
-            texts = [part.get("text", "") for part in content]
+            texts = [part.get("text") for part in content]
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError("the text of a content part must be a string")
             content = "".join(texts)

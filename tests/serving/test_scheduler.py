@@ -43,6 +43,8 @@ def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     # nothing of that prompt counts as cached
     healthy = oracle(LedgerModel(VOCAB), [1, 2, 3, 4], 6, SamplingParams(logit_bias={5: -torch.inf}))
     assert ask([1, 2, 3, 4], 6) == (healthy, "length", "")
+    with pytest.raises(ValueError, match=r"prompt must hold ids in 0\.\.16, but got -1"):
+        ask([3, -1], 6)
     scheduler.close()
     with pytest.raises(RuntimeError, match="the server is closing"):
         ask([1], 6)

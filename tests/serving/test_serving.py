@@ -94,7 +94,7 @@ def server() -> Iterator[Running]:
 
 def test_completions_are_ar_text(server: Running) -> None:
     client = server.client()
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [(model.id, model.created <= time.time()) for model in client.models.list()] == [("tiny", True)]
     whole = client.completions.create(model="tiny", prompt="w1 w2 w3", max_tokens=9, temperature=0)
     assert whole.choices[0].text == server.expected("w1 w2 w3", 9)
     assert whole.choices[0].finish_reason == "length"
@@ -320,7 +320,9 @@ def test_what_json_may_hold_instead(server: Running) -> None:
     for content, message in (
         ("\ud800", "messages: not valid Unicode"),
         ([{"type": "text", "text": 5}], "messages: the text of a content part must be a string"),
+        ([{"type": "text"}], "messages: the text of a content part must be a string"),
         ([{"type": "image_url"}], "messages: content parts must be of type 'text', but got ['image_url']"),
+        ([{"type": ["text"]}], "messages: content parts must be of type 'text', but got [\"['text']\"]"),
     ):
         reply = ask("/v1/chat/completions", json.dumps({"messages": [{"role": "user", "content": content}]}))
         assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(message)
@@ -441,8 +443,6 @@ def test_a_burst_may_fill_slots_and_queue() -> None:
         server.close()
 
 
-def test_keys_and_limits(server: Running) -> None:
-    with pytest.raises(openai.AuthenticationError):
 def test_health_needs_no_key_where_the_application_is_mounted_in_another(server: Running) -> None:
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
@@ -457,6 +457,8 @@ def test_health_needs_no_key_where_the_application_is_mounted_in_another(server:
     assert client.get("/model/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
+def test_keys_and_limits(server: Running) -> None:
+    with pytest.raises(openai.AuthenticationError):
         server.client(api_key="secreu").models.list()
     assert httpx.get(f"{server.url}/v1/models").status_code == 401
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
