@@ -54,7 +54,7 @@ def forget_changed() -> None:
     """Drop packed weights whose parameter changed behind its version's back, as `parameter.data.copy_()` does."""
     for key, entry in _packed.copy().items():  # a list of items could collect garbage, and change them, midway
         parameter = entry.parameter()
-        if parameter is None or not torch.equal(_sample(parameter), entry.sample):
+        if parameter is None or not _is_as_sampled(parameter, entry.sample):
             _packed.pop(key, None)
 
 
@@ -86,6 +86,12 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 def _has_room(weight: torch.Tensor) -> bool:
     held = sum(entry.weight.nbytes for entry in _packed.copy().values())
     return held + weight.nbytes <= MEMORY_SHARE * _memory_bytes()
+
+
+def _is_as_sampled(weight: torch.Tensor, sample: torch.Tensor) -> bool:
+    # `parameter.data` may be another tensor by now: on a GPU, of another dtype, transposed
+    alike = weight.device == sample.device and weight.dtype == sample.dtype and weight.is_contiguous()
+    return alike and torch.equal(_sample(weight), sample)
 
 
 @cache

@@ -46,6 +46,24 @@ def test_a_changed_parameter_is_packed_again():
     assert agrees()
 
 
+KINDS = {
+    "transposed": lambda weight: weight.T,
+    "bf16": lambda weight: weight.bfloat16(),
+    "on a GPU": pytest.param(lambda weight: weight.cuda(), marks=pytest.mark.gpu),
+}
+
+
+@pytest.mark.parametrize("become", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_a_weight_that_became_another_kind_of_tensor_is_forgotten(become):
+    """And does not fail the next run of whatever model."""
+    weight = parameter(N=64)
+    assert packed_weight(weight) is not None
+    weight.data = become(weight.data)
+    forget_changed()
+    assert id(weight) not in _cpu_packing._packed
+
+
 @torch.no_grad()
 def test_a_decoder_notices_weights_that_changed_behind_its_back():
     from orthrus_triton.modules import ConsensusDecoder
