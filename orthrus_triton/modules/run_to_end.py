@@ -29,6 +29,10 @@ class NonFiniteLogitsError(ValueError):
         )
         self.failed, self.output = failed, output
 
+    def __reduce__(self) -> tuple:
+        """Made anew from its two arguments, not from its text, where another process takes it over."""
+        return type(self), (self.failed, self.output)
+
 
 def run_to_end(
     run: DecodeRun, prompts: Sequence[torch.Tensor], max_new_tokens: int, params: Sequence[SamplingParams],

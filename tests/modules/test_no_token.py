@@ -4,6 +4,7 @@ processes its logits. The others are whole, in every implementation, and the dec
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -67,6 +68,8 @@ def test_nan_ends_that_sequence_alone(anchor_rows: int) -> None:
             assert b in error.failed
             expected = expected[: expected.index(5) + 1]
         assert error.output.sequences[b].tolist() == prompt.tolist() + expected
+    copy = pickle.loads(pickle.dumps(error))  # as between processes
+    assert (copy.failed, str(copy)) == (error.failed, str(error)) and copy.output.stats == error.output.stats
     model.poison = None
     again = decoder.generate(prompts[2:], max_new_tokens=6, reuse_cache=True).sequences[0].tolist()
     assert again == [4, 5, *oracle(healthy, [4, 5], 6, SamplingParams())]
