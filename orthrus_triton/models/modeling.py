@@ -22,6 +22,7 @@ from orthrus_triton.models.loading_options import loading_options
 from orthrus_triton.modules.draft_chain import DraftNoise, Recalled
 from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
 from orthrus_triton.modules.projection import Linear
+from orthrus_triton.ops._cpu_packing import forget_changed
 
 
 class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedModel):
@@ -78,6 +79,12 @@ class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedM
         """Stop tokens: those of the generation config where it has any, else the config's."""
         return eos_token_ids(self.generation_config) or eos_token_ids(self.config)
 
+    def resize_token_embeddings(self, *_arguments: Any, **_options: Any) -> None:
+        """Refused before anything is changed: transformers' own would leave half of it changed."""
+        raise NotImplementedError(
+            "resize_token_embeddings must be called on the base model, before from_base: its vocabulary is frozen here"
+        )
+
     def new_cache(self, batch_size: int, max_len: int, block_size: int) -> SharedKVCache:
         """Static K/V buffers on this model's device and in its dtype."""
         config, weight = self.config, self.model.embed_tokens.weight
@@ -127,6 +134,8 @@ class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedM
             [B, T, V] fp32.
         """
         B, T = input_ids.shape
+        if not torch.compiler.is_compiling():
+            forget_changed()  # as for a decoder's run: what was packed of weights may be of those before
         cache = self.new_cache(B, T, self.block_size)
         cache.prompt_len.fill_(T)
         hidden = self.forward_view(input_ids, cache, cache.view_pass(view, T, impl=impl))

@@ -277,3 +277,11 @@ def test_an_index_that_disagrees_with_its_files(change: dict, error: type[Except
     (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
     with pytest.raises(error, match=message):
         OrthrusForCausalLM.from_base(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_frozen_vocabulary_is_not_resized(tied: bool):
+    model = OrthrusForCausalLM.from_base(build_base(base_config("llama", tie_word_embeddings=tied)), block_size=4)
+    with pytest.raises(NotImplementedError, match="resize_token_embeddings must be called on the base model"):
+        model.resize_token_embeddings(120)
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3).shape == (1, 5)

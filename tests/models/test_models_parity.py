@@ -88,3 +88,15 @@ def test_rotary_frequencies_stay_fp32_on_the_way_through_meta_and_bf16():
     rotary = model.model.rotary_emb
     assert model.dtype == torch.bfloat16 and rotary.inv_freq.dtype == rotary.long_inv_freq.dtype == torch.float32
     torch.testing.assert_close(rotary.inv_freq, base.model.rotary_emb.original_inv_freq, atol=0, rtol=0)
+
+
+def test_logits_are_of_the_weights_as_they_are_now():
+    """What a CPU packs of a weight does not see writes through `.data`, nor another tensor at the same address."""
+    model = OrthrusForCausalLM.from_base(build_base(base_config("llama")), block_size=4)
+    ids = random_ids(9)
+    before = model(ids)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    fresh = OrthrusForCausalLM(model.config)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model(ids), fresh(ids)) and not torch.equal(model(ids), before)
