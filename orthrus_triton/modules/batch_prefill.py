@@ -30,7 +30,8 @@ class BatchPrefill:
         self.model, self.longest = model, longest
         rows = -(-longest // ROW_QUANTUM) * ROW_QUANTUM
         self.width = max(1, min(width, GPU_CHUNK * 8 // rows))
-        self.buffers = model.new_cache(self.width, rows, 1)
+        with torch.inference_mode(False):  # a run writes them outside it
+            self.buffers = model.new_cache(self.width, rows, 1)
 
     def require_room(self, prompts: Sequence[torch.Tensor]) -> None:
         """Raise a ValueError if a prompt is longer than the buffers were made for."""

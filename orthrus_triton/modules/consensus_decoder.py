@@ -12,7 +12,7 @@ import torch
 
 from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, BlockRule, FixedBlock, auto_sizes
 from orthrus_triton.modules.compiled import compile_apart
-from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses
+from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses, weight_versions
 from orthrus_triton.modules.decode_cycle import DecodeCycle
 from orthrus_triton.modules.decode_options import BlockSize, Mode, require_one_device, stop_ids, widest_block
 from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun
@@ -53,7 +53,8 @@ class ConsensusDecoder(DecodeCycle):
 
     Attributes:
         cache: the K/V buffers, or None before the first call. They stay from call to call while they are large enough
-            and the model has the same tensors as weights.
+            and the model has the same tensors as weights. What they hold is used again (`reuse_cache`) only while these
+            tensors were not written, as far as torch counts it: through `.data` it does not.
 
     Source: Orthrus, arXiv 2605.12825, section 3 (consensus between the two views).
     """
@@ -89,13 +90,17 @@ class ConsensusDecoder(DecodeCycle):
         self._state: DecodeState | None = None
         self._runner: StepRunner | None = None
         self._weights: tuple = ()
+        self._versions: tuple = ()
         self._adaptive: dict[int, AdaptiveBlock] = {}
         self._compile_options = None
         if compile:
             self._compile_options = {"backend": "inductor" if compile is True else compile}
         self._compiled: dict[tuple, Callable] = {}
 
-    @torch.no_grad()  # not inference_mode: callers may edit the sequences in place
+    # never in inference mode: callers may edit the sequences in place, and buffers that were made in it could not be
+    # written by a later call outside it
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def generate(
         self,
         input_ids: torch.Tensor | Sequence[torch.Tensor],
@@ -149,6 +154,8 @@ class ConsensusDecoder(DecodeCycle):
             run, prompts, max_new_tokens, params, self.clock, streamer=streamer, stop=stop, reuse_cache=reuse_cache
         )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def open(
         self,
         batch_size: int,
@@ -180,7 +187,9 @@ class ConsensusDecoder(DecodeCycle):
                 )
             max_len = self.max_cache_len
         kept = self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids))
-        last = self.run.slots if kept and self.run is not None else []
+        versions, self._versions = self._versions, weight_versions(self.model)
+        # the buffers serve weights that were changed in place, but what lies in them is of the weights before
+        last = self.run.slots if kept and versions == self._versions and self.run is not None else []
         self._state.reset(eos_ids, choosing, self.model.vocab_size)
         self.choosing = choosing
         forget_changed()
@@ -226,14 +235,16 @@ class ConsensusDecoder(DecodeCycle):
         # free the old buffers and what was captured over them before the new ones are made
         self.run = self.cache = self._state = self._runner = cache = state = None
         self._compiled.clear()
-        self.cache = cache = self.model.new_cache(batch_size, max_len, block_size)
+        cache = self.model.new_cache(batch_size, max_len, block_size)
         device = cache.context_len.device
         eos_slots = max(-(-eos_count // EOS_SLOTS), 1) * EOS_SLOTS
-        self._state = DecodeState.allocate(
+        state = DecodeState.allocate(
             batch_size, block_size, cache.capacity, max(block_size + self.anchor_rows, AR_STEPS), eos_slots,
             self.model.mask_token_id, device, getattr(self.model, "has_chain", False),
         )  # fmt: skip
-        self._runner = StepRunner(self._new_capture(device), self._state.idle)
+        runner = StepRunner(self._new_capture(device), state.idle)
+        # all or nothing: whatever fails above must fail the next call alike, not leave it one of three
+        self.cache, self._state, self._runner = cache, state, runner
         return False
 
     def _new_capture(self, device: torch.device) -> Callable | None:

@@ -89,3 +89,11 @@ def weight_addresses(model: Any) -> tuple:
         return ()
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+
+
+def weight_versions(model: Any) -> tuple:
+    """How often each of these tensors was written in place. Those made in inference mode do not tell."""
+    if not isinstance(model, torch.nn.Module):
+        return ()
+    tensors = [*model.parameters(), *model.buffers()]
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)

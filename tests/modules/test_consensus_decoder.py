@@ -205,6 +205,7 @@ def test_padded_batches(side: str) -> None:
         ({"input_ids": "the text"}, "input_ids must be .* but got a str"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.tensor([[1, 0, 1]])}, "holes"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.ones(1, 2)}, "attention_mask"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.int64), "attention_mask": [[1, 1]]}, r"tensor \[B, L\], .* a list"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, but got 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 1, but got 2.5"),
         ({"block_size": 4.0}, "block_size must be in 2..8, .* but got 4.0"),
@@ -291,16 +292,3 @@ def test_batch_invariant_prefill_leaves_the_bits_of_decoding() -> None:
     for ours, theirs in zip(decoders[0].cache.layers, decoders[1].cache.layers):
         assert torch.equal(ours.k[:, :, :25], theirs.k[:, :, :25])
         assert torch.equal(ours.v[:, :, :25], theirs.v[:, :, :25])
-
-
-def test_a_cache_is_not_used_again_when_the_weights_were_replaced() -> None:
-    """By a cast, whose K/V have another dtype; by another checkpoint, whose K/V of the same ids are others."""
-    model, (prompt,) = make_model(), prompts_of(12, [9])
-    decoder = ConsensusDecoder(model, impl="torch")
-    first = decoder.generate([prompt], max_new_tokens=8).sequences[0]
-    model.embed_tokens.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().flip(0))
-    turn = torch.cat((first, prompt))
-    for dtype in (torch.float32, torch.bfloat16):
-        model.to(dtype)
-        said = decoder.generate([turn], max_new_tokens=8, reuse_cache=True).sequences[0]
-        assert torch.equal(said[len(turn) :], ar_answer(model, turn, 8))

@@ -1,0 +1,88 @@
+"""A decoder that is called again: in or out of inference mode, after a failure, after its weights were written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules.batch_prefill import BatchPrefill
+from orthrus_triton.modules.decode_state import DecodeState
+from tests.modules.test_consensus_decoder import DEVICE, ar_answer, make_model, prompts_of
+
+PROMPTS = prompts_of(21, [7, 3])
+SAMPLED = {"temperature": 0.9, "seed": 4, "repetition_penalty": 1.2, "max_new_tokens": 9}
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 9}, SAMPLED], ids=["greedy", "sampled, processed"])
+@pytest.mark.parametrize("inside", [(True, False), (False, True)], ids=["first call", "second call"])
+def test_calls_may_be_in_inference_mode_or_not(options: dict, inside: tuple[bool, bool]) -> None:
+    decoder, said = ConsensusDecoder(make_model(), impl="torch"), []
+    for mode in inside:
+        with torch.inference_mode(mode):
+            said.append(decoder.generate(PROMPTS, **options).sequences)
+    assert all(torch.equal(first, second) for first, second in zip(*said))
+    assert not any(ids.is_inference() for sequences in said for ids in sequences)
+
+
+def test_a_run_opened_in_inference_mode_goes_on_outside_it() -> None:
+    decoder = ConsensusDecoder(make_model(), impl="torch")
+    with torch.inference_mode():
+        run = decoder.open(2, 40, eos_token_id=[])
+        together = BatchPrefill(decoder.model, 8, 1)
+        run.admit(0, PROMPTS[0], 9)
+        run.step()
+    run.admit_together([1], PROMPTS[1:], 9, together)
+    while not run.done:
+        run.advance()
+    assert [len(slot.tokens) for slot in run.slots] == [9, 9]
+    assert torch.equal(torch.tensor(run.slots[0].tokens), ar_answer(decoder.model, PROMPTS[0], 9))
+
+
+def test_buffers_that_could_not_be_made_do_not_break_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_args: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    decoder = ConsensusDecoder(make_model(), impl="torch")
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeState, "allocate", too_large)
+        with pytest.raises(torch.OutOfMemoryError):
+            decoder.generate(PROMPTS, max_new_tokens=5)
+    assert len(decoder.generate(PROMPTS, max_new_tokens=5).sequences) == 2
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU can capture")
+def test_a_graph_that_cannot_be_is_refused_each_time() -> None:
+    decoder = ConsensusDecoder(make_model(), cuda_graph=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cuda_graph=True needs impl='triton' on a GPU, but the model is on cpu"):
+            decoder.generate(PROMPTS, max_new_tokens=5)
+
+
+def test_a_cache_is_not_used_again_when_the_weights_were_replaced() -> None:
+    """By a cast, whose K/V have another dtype; by another checkpoint, whose K/V of the same ids are others."""
+    model, (prompt,) = make_model(), prompts_of(12, [9])
+    decoder = ConsensusDecoder(model, impl="torch")
+    first = decoder.generate([prompt], max_new_tokens=8).sequences[0]
+    model.embed_tokens.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().flip(0))
+    turn = torch.cat((first, prompt))
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        said = decoder.generate([turn], max_new_tokens=8, reuse_cache=True).sequences[0]
+        assert torch.equal(said[len(turn) :], ar_answer(model, turn, 8))
+
+
+@pytest.mark.parametrize("by", ["in place", "load_state_dict"])
+def test_a_cache_is_not_used_again_when_the_weights_were_written(by: str) -> None:
+    model, other = make_model(), make_model().embed_tokens.weight.detach().flip(0)
+    decoder = ConsensusDecoder(model, impl="torch")
+    first = decoder.generate(PROMPTS[:1], max_new_tokens=8).sequences[0]
+    if by == "in place":
+        with torch.no_grad():
+            model.embed_tokens.weight.copy_(other)
+    else:
+        model.load_state_dict(model.state_dict() | {"embed_tokens.weight": other})
+    turn, buffers = torch.cat((first, PROMPTS[1])), decoder.cache
+    said = decoder.generate([turn], max_new_tokens=8, reuse_cache=True).sequences[0]
+    assert torch.equal(said[len(turn) :], ar_answer(model, turn, 8))
+    assert decoder.cache is buffers
