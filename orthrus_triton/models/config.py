@@ -150,13 +150,14 @@ class OrthrusConfig(PreTrainedConfig):
         return [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
 
     def _check(self) -> None:
-        if not isinstance(self.block_size, int) or self.block_size < 2:
+        # True is an int, too
+        if type(self.block_size) is not int or self.block_size < 2:
             raise ValueError(f"block_size must be an integer >= 2, but got {self.block_size!r}")
-        if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
+        if type(self.mask_token_id) is not int or not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id must be in 0..{self.vocab_size - 1}, but got {self.mask_token_id!r}")
         for name in ("view_rank", "chain_width"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, but got {value!r}")
         if not isinstance(self.mask_embedding, bool):
             raise ValueError(f"mask_embedding must be true or false, but got {self.mask_embedding!r}")

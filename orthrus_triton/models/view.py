@@ -133,7 +133,9 @@ def merge_view(path: str | PathLike[str], base: dict[str, torch.Tensor]) -> dict
             delta = (up @ down).float()
         else:
             delta = _unpack(name, stored)
-        view[name] = base[name.replace("_diff", "")].float().cpu() + delta
+        frozen = base[name.replace("_diff", "")]
+        _require_shape(path, name, delta, frozen)  # a sum would stretch a delta of one row
+        view[name] = frozen.float().cpu() + delta
     return view | {name: tensor for name, tensor in stored.items() if PROJECTION not in name}
 
 
@@ -165,6 +167,8 @@ def load_view(model: OrthrusForCausalLM, path: str | PathLike[str], *, longer_bl
             f"{str(path)!r} must hold the whole view, but {sorted(needed ^ set(view))[0]!r} does not match"
         )
     for name, tensor in view.items():
+        _require_shape(path, name, tensor, state[name])
+    for name, tensor in view.items():
         state[name].copy_(tensor)
     model.unquantize_drafts()  # copies would be of the view before
 
@@ -179,6 +183,13 @@ def fingerprint(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _require_shape(path: str | PathLike[str], name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{str(path)!r} must hold {name!r} with shape {tuple(expected.shape)}, but has {tuple(found.shape)}"
+        )
 
 
 def _full_view(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -217,7 +228,10 @@ def _pack(key: str, matrix: torch.Tensor, storage: Storage) -> dict[str, torch.T
 def _unpack(key: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
     if key in stored:
         return stored[key].float()
-    return stored[f"{key}.int8"].float() * stored[f"{key}.scale"][:, None]
+    steps, scale = stored.get(f"{key}.int8"), stored.get(f"{key}.scale")
+    if steps is None or scale is None or scale.shape != steps.shape[:1]:
+        raise ValueError(f"a view file must hold {key!r} whole: its values, or int8 steps with one scale for each row")
+    return steps.float() * scale[:, None]
 
 
 def _read(path: str | PathLike[str], metadata_only: bool = False) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -228,4 +242,6 @@ def _read(path: str | PathLike[str], metadata_only: bool = False) -> tuple[dict[
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} must be a view file ({FORMAT}), but got {metadata.get('format')!r}")
+        if absent := sorted({"base", "config", "rank"} - set(metadata)):
+            raise ValueError(f"{str(path)!r} must say {absent[0]!r} in its metadata, but does not")
         return metadata, {} if metadata_only else {name: file.get_tensor(name) for name in file.keys()}

@@ -148,6 +148,8 @@ def test_options_that_are_not_implemented_are_named(case: str, changes: dict, me
         ({"mask_token_id": -1}, r"mask_token_id must be in 0\.\.100, but got -1"),
         ({"block_size": 1}, "block_size must be an integer >= 2, but got 1"),
         ({"view_rank": 0}, "view_rank must be an integer >= 1 or None, but got 0"),
+        ({"mask_token_id": True}, "mask_token_id must be .* but got True"),
+        ({"view_rank": True}, "view_rank must be an integer >= 1 or None, but got True"),
         ({"anchor_view": "both"}, "anchor_view must be 'diffusion' or 'ar', but got 'both'"),
     ],
 )

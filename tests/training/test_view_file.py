@@ -157,6 +157,27 @@ def test_damaged_and_foreign_files(tmp_path):
         load_view(trained, path)
 
 
+@pytest.mark.parametrize(
+    "name", ["q_norm_diff.weight", "o_proj_diff.weight.int8", "o_proj_diff.weight.scale", "o_proj_diff.weight"]
+)
+@torch.no_grad()
+def test_what_would_be_stretched_or_cut_short_leaves_the_view_as_it_was(tmp_path, name):
+    trained, path = make_model(), tmp_path / "v.safetensors"
+    save_view(trained, path, storage="fp16" if name == "o_proj_diff.weight" else "int8")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    shorter = {f"model.layers.1.self_attn.{name}": load_file(path)[f"model.layers.1.self_attn.{name}"][:1]}
+    save_file(load_file(path) | shorter, path, metadata=metadata)
+    other = fresh(trained)
+    before = {key: tensor.clone() for key, tensor in view_of(other).items()}
+    with pytest.raises(ValueError, match=f"must hold 'model.layers.1.self_attn.{name[:-7]}"):
+        load_view(other, path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in view_of(other).items())
+    save_file(load_file(path), path, metadata={"format": metadata["format"]})
+    with pytest.raises(ValueError, match="must say 'base' in its metadata"):
+        load_view(other, path)
+
+
 @pytest.mark.parametrize(("extra", "missing"), [("chain_depth", None), (None, "block_size")])
 def test_options_that_are_not_known_or_not_there_are_named(tmp_path, extra, missing):
     trained, path = make_model(), tmp_path / "v.safetensors"
