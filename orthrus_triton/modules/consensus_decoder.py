@@ -24,6 +24,7 @@ from orthrus_triton.modules.prompts import split_prompts, tokens_to_cache
 from orthrus_triton.modules.run_to_end import Stop, run_to_end
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams, SamplingRule, params_of
 from orthrus_triton.modules.slot import Slot
+from orthrus_triton.modules.turn import Turn, in_turn
 from orthrus_triton.ops._cpu_packing import forget_changed
 from orthrus_triton.ops._dispatch import IMPLS, resolve_impl
 
@@ -56,6 +57,8 @@ class ConsensusDecoder(DecodeCycle):
             and the model has the same tensors as weights. What they hold is used again (`reuse_cache`) only while these
             tensors were not written, as far as torch counts it: through `.data` it does not.
 
+    Calls from several threads wait for each other. Decoders of their own do not, and may share a model.
+
     Source: Orthrus, arXiv 2605.12825, section 3 (consensus between the two views).
     """
 
@@ -87,6 +90,7 @@ class ConsensusDecoder(DecodeCycle):
         self.cache: SharedKVCache | None = None
         self.run: DecodeRun | None = None
         self.clock: Callable[[], float] = time.perf_counter
+        self.turn = Turn()
         self._state: DecodeState | None = None
         self._runner: StepRunner | None = None
         self._weights: tuple = ()
@@ -99,6 +103,7 @@ class ConsensusDecoder(DecodeCycle):
 
     # never in inference mode: callers may edit the sequences in place, and buffers that were made in it could not be
     # written by a later call outside it
+    @in_turn
     @torch.inference_mode(False)
     @torch.no_grad()
     def generate(
@@ -154,6 +159,7 @@ class ConsensusDecoder(DecodeCycle):
             run, prompts, max_new_tokens, params, self.clock, streamer=streamer, stop=stop, reuse_cache=reuse_cache
         )
 
+    @in_turn
     @torch.inference_mode(False)
     @torch.no_grad()
     def open(

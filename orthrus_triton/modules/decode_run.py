@@ -37,12 +37,13 @@ class _Work(NamedTuple):
 
 
 def _device_work(method: Callable) -> Callable:
-    """A method of `DecodeRun` that launches kernels: without gradients, on the device of its buffers, and outside
-    inference mode, as they were made."""
+    """A method of `DecodeRun` that launches kernels: in its decoder's turn, without gradients, on the device of its
+    buffers, and outside inference mode, as they were made."""
 
     @wraps(method)
     def there(run: DecodeRun, *arguments: Any, **options: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad(), on_device(run.cache.context_len.device):
+        device = run.cache.context_len.device
+        with run._decoder.turn, torch.inference_mode(False), torch.no_grad(), on_device(device):
             return method(run, *arguments, **options)
 
     return there

@@ -1,6 +1,11 @@
-"""A decoder that is called again: in or out of inference mode, after a failure, after its weights were written."""
+"""A decoder that is called again: in or out of inference mode, after a failure, after its weights were written, and
+before it has come to an end."""
 
 from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -86,3 +91,39 @@ def test_a_cache_is_not_used_again_when_the_weights_were_written(by: str) -> Non
     said = decoder.generate([turn], max_new_tokens=8, reuse_cache=True).sequences[0]
     assert torch.equal(said[len(turn) :], ar_answer(model, turn, 8))
     assert decoder.cache is buffers
+
+
+def test_calls_from_several_threads_wait_for_each_other() -> None:
+    model = make_model()
+    decoder, prompts = ConsensusDecoder(model, impl="torch"), prompts_of(22, [3, 9, 5, 14] * 4)
+    expected = [ar_answer(model, prompt, 24) for prompt in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        said = threads.map(lambda prompt: decoder.generate([prompt], max_new_tokens=24).sequences[0], prompts)
+        for prompt, wanted, sequence in zip(prompts, expected, said):
+            assert torch.equal(sequence[len(prompt) :], wanted)
+
+
+def test_a_run_in_another_thread_changes_nothing() -> None:
+    model = make_model()
+    decoder, expected = ConsensusDecoder(model, impl="torch"), ar_answer(model, PROMPTS[0], 24)
+
+    def drive() -> None:
+        run = decoder.open(1, 60, eos_token_id=[])
+        run.admit(0, PROMPTS[1], 50)
+        while not run.done:
+            run.advance()
+
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(8):
+            other = thread.submit(drive)
+            said = decoder.generate(PROMPTS[:1], max_new_tokens=24).sequences[0]
+            assert torch.equal(said[len(PROMPTS[0]) :], expected)
+            assert other.exception() is None or "newer run of the same decoder" in str(other.exception())
+
+
+def test_a_copy_of_a_decoder_has_a_turn_of_its_own() -> None:
+    decoder = ConsensusDecoder(make_model(), impl="torch")
+    said = decoder.generate(PROMPTS, max_new_tokens=5).sequences
+    for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
+        assert other.turn is not decoder.turn
+        assert all(map(torch.equal, other.generate(PROMPTS, max_new_tokens=5).sequences, said))
