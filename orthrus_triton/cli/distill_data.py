@@ -144,6 +144,9 @@ def distill_data(
                 network, tokenizer, invent, beginnings=starts, domain=domain, max_new_tokens=max_new_tokens,
                 batch_size=batch_size, seed=seed, impl=impl, seconds=seconds,
             )  # fmt: skip
+            if stopped and folder.exists():  # it may be a whole run's
+                status_console.print(f"{folder} was there before and stays as it is")
+                raise typer.Exit(130)
         else:
             questions = _gather(prompts, builtin, corpus, package or [], phrasings, seed)
         questions = _without_repeats(questions, reserved)[:limit]

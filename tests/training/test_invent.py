@@ -225,6 +225,10 @@ def test_command_stopped_by_hand(model_folder, tmp_path, monkeypatch, messages):
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     expected = [Prompt(f"w{30 + n} w31 w32 w33", "docs", True) for n in range(messages)]
     assert read_prompts(tmp_path / "out.jsonl") == expected
+    (tmp_path / "out.jsonl").write_text('{"prompt": "of a whole run"}\n')
+    result = run(model_folder, tmp_path / "out.jsonl", "--invent", 3, "--prompts-only", "--domain", "docs")
+    assert result.exit_code == 130 and "stays as it is" in " ".join(result.stderr.split())
+    assert [one.text for one in read_prompts(tmp_path / "out.jsonl")] == ["of a whole run"]
 
 
 @pytest.mark.parametrize(("budget", "least", "most"), [(0.5, 0, 0), (6.5, 1, 8), (1000, 9, 9)])
