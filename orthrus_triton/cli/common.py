@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # what is printed is text, whatever it looks like: a path may hold [brackets] or :colons:
 PLAIN = {"markup": False, "emoji": False, "highlight": False}
 # stdout carries generated text and results only, so that it can be piped
-status_console = Console(stderr=True, **PLAIN)
+# lines are left to the terminal to wrap, so that paths stay whole where there is none
+status_console = Console(stderr=True, soft_wrap=True, **PLAIN)
 
 DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
 DtypeOption = Annotated[

@@ -54,8 +54,22 @@ def train(
             trainer = train_view(args, resume=not fresh)
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
+        except KeyboardInterrupt:
+            if args.should_save:
+                status_console.print(_what_is_left(args.output_dir))
+            raise
         if trainer.args.should_save:
             status_console.print(f"{Path(args.output_dir) / 'model'}: the trained model")
+
+
+def _what_is_left(output_dir: str) -> str:
+    """After Ctrl-C: where the next run begins."""
+    from orthrus_triton.training.trainer import last_checkpoint
+
+    found = last_checkpoint(output_dir)
+    if found is None:
+        return f"stopped before there was a checkpoint in {output_dir}"
+    return f"stopped; {found} is the last checkpoint, from which a run without --fresh goes on"
 
 
 def parse_changes(changes: list[str]) -> dict[str, Any]:

@@ -303,7 +303,7 @@ def test_a_block_larger_than_the_models_is_refused(tmp_path):
         make_trainer(make_model(), tmp_path, 1, block_size=5)
 
 
-def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
+def test_the_command_trains_resumes_and_leaves_a_model(tmp_path, monkeypatch):
     model = make_model(mask_embedding=False)
     model.save_pretrained(tmp_path / "no-tokenizer")
     model.save_pretrained(tmp_path / "orthrus", tiny_tokenizer(list(range(101))))
@@ -337,6 +337,16 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path):
     assert trained.config.mask_embedding and trained.block_size == 3
     for name, tensor in saved_view(tmp_path, 4).items():
         assert torch.equal(tensor, trained.state_dict()[name]), name
+    save = ViewTrainer._save_checkpoint
+
+    def interrupted(trainer, *arguments):
+        save(trainer, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ViewTrainer, "_save_checkpoint", interrupted)
+        done = CliRunner().invoke(app, [*command, "--set", f"output_dir={tmp_path}/stopped"])
+    assert done.exit_code == 130 and "checkpoint-2 is the last checkpoint" in " ".join(done.output.split())
     start = model.state_dict()
     name = "model.layers.0.self_attn.q_proj_diff.weight"
     assert not torch.equal(trained.state_dict()[name], start[name])
