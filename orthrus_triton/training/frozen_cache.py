@@ -52,7 +52,7 @@ class FrozenCache:
     ) -> FrozenCache:
         """The cache of these rows and this model in `folder`: the one there if it is theirs, else a new one.
 
-        A build that was cut short goes on where it stopped. Where several processes ask for one folder, also from nodes
+        A build that was cut short goes on where it stopped. What an earlier call gave stays as it is. Where several processes ask for one folder, also from nodes
         that share a disk, one builds and the others wait for it.
 
         Args:
@@ -87,7 +87,9 @@ class FrozenCache:
             whole = all(_is_whole(folder / name, *layout) for name, layout in _layouts(manifest).items())
             if found != manifest or not whole:
                 filled = 0
-                path.unlink(missing_ok=True)
+                # a run that reads them keeps its files: written anew, they would teach it what another model says
+                for name in ("manifest.json", *_layouts(manifest)):
+                    (folder / name).unlink(missing_ok=True)
             cache = cls(folder, manifest)
             if filled < len(rows):
                 cache._fill(model, rows, top_k, filled, lambda done: _write_json(path, {**manifest, "filled": done}))

@@ -148,6 +148,23 @@ def test_a_cache_of_the_same_weights_in_another_model_is_not_reused(tmp_path):
     assert again == manifest and torch.equal(kv, same)
 
 
+def test_a_new_cache_leaves_one_in_use_as_it_is(tmp_path):
+    """A second run with the same cache_dir: other weights give files of the same size, fewer rows shorter ones."""
+    model = make_model()
+    rows = own_rows(model, 4)
+    used = FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    before = [tensor.clone() for tensor in (used.kv, used.teacher_ids, used.teacher_probs)]
+    with torch.no_grad():
+        model.model.layers[1].self_attn.qkv_proj.weight.mul_(1.1)
+    other = FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    assert not torch.equal(other.kv, before[0])
+    assert all(map(torch.equal, (used.kv, used.teacher_ids, used.teacher_probs), before))
+    inode = (tmp_path / "kv.bin").stat().st_ino
+    FrozenCache.open_or_build(tmp_path, model, rows[:1], top_k=4)
+    # a file that is cut short ends the process that still reads it, as `other` may
+    assert (tmp_path / "kv.bin").stat().st_ino != inode and torch.isfinite(other.kv).all()
+
+
 def test_a_cache_that_was_cut_short_is_completed(tmp_path, monkeypatch):
     model = make_model()
     rows = own_rows(model, 5)
