@@ -50,6 +50,11 @@ class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedM
         self.post_init()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the frozen weights, which decide what is said; of a view in training, the weights are fp32."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
     def block_size(self) -> int:
         """Rows of the block the diffusion view was made for."""
         return self.config.block_size

@@ -40,7 +40,8 @@ class ViewTrainer(Trainer):
 
     Args:
         model: a dual-view model; its AR weights stay as they are. The view becomes fp32, whatever it was, and
-            `block_size` what it is trained for.
+            `block_size` what it is trained for. To decode with a model in half precision afterwards, call
+            `model.to(model.dtype)`, or load what `save_trained` wrote.
         args: the run.
         rows: text with the frozen model's answers.
         eval_rows: held-out text; needed where `args.eval_strategy` asks for evaluation.

@@ -239,6 +239,19 @@ def test_a_checkpoint_of_another_view_is_refused(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path))
 
 
+@pytest.mark.parametrize("mask_embedding", [False, True])
+def test_a_trained_model_keeps_the_dtype_of_its_frozen_weights(tmp_path, mask_embedding):
+    """In training its view is fp32, and the mask's embedding is the model's first parameter."""
+    model = make_model(mask_embedding=mask_embedding, dtype=torch.bfloat16)
+    trainer = make_trainer(model, tmp_path, 1, frozen_dtype="bfloat16")
+    trainer.train()
+    trainer.save_trained(tmp_path / "model")
+    loaded = OrthrusForCausalLM.from_pretrained(tmp_path / "model")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {loaded.dtype} == {torch.bfloat16}
+    assert own_rows(loaded, 1) == own_rows(model.to(model.dtype), 1)
+    assert_same(view_of(loaded), view_of(model))
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
