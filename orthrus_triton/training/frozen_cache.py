@@ -52,8 +52,9 @@ class FrozenCache:
     ) -> FrozenCache:
         """The cache of these rows and this model in `folder`: the one there if it is theirs, else a new one.
 
-        A build that was cut short goes on where it stopped. What an earlier call gave stays as it is. Where several processes ask for one folder, also from nodes
-        that share a disk, one builds and the others wait for it.
+        A build that was cut short goes on where it stopped. What an earlier call gave stays as it is, whatever replaces
+        it in `folder`. Where several processes ask for one folder, also from nodes that share a disk, one builds and
+        the others wait for it.
 
         Args:
             folder: made if it does not exist.

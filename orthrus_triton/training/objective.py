@@ -66,6 +66,7 @@ def block_loss(
 
 def _streak_scale(matches: torch.Tensor, focus: float, in_streaks: torch.Tensor | None) -> torch.Tensor:
     """[B, A, K-1]: 1 behind right drafts alone, 1 - focus behind a wrong one."""
-    right = matches[..., :-1].float().cumprod(dim=-1)
-    scale = 1 - focus + focus * torch.cat((torch.ones_like(right[..., :1]), right), dim=-1)
+    right = matches.float()  # a block of two has one draft, and none behind it
+    right = torch.cat((torch.ones_like(right[..., :1]), right[..., :-1]), dim=-1).cumprod(dim=-1)
+    scale = 1 - focus + focus * right
     return scale if in_streaks is None else torch.where(in_streaks[..., None], scale, 1.0)

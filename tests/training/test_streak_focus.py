@@ -100,6 +100,13 @@ def test_without_focus_no_bit_changes():
     assert torch.equal(results[3][1], results[0][1]) and torch.allclose(results[3][0], results[0][0])
 
 
+def test_a_block_of_one_draft_has_none_behind_another():
+    hidden, head, teacher, index, _, targets = random_case("hidden")
+    case = hidden[:, :, :1], head, teacher, index[..., :1], targets[..., :1], position_weights(2, None)
+    (plain, right), (focused, same) = block_loss(*case), block_loss(*case, 0.5)
+    assert torch.allclose(plain, focused) and torch.equal(right, same)
+
+
 @pytest.mark.parametrize("chain_width", [None, 8])
 @pytest.mark.parametrize("focus", [0.0, 0.7, 1.0])
 def test_of_a_view(chain_width, focus, monkeypatch):
