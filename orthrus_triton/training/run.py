@@ -45,7 +45,7 @@ def train_view(args: ViewTrainingArguments, resume: bool = True) -> ViewTrainer:
     model, tokenizer = load_model(args)
     rows, eval_rows = load_rows(args.data, args), []
     if args.eval_data is not None:
-        eval_rows = load_rows(args.eval_data, args)
+        eval_rows = load_rows(args.eval_data, args, pack=False)
     trainer = ViewTrainer(model, args, rows, eval_rows)
     if not resume:
         with args.main_process_first(local=False, desc="old checkpoints"):
@@ -135,11 +135,13 @@ def start_from(model: OrthrusForCausalLM, view: Path) -> None:
     load(model, source)
 
 
-def load_rows(path: str, args: ViewTrainingArguments) -> list[TextRow]:
-    """The rows of a file or folder, cut and packed as `args` say; rows nothing can be learnt from are counted."""
+def load_rows(path: str, args: ViewTrainingArguments, pack: bool = True) -> list[TextRow]:
+    """The rows of a file or folder, cut and packed as `args` say; rows nothing can be learnt from are counted. With
+    `pack=False` they are only cut: of a packed row, an evaluation would see the last answer alone, and behind other
+    texts, where decoding never finds it."""
     rows, skipped = read_rows(path, args.max_row_len)
     tokens = sum(len(row.ids) for row in rows)
     logger.warning("%s: %d rows, %d tokens; %d rows without an answer skipped", path, len(rows), tokens, skipped)
     if not rows:
         raise ValueError(f"{path} must hold at least one row with an answer of two tokens within {args.max_row_len}")
-    return pack_rows(rows, args.max_row_len) if args.pack else rows
+    return pack_rows(rows, args.max_row_len) if args.pack and pack else rows

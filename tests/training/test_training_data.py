@@ -27,6 +27,7 @@ from orthrus_triton.training import frozen_cache
 from orthrus_triton.training.config import ViewTrainingArguments, read_config
 from orthrus_triton.training.data import TextRow, pack_rows, read_rows
 from orthrus_triton.training.frozen_cache import FrozenCache
+from orthrus_triton.training.run import train_view
 from orthrus_triton.training.trainer import ViewTrainer
 from tests.cli_models import make_tokenizer, save_base_model
 from tests.models.tiny_bases import base_config, build_base, random_ids, tiny_tokenizer
@@ -108,6 +109,19 @@ def test_packed_rows_and_rows_shorter_than_a_block_train(tmp_path):
     assert len(packed) == 1
     for n, each in enumerate((rows, packed)):
         ViewTrainer(model, make_args(tmp_path / str(n), 2), each).train()
+
+
+def test_held_out_rows_are_not_packed(tmp_path):
+    """Their packed rows would show an evaluation one answer each."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "orthrus", tiny_tokenizer(list(range(101))))
+    rows = own_rows(model, 4)
+    lines = [{"prompt_ids": row.ids[: row.prompt_len], "answer_ids": row.ids[row.prompt_len :]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {name: str(tmp_path / "rows.jsonl") for name in ("data", "eval_data")}
+    args = make_args(tmp_path, 1, model=str(tmp_path / "orthrus"), pack=True, eval_strategy="steps", **data)
+    trainer = train_view(args)
+    assert len(trainer.train_dataset.rows) == 1 and len(trainer.eval_dataset) == 4
 
 
 def test_a_cache_of_other_rows_or_weights_is_not_reused(tmp_path):
@@ -261,6 +275,9 @@ def test_a_disk_without_room_for_the_cache_says_so(tmp_path, monkeypatch):
         ({"position_decay": 0.0}, "position_decay must be > 0 or null"),
         ({"domain_weights": "code"}, "domain_weights must be a share for each domain or null, but got 'code'"),
         ({"frozen_dtype": "int8"}, "frozen_dtype must be auto, float32, bfloat16 or float16"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing must be off"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be off .*, but got 5.0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be off"),
     ],
 )
 def test_options_out_of_range_are_named(tmp_path, options, message):
