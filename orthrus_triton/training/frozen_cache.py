@@ -82,7 +82,7 @@ class FrozenCache:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone_in(folder):
             path = folder / "manifest.json"
-            found = json.loads(path.read_text()) if path.is_file() else {}
+            found = _read_json(path)
             filled = found.pop("filled", 0)
             # a file that was lost or cut short is made anew, and empty
             whole = all(_is_whole(folder / name, *layout) for name, layout in _layouts(manifest).items())
@@ -112,9 +112,8 @@ class FrozenCache:
             for n in range(filled, len(rows)):
                 self._fill_row(model, rows[n], self.starts[n], buffers, top_k)
                 progress.advance(task)
-                if n + 1 == len(rows):
-                    self._sync()
                 if (n + 1) % RECORD_EVERY == 0 or n + 1 == len(rows):
+                    self._sync()  # else a machine that stops may keep the record and lose the rows
                     record(n + 1)
 
     def _sync(self) -> None:
@@ -191,6 +190,14 @@ def _map(path: Path, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             path.unlink(missing_ok=True)
             raise OSError(f"the frozen cache needs {size / 1e9:.1f} GB for {path}, but: {error}") from error
     return torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
+
+
+def _read_json(path: Path) -> dict:
+    """Nothing where there is no such file, or one that a machine which stopped left empty or cut short."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -207,6 +207,19 @@ def test_a_cache_that_was_cut_short_is_completed(tmp_path, monkeypatch):
     assert torch.equal(cut.teacher_probs, whole.teacher_probs)
 
 
+def test_rows_are_on_the_disk_before_the_manifest_says_so(tmp_path, monkeypatch):
+    """Else a machine that stops in between leaves rows of zeros, which the next run would learn from."""
+    model, events = make_model(), []
+    monkeypatch.setattr(frozen_cache, "RECORD_EVERY", 2)
+    fill_row, sync, write = FrozenCache._fill_row, os.fsync, frozen_cache._write_json
+    monkeypatch.setattr(FrozenCache, "_fill_row", lambda *all: (events.append("row"), fill_row(*all)))
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("sync"), sync(file)))
+    monkeypatch.setattr(frozen_cache, "_write_json", lambda *all: (events.append("record"), write(*all)))
+    FrozenCache.open_or_build(tmp_path, model, own_rows(model, 3), top_k=4)
+    synced = ["sync"] * 3
+    assert events == ["row", "row", *synced, "record", "row", *synced, "record"]
+
+
 def test_two_processes_that_share_a_disk_build_a_cache_once(tmp_path, monkeypatch):
     """As the main processes of two nodes do. A lock is of the file that was opened, so threads can stand for them."""
     pytest.importorskip("fcntl", reason="needs file locks")
@@ -229,7 +242,7 @@ def test_two_processes_that_share_a_disk_build_a_cache_once(tmp_path, monkeypatc
     assert filled == rows
 
 
-@pytest.mark.parametrize("name", ["kv.bin", "teacher_ids.bin", "teacher_probs.bin"])
+@pytest.mark.parametrize("name", ["kv.bin", "teacher_ids.bin", "teacher_probs.bin", "manifest.json"])
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_damaged_cache_is_made_again(tmp_path, name, lost):
     model = make_model()
