@@ -20,7 +20,7 @@ def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     Rows are filled up to whole tiles. A product of one tile has one shape, and so one kernel, for every number of rows.
     Taller ones read the weight once for all their rows; see `has_tile_bits`.
     """
-    M = x.shape[:-1].numel()
+    x, M = x.contiguous(), x.shape[:-1].numel()  # a library may have another kernel for rows that lie apart
     if M % ROW_TILE:
         filled = F.pad(x.reshape(M, -1), (0, 0, 0, -M % ROW_TILE))
         return tiled_product(filled, weight, bias)[:M].view(*x.shape[:-1], -1)
@@ -65,8 +65,9 @@ def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: in
     A library chooses its kernel by shape, layout, dtype and threads, not by the numbers, so random ones decide for all.
     """
     generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, K, generator=generator).to(dtype)
-    some = torch.randn(min(N, 512), K, generator=generator).to(dtype)
+    # on the CPU, whatever torch.set_default_device says
+    x = torch.randn(rows, K, generator=generator, device="cpu").to(dtype)
+    some = torch.randn(min(N, 512), K, generator=generator, device="cpu").to(dtype)
     weight = some.repeat(-(-N // len(some)), 1)[:N].contiguous()
     tiles = torch.cat([_plain(tile, weight, None) for tile in x.split(ROW_TILE)])
     return torch.equal(_onednn(x, pack(weight), None) if packed else _plain(x, weight, None), tiles)

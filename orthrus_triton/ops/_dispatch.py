@@ -3,10 +3,14 @@ An implementation that was asked for by name never falls back to another."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 
 from orthrus_triton._triton import HAS_TRITON, is_interpreted
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 IMPLS = ("auto", "triton", "torch", "reference")
 
 
@@ -32,13 +36,30 @@ def resolve_impl(impl: str, tensor: torch.Tensor) -> str:
     return impl
 
 
-def runs_directly(impl: str) -> bool:
-    """Whether a call may skip the registered op and run the torch implementation itself.
+def runs_directly(impl: str, tensor: torch.Tensor) -> bool:
+    """Whether a call with `tensor` may skip the registered op and run the torch implementation itself.
 
-    Registration serves the compiler and autograd. In eager inference its bookkeeping costs a CPU about as much as a
-    small op, some ten times in every layer.
+    Registration serves the compiler, autograd and tensors without values: fake ones, which are a subclass, and meta
+    ones. In eager inference its bookkeeping costs a CPU about as much as a small op, some ten times in every layer.
     """
-    return impl == "torch" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if impl != "torch" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return type(tensor) in PLAIN and not tensor.is_meta
+
+
+def without_autocast(run: Callable) -> Callable:
+    """Decorates torch code whose first argument is a tensor: it computes in the dtypes it names, where autocast would
+    multiply fp32 in half precision, and fp16 as bf16."""
+
+    @wraps(run)
+    def as_written(tensor: torch.Tensor, *args, **kwargs):
+        device = tensor.device.type
+        if tensor.is_meta or not torch.is_autocast_enabled(device):
+            return run(tensor, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return run(tensor, *args, **kwargs)
+
+    return as_written
 
 
 def require_kernel(config: object | None, impl: str) -> None:

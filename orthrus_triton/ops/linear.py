@@ -8,7 +8,7 @@ import torch
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._cpu_product import library_product, tiled_product
-from orthrus_triton.ops._dispatch import require_kernel, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import require_kernel, require_same, resolve_impl, runs_directly, without_autocast
 from orthrus_triton.ops.int8_product import dequantize_rows, launch_int8_product
 from orthrus_triton.ops.product_tile import product_tile
 from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
@@ -54,9 +54,9 @@ def linear(
     require_kernel(config, impl)
     if config is not None:
         return launch_linear(x, weight, bias, residual, out_dtype, config, weight_scale)
-    if impl == "library" and runs_directly("torch"):
+    if impl == "library" and runs_directly("torch", x):
         return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
-    if runs_directly(impl):
+    if runs_directly(impl, x):
         return linear_torch(x, weight, bias, residual, out_dtype, weight_scale)
     return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl, weight_scale)
 
@@ -213,6 +213,7 @@ def row_runs(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     return x.contiguous(), max(x.numel() // K, 1), 0
 
 
+@without_autocast
 def linear_library(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -228,6 +229,7 @@ def linear_library(
     return out if residual is None else out + residual
 
 
+@without_autocast
 def linear_torch(
     x: torch.Tensor,
     weight: torch.Tensor,

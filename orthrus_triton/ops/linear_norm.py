@@ -63,7 +63,7 @@ def linear_norm(
     require_kernel(config, impl)
     if config is not None:
         return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, config, weight_scale)
-    if runs_directly(impl):
+    if runs_directly(impl, x):
         return linear_norm_torch(x, weight, bias, residual, norm_weight, eps, weight_scale)
     return torch.ops.orthrus_triton.linear_norm(x, weight, bias, residual, norm_weight, eps, impl, weight_scale)
 

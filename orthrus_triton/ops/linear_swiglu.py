@@ -53,7 +53,7 @@ def linear_swiglu(
     require_kernel(config, impl)
     if config is not None:
         return launch_linear_swiglu(x, weight, bias, config, weight_scale)
-    if runs_directly(impl):
+    if runs_directly(impl, x):
         return linear_swiglu_torch(x, weight, bias, weight_scale)
     return torch.ops.orthrus_triton.linear_swiglu(x, weight, bias, impl, weight_scale)
 

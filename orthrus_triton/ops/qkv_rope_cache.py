@@ -53,7 +53,7 @@ def qkv_rope_cache(
     require_kernel(config, impl)
     if config is not None:
         return launch_qkv_rope_cache(x, weight, bias, *rope, config, weight_scale)
-    if runs_directly(impl):
+    if runs_directly(impl, x):
         qkv = linear_torch(x, weight, bias, None, x.dtype, weight_scale)
         return rope_cache_torch(qkv, *rope, accumulate_dtype(x.dtype), x.dtype, keep=True)
     return torch.ops.orthrus_triton.qkv_rope_cache(x, weight, bias, *rope, impl, weight_scale)

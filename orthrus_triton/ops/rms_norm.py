@@ -31,7 +31,7 @@ def rms_norm(
     require_same("weight", tuple(weight.shape), (x.shape[-1],), "shape")
     require_same("weight", weight.dtype, x.dtype, "dtype")
     impl = resolve_impl(impl, x)
-    direct = runs_directly(impl)
+    direct = runs_directly(impl, x)
     if residual is None:
         if direct:
             return rms_norm_torch(x, weight, eps)

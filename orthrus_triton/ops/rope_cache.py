@@ -47,7 +47,7 @@ def rope_cache(
     """
     check_rope_cache(tuple(qkv.shape), qkv.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     impl = resolve_impl(impl, qkv)
-    if runs_directly(impl):
+    if runs_directly(impl, qkv):
         compute = accumulate_dtype(qkv.dtype)
         return rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, qkv.dtype, keep=True)
     return torch.ops.orthrus_triton.rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl)

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from orthrus_triton.ops._dispatch import without_autocast
 from orthrus_triton.ops._kept import Kept
 
 _angles: Kept[torch.Tensor] = Kept()
 _placements: Kept[_Placement] = Kept()
 
 
+@without_autocast
 def rope_cache_torch(
     qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding, keep=False
 ) -> torch.Tensor:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import torch
 from einops import rearrange
 
-from orthrus_triton.ops._dispatch import accumulate_dtype
+from orthrus_triton.ops._dispatch import accumulate_dtype, without_autocast
 
 ROW_TILE = 32  # tokens whose context scores are in memory at a time: about what a CPU core's own cache holds
 LOG2_E = math.log2(math.e)
 
 
+@without_autocast
 def attention_forward_torch(
     q: torch.Tensor,
     k_context: torch.Tensor,
@@ -50,6 +51,7 @@ def attention_forward_torch(
     return _unpack(accumulator / row_sum, group).to(q.dtype), _unpack(lse, group).squeeze(-1)
 
 
+@without_autocast
 def attention_backward_torch(
     grad_out: torch.Tensor,
     q: torch.Tensor,

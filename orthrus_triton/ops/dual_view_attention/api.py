@@ -71,7 +71,7 @@ def dual_view_attention(
     scale = float(scale) if scale is not None else q.shape[-1] ** -0.5
     if config is not None:
         return launch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config)
-    if runs_directly("torch" if impl == "library" else impl):
+    if runs_directly("torch" if impl == "library" else impl, q):
         return attention_torch(
             q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, impl == "torch", keep=True
         )

@@ -37,15 +37,17 @@ def safe_tails(dtype: torch.dtype, head_dim: int, num_threads: int) -> tuple[int
 def _has_whole_bits(tail: int, dtype: torch.dtype, head_dim: int) -> bool:
     """As the only tile, and as one that adds to the result of the tile before it."""
     generator = torch.Generator().manual_seed(tail)
+    cpu = {"device": "cpu"}  # whatever torch.set_default_device says
     for before in (0, KV_TILE):
         for num_rows in ROWS:
             whole, end = before + KV_TILE, before + tail
             q, k, v = (
-                torch.randn(1, HEADS, length, head_dim, generator=generator).to(dtype)
+                torch.randn(1, HEADS, length, head_dim, generator=generator, **cpu).to(dtype)
                 for length in (num_rows, whole, whole)
             )
-            limit = torch.randint(end - TAIL_STEP + 1, end + 1, (num_rows, 1), generator=generator)
-            mask = torch.zeros(num_rows, whole, dtype=dtype).masked_fill_(torch.arange(whole) >= limit, -torch.inf)
+            limit = torch.randint(end - TAIL_STEP + 1, end + 1, (num_rows, 1), generator=generator, **cpu)
+            mask = torch.zeros(num_rows, whole, dtype=dtype, **cpu)
+            mask.masked_fill_(torch.arange(whole, **cpu) >= limit, -torch.inf)
             results = [
                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     q, k[:, :, :n], v[:, :, :n], 0.0, False, attn_mask=mask[None, None, :, :n], scale=head_dim**-0.5

@@ -8,13 +8,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from orthrus_triton.ops._dispatch import accumulate_dtype
+from orthrus_triton.ops._dispatch import accumulate_dtype, without_autocast
 from orthrus_triton.ops.dual_view_attention.visible_tiles import VisibleTiles, visible_tiles
 
 ROW_CHUNK = 128  # packed rows at a time: torch's CPU kernel cuts fewer than 192 in one way, and masks stay small
+TASK_ROWS = 32  # of those chunks, what torch's CPU kernel gives to a thread at once
 LIBRARY_CHUNK = 768  # from here on it takes its largest tiles
 
 
+@without_autocast
 def attention_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -35,7 +37,7 @@ def attention_torch(
     and for many, with no such promise. With keep=True what is seen is kept for other calls with this very `key_limit`.
     """
     (_, T, HQ, D), (_, HKV, S, _) = q.shape, k_cache.shape
-    if T == 0:
+    if T == 0 or len(q) == 0:
         return q.new_empty(q.shape)
     group = HQ // HKV
     tokens = max((ROW_CHUNK if exact else LIBRARY_CHUNK) // group, 1)
@@ -46,7 +48,7 @@ def attention_torch(
         rows = slice(t, t + tokens)
         seen = visible_tiles(key_limit, rows, S, group, block_size, window, exact, q.dtype, D, keep)
         packed = _pack(q if tokens >= T else q[:, rows], HKV)
-        out, lse = _attend_cache(packed, k_cache, v_cache, seen, scale)
+        out, lse = _attend_cache(packed, k_cache, v_cache, seen, scale, exact)
         if block_size is not None:
             own = _attend_own_block(packed, k_block[:, rows], v_block[:, rows], block_size, scale)
             out = _merge(out, lse, *own).to(q.dtype)
@@ -67,14 +69,17 @@ def _unpack(packed: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _attend_cache(
-    rows: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seen: VisibleTiles, scale: float
+    rows: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seen: VisibleTiles, scale: float, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed rows over the cached keys: out, and log-sum-exp in fp32, -inf where a row sees none (and out is 0)."""
-    num_rows = rows.shape[2]
+    B, num_kv_heads, num_rows, _ = rows.shape
     if seen.end == seen.start:
         return torch.zeros_like(rows), rows.new_full(rows.shape[:3], -torch.inf, dtype=torch.float32)
     if seen.filled:
         rows = F.pad(rows, (0, 0, 0, seen.filled))
+    if exact and B * num_kv_heads == 1 and rows.shape[2] <= TASK_ROWS and rows.is_cpu and torch.get_num_threads() > 1:
+        # several tasks have a thread each, but a single one is multiplied by all threads, which may round otherwise
+        rows, k_cache, v_cache = (tensor.expand(2, -1, -1, -1) for tensor in (rows, k_cache, v_cache))
     keys, values = _tiles(k_cache, seen), _tiles(v_cache, seen)
     out, lse = _sdpa(rows, keys, values, seen.mask, scale)
     if not math.isfinite(out.sum(dtype=torch.float32).item()):
@@ -83,8 +88,8 @@ def _attend_cache(
         out, lse = _sdpa(rows, keys, values, seen.mask, scale)
         if seen.mask is not None and not math.isfinite(out.sum(dtype=torch.float32).item()):
             _mend_rows(out, lse, rows, keys, values, seen.mask, scale)
-    if seen.filled:
-        out, lse = out[:, :, :num_rows], lse[:, :, :num_rows]
+    if out.shape[:3] != (B, num_kv_heads, num_rows):
+        out, lse = out[:B, :, :num_rows], lse[:B, :, :num_rows]
     if seen.blind is not None:
         out, lse = out.masked_fill(seen.blind, 0.0), lse.masked_fill(seen.blind[..., 0], -torch.inf)
     return out, lse

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from orthrus_triton._triton import cdiv
-from orthrus_triton.ops._dispatch import accumulate_dtype
+from orthrus_triton.ops._dispatch import accumulate_dtype, without_autocast
 
 # Rows whose logits exist at a time. A GPU streams the whole LM head for each chunk and wants more rows for it.
 CHUNK_ROWS = {"cpu": 256}
@@ -32,6 +32,7 @@ TeacherPass = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 RowPass = Callable[[torch.Tensor, Target, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 
+@without_autocast
 def linear_kl_chunked(
     hidden: torch.Tensor,
     weight: torch.Tensor,
