@@ -203,6 +203,15 @@ def test_an_interrupted_run_goes_on_where_it_was(fakes, folder):
     assert not list(folder.glob("*.journal.jsonl"))
 
 
+def test_a_compilation_that_the_end_of_the_budget_kills_is_tried_again(fakes):
+    fakes(compile=dict.fromkeys(configs_of("planted_scale"), "hang"))
+    result = run_tune(SCALE, budget=3.0)
+    assert result.unfinished == [SCALE]
+    fakes()
+    (outcome,) = run_tune(SCALE).outcomes
+    assert outcome.rejected == {} and outcome.tried == len(configs_of("planted_scale"))
+
+
 def test_out_of_budget_says_what_is_left(fakes):
     result = run_tune(SCALE, PRODUCT, budget=1e-3)
     assert result.outcomes == [] and result.unfinished == [SCALE, PRODUCT]
