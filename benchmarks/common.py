@@ -116,12 +116,17 @@ class Report:
         device: where it ran.
         out: folder that gets a folder per device, by default benchmarks/data. On a CPU nothing is written unless it
             is given.
+
+    Raises:
+        typer.BadParameter: `out` is no folder. Said before anything is timed, not when the figures are to be written.
     """
 
     def __init__(self, name: str, device: torch.device, out: Path | None = None) -> None:
         self.name, self.device = name, device
         self.environment = environment(device)
         self.rows: list[dict[str, Any]] = []
+        if out is not None and out.exists() and not out.is_dir():
+            raise typer.BadParameter(f"--out must be a folder, but {out} is a file")
         root = out or (DATA if device.type == "cuda" else None)
         self.folder = root / slug(self.environment["device"]) if root else None
 

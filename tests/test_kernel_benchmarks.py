@@ -154,3 +154,9 @@ def test_gpu_times_the_device_and_not_the_host() -> None:
     eager = common.measure(steps, device, samples=20, graph=False)
     assert captured["two"].p50 == pytest.approx(2 * captured["one"].p50, rel=0.1)
     assert captured["two"].p50 == pytest.approx(eager["two"].p50, rel=0.1)
+
+
+def test_an_out_that_is_a_file_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
+    (file := tmp_path / "figures").write_text("")
+    result = run(linear, *OPTIONS[linear], "--out", file)
+    assert result.exit_code == 2 and "--out must be a folder" in result.output
