@@ -65,6 +65,9 @@ def check_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
 ) -> None:
     """Raise what is wrong with the factors [..., K] and [N, K] of a product, its bias [N] and scales [N], by name."""
+    if x.dim() < 1 or weight.dim() != 2:
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"the rows must be [..., K] and weight [N, K], but got shapes {shapes}")
     require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
     require_same("weight", weight.dtype, x.dtype if weight_scale is None else torch.int8, "dtype")
     if weight_scale is not None:

@@ -57,6 +57,8 @@ def process_logits(
     require_same("logits", logits.dtype, torch.float32, "dtype")
     B, T, V = logits.shape
     require_same("positions", tuple(positions.shape), (B, T), "shape")
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_position"):
+        require_same(name, tuple(getattr(processors, name).shape), (B,), "shape")
     require_same("bias", tuple(processors.bias.shape), (B, V), "shape")
     require_same("history", tuple(processors.history.shape), (B, V + 1), "shape")
     if candidate is not None:

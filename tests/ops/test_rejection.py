@@ -274,3 +274,13 @@ def test_void_rows_are_those_that_are_not_finite() -> None:
     hidden[0, 1, 4], hidden[1, 2, 0] = torch.nan, -torch.inf
     for impl in ("triton", "torch"):
         assert ops.void_rows(choice, hidden, impl=impl).tolist() == [[0, ops.VOID, 2], [3, 4, ops.VOID]]
+
+
+@pytest.mark.parametrize("field", ["repetition_penalty", "presence_penalty", "frequency_penalty", "min_position"])
+def test_processors_of_other_sequences_are_refused(field: str) -> None:
+    values, V = torch.ones(2), 9
+    processors = ProcessorTensors(
+        values, values, values, values.int(), torch.zeros(2, V), torch.zeros(2, V + 1, dtype=torch.int32)
+    )._replace(**{field: torch.ones(1)})
+    with pytest.raises(ValueError, match=rf"{field} must have shape \(2,\), but got \(1,\)"):
+        process_logits(torch.zeros(2, 1, V), torch.zeros(2, 1, dtype=torch.int32), None, torch.tensor([3]), processors)

@@ -79,6 +79,22 @@ def test_autocast_changes_no_gradient() -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_default_dtype_changes_no_bit_of_the_loss(impl: str, default: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, taught = (torch.randn(n, 16, generator=generator).bfloat16() for n in (5, 40, 3))
+    arguments = hidden, weight, ops.HiddenTeacher(taught), torch.tensor([0, 1, 1, 2, 0]), torch.ones(5)
+    expected = ops.linear_kl(*arguments, impl=impl)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        result = ops.linear_kl(*arguments, impl=impl)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(result.loss, expected.loss) and torch.equal(result.row_kl, expected.row_kl)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_fake_tensors_get_their_shapes(grad: bool) -> None:
     with torch.set_grad_enabled(grad):

@@ -39,7 +39,9 @@ def launch_rows(logits: torch.Tensor, target: Target, grad: torch.Tensor | None)
 
 def _row_results(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = len(logits)
-    return torch.empty(rows, device=logits.device), torch.empty(rows, dtype=torch.int64, device=logits.device)
+    return torch.empty(rows, dtype=torch.float32, device=logits.device), torch.empty(
+        rows, dtype=torch.int64, device=logits.device
+    )
 
 
 def _shape(logits: torch.Tensor) -> dict:
