@@ -39,9 +39,7 @@ def launch_rows(logits: torch.Tensor, target: Target, grad: torch.Tensor | None)
 
 def _row_results(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = len(logits)
-    return torch.empty(rows, dtype=torch.float32, device=logits.device), torch.empty(
-        rows, dtype=torch.int64, device=logits.device
-    )
+    return tuple(torch.empty(rows, dtype=dtype, device=logits.device) for dtype in (torch.float32, torch.int64))
 
 
 def _shape(logits: torch.Tensor) -> dict:
