@@ -65,8 +65,8 @@ def distill(
         The manifest, as written.
 
     Raises:
-        ValueError: an argument out of range, a folder of another run, a shard that was changed, or a model that gave
-            NaN or infinity.
+        ValueError: an argument out of range, a folder of another run or one that another process writes into, a shard
+            that was changed, or a model that gave NaN or infinity.
     """
     for name, value in (
         ("max_new_tokens", max_new_tokens), ("max_prompt_tokens", max_prompt_tokens), ("batch_size", batch_size),
@@ -89,10 +89,9 @@ def distill(
         "shard_rows": shard_rows,
         "stop_tokens": model.eos_token_ids,
     }
-    output = ShardFolder(folder, identity, questions)
-    pending = output.resume()
-    on_plan(len(questions) - len(pending), len(questions))
-    with closing(output):
+    with closing(ShardFolder(folder, identity, questions)) as output:
+        pending = output.resume()
+        on_plan(len(questions) - len(pending), len(questions))
         decoder = ConsensusDecoder(model, mode="ar", exact=False, impl=impl)
         started = time.perf_counter()
         prompt_ids = [questions[n].ids for n in pending]

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
+from filelock import FileLock, Timeout
 
 MANIFEST = "manifest.json"
+LOCK = "run.lock"  # held by the process that writes into the folder
 Row = dict[str, Any]
 
 
@@ -46,15 +48,21 @@ class ShardFolder:
         self._rows: dict[int, dict[int, Row]] = {}  # of the others
         self._parts: dict[int, TextIO] = {}
         self._earlier_seconds, self._started = 0.0, time.perf_counter()
+        self._lock = FileLock(self.folder / LOCK)
 
     def resume(self) -> list[int]:
-        """Take over what is there; the questions that still need an answer.
+        """Take over what is there; the questions that still need an answer. Nobody else may write until `close`.
 
         Raises:
-            ValueError: the folder holds something else, or a shard that was changed.
+            ValueError: the folder holds something else, or a shard that was changed, or another process writes into it.
         """
-        recorded = self._read_manifest()
+        self._read_manifest()  # nothing is put into a folder of something else
         self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.folder} must have one run at a time, but another is writing into it") from None
+        recorded = self._read_manifest()
         for shard in range(-(-len(self.questions) // self.identity["shard_rows"])):
             if self._path(shard).is_file():
                 self._shards[shard] = self._describe(shard, self._read_rows(self._path(shard)))
@@ -84,10 +92,11 @@ class ShardFolder:
             self._finish(shard)
 
     def close(self) -> None:
-        """Rows of unfinished shards stay in their part files."""
+        """Rows of unfinished shards stay in their part files. Another run may go on from here."""
         for part in self._parts.values():
             part.close()
         self._parts.clear()
+        self._lock.release()
 
     def _finish(self, shard: int) -> None:
         rows = self._rows.pop(shard)
@@ -127,7 +136,7 @@ class ShardFolder:
         """The shards the manifest names, after a look whether it is this run's."""
         path = self.folder / MANIFEST
         if not path.is_file():
-            if self.folder.is_dir() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
+            if self.folder.is_dir() and any(path.suffix not in (".tmp", ".lock") for path in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} must be empty or hold an earlier run, but it has no {MANIFEST}")
             return {}
         manifest = json.loads(path.read_text(encoding="utf-8"))

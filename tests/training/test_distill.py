@@ -113,7 +113,7 @@ def test_a_time_limit_leaves_whole_answers(model, tokenizer, prompts, unbroken, 
 def test_shards_and_manifest_agree(unbroken, prompts):
     folder, manifest = unbroken
     assert sorted(path.name for path in folder.iterdir()) == [
-        "manifest.json", "shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl",
+        "manifest.json", "run.lock", "shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl",
     ]  # fmt: skip
     assert json.loads((folder / "manifest.json").read_text()) == manifest
     assert manifest["complete"] and manifest["finished_rows"] == manifest["rows"] == len(prompts)
@@ -182,6 +182,20 @@ def test_a_finished_run_is_left_as_it_is(model, tokenizer, prompts, unbroken):
     manifest = distill(model, tokenizer, prompts, unbroken[0], **SETTINGS, on_row=again.append)
     assert manifest["complete"] and again == []
     assert before == {path: path.stat().st_mtime_ns for path in unbroken[0].glob("*.jsonl")}
+
+
+def test_one_run_at_a_time_writes_into_a_folder(model, tokenizer, prompts, tmp_path):
+    folder, inner = tmp_path / "run", []
+
+    def start_another(tokens):
+        if not inner:
+            inner.append(tokens)
+            distill(model, tokenizer, prompts[:4], folder, **SETTINGS)
+
+    with pytest.raises(ValueError, match="run must have one run at a time, but another is writing into it"):
+        distill(model, tokenizer, prompts[:4], folder, **SETTINGS, on_row=start_another)
+    assert inner
+    assert distill(model, tokenizer, prompts[:4], folder, **SETTINGS)["complete"]  # the lock ended with its run
 
 
 def test_runs_are_not_mixed(model, tokenizer, prompts, unbroken, tmp_path):
