@@ -50,6 +50,12 @@ def create_app(
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != model_name:
+            raise HTTPException(404, f"model: there is only {model_name!r}, but got {name!r}")
+        return card
+
     # tokenizers work in a thread: a long prompt takes them a second, in which other clients want their text
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Any:

@@ -129,9 +129,11 @@ class CompletionRequest(_Common):
     @field_validator("prompt", mode="before")
     @classmethod
     def _one_prompt(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+            prompt = prompt[0]  # a batch of one, as some clients send every prompt
         is_ids = isinstance(prompt, list) and all(type(token) is int and 0 <= token < 2**31 for token in prompt)
         if not isinstance(prompt, str) and not is_ids:
-            raise ValueError("must be one string, or one list of token ids")
+            raise ValueError("must be one string or one list of token ids, alone or in a list of one")
         return prompt
 
 

@@ -95,8 +95,14 @@ def server() -> Iterator[Running]:
 def test_completions_are_ar_text(server: Running) -> None:
     client = server.client()
     assert [(model.id, model.created <= time.time()) for model in client.models.list()] == [("tiny", True)]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="there is only 'tiny', but got 'a/b'"):
+        client.models.retrieve("a/b")
     whole = client.completions.create(model="tiny", prompt="w1 w2 w3", max_tokens=9, temperature=0)
     assert whole.choices[0].text == server.expected("w1 w2 w3", 9)
+    for batch_of_one in (["w1 w2 w3"], [[1, 2, 3]]):
+        reply = client.completions.create(model="tiny", prompt=batch_of_one, max_tokens=9, temperature=0)
+        assert reply.choices[0].text == whole.choices[0].text
     assert whole.choices[0].finish_reason == "length"
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 9)
     options = {"temperature": 0.9, "top_p": 0.8, "seed": 7, "presence_penalty": 0.5}
@@ -272,8 +278,9 @@ def test_a_server_that_stops_tells_its_clients() -> None:
         ({"prompt": [99]}, "prompt must hold ids in 0..16"),
         ({"prompt": "w1", "max_tokens": 3000}, "max_tokens must be in 1..2999"),
         ({"prompt": [1] * 3000}, "prompt must have at most 2999 tokens, but has 3000"),
-        ({"prompt": [2**70]}, "prompt: .*must be one string, or one list of token ids"),
-        ({"prompt": ["w1", "w2"]}, "prompt: .*must be one string, or one list of token ids"),
+        ({"prompt": [2**70]}, "prompt: .*must be one string or one list of token ids"),
+        ({"prompt": ["w1", "w2"]}, "prompt: .*must be one string or one list of token ids"),
+        ({"prompt": [[[1]]]}, "prompt: .*must be one string or one list of token ids"),
         ({"prompt": "w1", "top_p": 0}, "top_p: .*greater than 0"),
         ({"prompt": "w1", "temperature": -1}, "temperature: .*greater than or equal to 0"),
         ({"prompt": "w1", "temperature": 1e-40}, "temperature must be 0, which is greedy, or at least 1e-30"),
