@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +126,12 @@ def _problems(
     for file in modules:
         if not file.is_file():
             raise ValueError(f"--module must be a Python file, but there is no {file}")
-        load_file(file.resolve())
+        try:
+            load_file(file.resolve())
+        except Exception as error:  # it is the user's code
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = "" if isinstance(error, SyntaxError) else f" (line {last.lineno} of {last.filename})"
+            raise ValueError(f"--module {file} fails: {type(error).__name__}: {error}{where}") from error
     found = []
     if model is not None:
         if not model.exists():

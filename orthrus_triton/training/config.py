@@ -148,6 +148,8 @@ def read_config(path: str | Path, **changes: Any) -> ViewTrainingArguments:
     import yaml
 
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"config must be a YAML file, but {str(path)!r} is a folder")
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {str(path)!r}")
     try:

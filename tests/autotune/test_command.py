@@ -45,6 +45,19 @@ def test_bad_input_is_one_line(options, said):
     assert_bad_input(run("autotune", *options), said)
 
 
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("a = 1\ndef f(:\n", "SyntaxError: invalid syntax (own.py, line 2)"),
+        ("a = 1\nb\n", "NameError: name 'b' is not defined (line 2 of"),
+        ("raise ImportError('no kernels')", "ImportError: no kernels (line 1 of"),
+    ],
+)
+def test_a_module_that_fails_is_one_line(tmp_path, code, said):
+    (tmp_path / "own.py").write_text(code)
+    assert_bad_input(run("autotune", "--module", tmp_path / "own.py", "--shape", "qwen3-8b"), "own.py fails", said)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_can_be_done():
     assert_bad_input(run("autotune", "--shape", "qwen3-8b"), "timing needs a GPU", "--dry-run --target sm_90")

@@ -302,6 +302,8 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
     path = tmp_path / "view.yaml"
     with pytest.raises(FileNotFoundError, match="there is no config"):
         read_config(path)
+    with pytest.raises(ValueError, match="config must be a YAML file, but .* is a folder"):
+        read_config(tmp_path)
     for text, message in (
         ("- a", "must hold a mapping of options, but got a list"),
         ("a: [", "must hold YAML"),
