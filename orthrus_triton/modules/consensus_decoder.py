@@ -84,9 +84,8 @@ class ConsensusDecoder(DecodeCycle):
             raise ValueError(f"prefill_chunk must be >= 1 or None, but got {prefill_chunk}")
         super().__init__(model, exact, prefill_chunk, batch_invariant_prefill)
         self.mode = mode
-        self._block_option = block_size
-        self.block_size = widest_block(block_size, self.model)
-        self.impl, self.max_cache_len, self.cuda_graph = impl, max_cache_len, cuda_graph
+        self._block_option, self._block_size, self._impl = block_size, widest_block(block_size, self.model), impl
+        self.max_cache_len, self.cuda_graph = max_cache_len, cuda_graph
         self.cache: SharedKVCache | None = None
         self.run: DecodeRun | None = None
         self.clock: Callable[[], float] = time.perf_counter
@@ -100,6 +99,16 @@ class ConsensusDecoder(DecodeCycle):
         if compile:
             self._compile_options = {"backend": "inductor" if compile is True else compile}
         self._compiled: dict[tuple, Callable] = {}
+
+    @property
+    def block_size(self) -> int:
+        """Rows of the widest block, unless a call names another."""
+        return self._block_size
+
+    @property
+    def impl(self) -> str:
+        """As it was given; what is captured is of it."""
+        return self._impl
 
     # never in inference mode: callers may edit the sequences in place, and buffers that were made in it could not be
     # written by a later call outside it

@@ -151,6 +151,12 @@ def test_what_needs_a_new_capture_and_what_does_not() -> None:
     assert captured(prompts, max_new_tokens=CAPACITY_QUANTUM) == 1  # a larger cache: new buffers
 
 
+@pytest.mark.parametrize(("name", "value"), [("impl", "reference"), ("block_size", 4)])
+def test_what_captures_are_of_cannot_be_assigned(name: str, value: object) -> None:
+    with pytest.raises(AttributeError, match=name):
+        setattr(ConsensusDecoder(make_model()), name, value)
+
+
 def test_auto_captures_every_size_before_the_first_token() -> None:
     model, (prompt,) = make_model(), prompts_of(4, [6])
     decoder = StandInGraphs(model, impl="torch", block_size="auto")
