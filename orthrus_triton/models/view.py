@@ -71,6 +71,7 @@ def save_view(
     metadata = {
         "format": FORMAT,
         "base": json.dumps({name: fingerprint(state, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}),
+        "base_dtype": _name(model.state_dict()["model.embed_tokens.weight"].dtype),
         "config": json.dumps({**config, "view_rank": None}),
         "rank": json.dumps(rank),
         "storage": storage,
@@ -118,10 +119,12 @@ def merge_view(path: str | PathLike[str], base: dict[str, torch.Tensor]) -> dict
     """
     metadata, stored = _read(path)
     dtype = base["model.embed_tokens.weight"].dtype
-    expected = json.loads(metadata["base"]).get(str(dtype).removeprefix("torch."))
-    if expected is None:
+    if _name(dtype) not in FINGERPRINT_DTYPES:
         raise ValueError(f"base must be in one of {list(FINGERPRINT_DTYPES)} for a view file, but got {dtype}")
-    if fingerprint(base, dtype) != expected:
+    known = json.loads(metadata["base"])
+    # a base in higher precision is also known by what it is in the dtype that the view was trained over
+    names = {_name(dtype), metadata.get("base_dtype")} & FINGERPRINT_DTYPES.keys()
+    if not any(fingerprint(base, FINGERPRINT_DTYPES[name]) == known.get(name) for name in names):
         raise ValueError(
             f"the view in {str(path)!r} was trained over other base weights than these: its drafts would be noise here"
         )
@@ -183,6 +186,10 @@ def fingerprint(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _require_shape(path: str | PathLike[str], name: str, found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -97,6 +97,20 @@ def test_a_base_is_known_in_every_dtype_and_drafts_come_with_it(tmp_path, dtype)
         load_view(fresh(trained, torch.float64), tmp_path / "v.safetensors")
 
 
+def test_a_view_over_a_rounded_base_goes_over_the_base_itself(tmp_path):
+    base = make_model()
+    over_bf16 = fresh(base, torch.bfloat16)  # as a GPU trains it
+    for tensor in view_of(over_bf16).values():
+        tensor.add_(0.01)
+    save_view(over_bf16, tmp_path / "v.safetensors", storage="bf16")
+    load_view(base, tmp_path / "v.safetensors")
+    ids = torch.randint(2, 100, (1, K))
+    expected, drafted = (model(ids, view="diffusion").float() for model in (over_bf16, base))
+    assert torch.allclose(drafted, expected, atol=0.05 * expected.abs().max().item())
+    with pytest.raises(ValueError, match="other base weights"):
+        load_view(make_model(seed=1), tmp_path / "v.safetensors")
+
+
 def test_another_base_is_refused(tmp_path):
     trained = make_model()
     save_view(trained, tmp_path / "v.safetensors")
