@@ -20,6 +20,7 @@ def answer_all(
     *,
     prefill_batch: int | None = None,
     params_of: Callable[[int], SamplingParams] | None = None,
+    stop_ids: list[int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """(number of the prompt, its answer), in the order in which answers end.
 
@@ -31,6 +32,7 @@ def answer_all(
         prefill_batch: free slots are waited for until there are so many, and their prompts read in one pass; by default
             1 on a CPU, and on a GPU a quarter of the slots.
         params_of: how each answer is sampled, by number of its prompt; greedily where None.
+        stop_ids: tokens that end an answer, by default the model's own.
 
     Raises:
         ValueError: the model gave NaN or infinity.
@@ -41,7 +43,8 @@ def answer_all(
         prefill_batch = slots // 4 if decoder.model.device.type == "cuda" else 1
     longest = max(map(len, prompts))
     choosing = Choosing(sampled=params_of is not None)
-    run = decoder.open(min(slots, len(prompts)), longest + max_new_tokens - 1, choosing=choosing)
+    max_len = longest + max_new_tokens - 1
+    run = decoder.open(min(slots, len(prompts)), max_len, eos_token_id=stop_ids, choosing=choosing)
     prefill_batch = min(prefill_batch, len(run.slots))  # a pass has its full width, whatever it reads
     prefill = BatchPrefill(decoder.model, longest, prefill_batch) if prefill_batch > 1 else None
     waiting, free, occupant = deque(range(len(prompts))), list(range(len(run.slots))), {}

@@ -36,7 +36,8 @@ def invent(
 ) -> list[Prompt]:
     """Let the AR view write the user's messages of chats, each of one line, no two alike.
 
-    A message counts if the model ends it with a stop token within `max_new_tokens`, and if it is plain text of four
+    A message counts if the model ends it with a stop token, or with the token that the template writes behind a
+    message (Mistral's [/INST]), within `max_new_tokens`, and if it is plain text of four
     words or more. Those that count are taken in the order in which they were begun, whatever `batch_size` is.
 
     Args:
@@ -64,13 +65,14 @@ def invent(
             raise ValueError(f"{name} must be an integer >= 1, but got {value!r}")
     if isinstance(beginnings, str) or not beginnings:
         raise ValueError(f"beginnings must hold at least one text, which may be empty, but got {beginnings!r}")
-    before = _before_message(tokenizer)
+    before, after = _around_message(tokenizer)
     starts = [tokenizer(before + text, add_special_tokens=False)["input_ids"] for text in beginnings]
     if not all(starts):
         raise ValueError(
             "beginnings must not be empty where the chat template writes nothing before a user's message: the model "
             "has no token to go on from"
         )
+    stop_ids = [*model.eos_token_ids, *_ending(tokenizer, after)]
     decoder = ConsensusDecoder(model, mode="ar", exact=False, impl=impl)
     found: dict[str, Prompt] = {}
     numbers, started = range(0), time.perf_counter()
@@ -79,9 +81,11 @@ def invent(
         numbers = range(numbers.stop, numbers.stop + 2 * (count - len(found)))
         params = [SamplingParams(temperature=temperature, top_p=top_p, seed=seed, sequence=n) for n in numbers]
         taken = [starts[n % len(starts)] for n in numbers]
-        answers = answer_all(decoder, taken, max_new_tokens, batch_size, params_of=params.__getitem__)
+        answers = answer_all(
+            decoder, taken, max_new_tokens, batch_size, params_of=params.__getitem__, stop_ids=stop_ids
+        )
         for n, tokens in zip(numbers, _in_order(answers)):
-            if tokens[-1] in model.eos_token_ids:
+            if tokens[-1] in stop_ids:
                 text = _message(tokenizer, beginnings[n % len(starts)], starts[n % len(starts)], tokens[:-1])
                 if text is not None and text not in found:
                     found[text] = Prompt(text, domain, chat=True)
@@ -106,15 +110,21 @@ def _in_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:
             upcoming += 1
 
 
-def _before_message(tokenizer: Any) -> str:
-    """What the chat template writes before a user's first message."""
+def _around_message(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template writes before a user's first message, and behind it."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("tokenizer must have a chat template to invent a user's messages, but has none")
     text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
-    before, mark, _ = text.partition(MARK)
+    before, mark, after = text.partition(MARK)
     if not mark:
         raise ValueError("tokenizer's chat template must write a user's message as it is, but leaves it out")
-    return before
+    return before, after
+
+
+def _ending(tokenizer: Any, after: str) -> list[int]:
+    """The token that ends a message in the template; none where its first token behind one is plain text."""
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    return [token for token in ids if tokenizer.decode([token], skip_special_tokens=True) == ""]
 
 
 def _message(tokenizer: Any, beginning: str, start: list[int], tokens: list[int]) -> str | None:

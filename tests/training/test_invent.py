@@ -95,11 +95,22 @@ def test_the_seed_alone_says_which(model, tokenizer, texts, monkeypatch, batch_s
     assert len(set(other)) == 9 and not set(other) & set(texts)
 
 
+def test_the_token_that_the_template_writes_behind_a_message_ends_it(model, tokenizer, texts):
+    base = build_base(base_config("llama", eos_token_id=None))
+    endless = OrthrusForCausalLM.from_base(base, block_size=4, mask_token_id=1)
+    endless.load_state_dict(model.state_dict())
+    behind = make_tokenizer()
+    behind.add_special_tokens({"additional_special_tokens": ["w2", "w40"]})
+    behind.chat_template = "{% for m in messages %}w88 {{ m.content }} w2{% endfor %}"
+    found = invent(endless, behind, 3, beginnings=BEGINNINGS, max_new_tokens=60, batch_size=20)
+    assert len(found) == 3 and not any("w2 " in prompt.text + " " for prompt in found)
+
+
 def answers_from(monkeypatch, messages: list[list[int]], backwards: bool = False) -> list[int]:
     """Let `invent` have these answers, over and over, instead of the model's; returns how many it asks for."""
     asked = []
 
-    def answer(decoder, prompts, *_options, params_of):
+    def answer(decoder, prompts, *_options, params_of, stop_ids):
         first = params_of(0).sequence
         asked.append(len(prompts))
         numbers = range(len(prompts))
