@@ -10,8 +10,9 @@ from torch import nn
 
 from orthrus_triton import ops
 from orthrus_triton.modules.kv_cache import CacheLayer, View, ViewPass
-from orthrus_triton.modules.projection import FusedLinear, Linear, LowRankDelta
+from orthrus_triton.modules.projection import FusedLinear, Linear, LowRankDelta, require_residual
 from orthrus_triton.modules.rms_norm import RMSNorm
+from orthrus_triton.ops._dispatch import require_size
 
 SUFFIX = {"ar": "", "diffusion": "_diff"}
 
@@ -21,13 +22,17 @@ class DualViewAttention(nn.Module):
 
     Args:
         hidden_size: width of the residual stream.
-        num_heads, num_kv_heads, head_dim: query heads, KV heads (a divisor), size of a head.
+        num_heads, num_kv_heads, head_dim: query heads, KV heads (a divisor), size of a head: even, and for Triton one
+            that `orthrus_triton.ops.dual_view_attention` names.
         qk_norm: RMSNorm on each head of q and k before the rotation (Qwen3).
         qkv_bias, o_bias: biases of the projections.
         norm_eps: of the q/k norms.
         window: sliding window in tokens, or None.
         view_rank: None gives the diffusion view full matrices of its own, as in the paper; r stores each of its
             projections as the frozen AR weight plus a rank-r delta.
+
+    Raises:
+        ValueError: a size that cannot be.
 
     Source: Orthrus, arXiv 2605.12825.
     """
@@ -47,8 +52,13 @@ class DualViewAttention(nn.Module):
         view_rank: int | None = None,
     ) -> None:
         super().__init__()
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads} >= 1, but got {num_heads}")
+        shape = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, value in shape.items() if window is None else (*shape.items(), ("window", window)):
+            require_size(name, value)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, but got {num_heads}")
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even to be rotated by halves, but got {head_dim}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.qk_norm, self.norm_eps = head_dim, qk_norm, norm_eps
         self.window, self.view_rank = window, view_rank
@@ -82,11 +92,16 @@ class DualViewAttention(nn.Module):
             rope: (cos, sin), each [B, T, head_dim // 2] fp32.
             cache_layer: this layer's buffers.
             view_pass: which view, where the rows stand and what they see.
-            residual, next_norm: [B, T, hidden_size] and the norm after it, for a projection that takes both along.
+            residual: [B, T, hidden_size], which the projection adds, or None.
+            next_norm: the norm after that sum, for a projection that takes it along, too.
 
         Returns:
-            [B, T, hidden_size]; with `next_norm` (the norm of that plus `residual`, the sum).
+            [B, T, hidden_size], plus `residual`; with `next_norm` (the norm of that sum, the sum).
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit, or `next_norm` without `residual`.
         """
+        require_residual(residual, next_norm)
         if view_pass.parts:
             return self._draft(hidden, rope, cache_layer, view_pass, residual, next_norm)
         drafting = view_pass.view == "diffusion"
@@ -196,10 +211,12 @@ class DualViewAttention(nn.Module):
         if drafting and self.view_rank is not None:
             frozen = self.o_proj(attended, impl=linear_impl)
             out = self.o_proj_diff(attended, frozen, impl=linear_impl)
-            return out if next_norm is None else next_norm(out, residual, impl=impl)
+            if next_norm is None:
+                return out if residual is None else out + residual
+            return next_norm(out, residual, impl=impl)
         projection = self.o_proj_diff if drafting else self.o_proj
         if next_norm is None:
-            return projection(attended, impl=linear_impl, draft=drafting)
+            return projection(attended, residual, impl=linear_impl, draft=drafting)
         return projection.add_and_norm(
             attended, residual, next_norm, impl=impl, linear_impl=linear_impl, draft=drafting
         )  # fmt: skip

@@ -11,8 +11,9 @@ from torch import nn
 from orthrus_triton import ops
 from orthrus_triton.modules.attention import DualViewAttention
 from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
-from orthrus_triton.modules.projection import FusedLinear, Linear
+from orthrus_triton.modules.projection import FusedLinear, Linear, require_residual
 from orthrus_triton.modules.rms_norm import RMSNorm
+from orthrus_triton.ops._dispatch import require_size
 
 
 class SwiGLU(nn.Module):
@@ -25,6 +26,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
         super().__init__()
+        require_size("intermediate_size", intermediate_size)
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         FusedLinear(hidden_size, parts, bias).register_with(self, "gate_up_proj")
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
@@ -40,7 +42,12 @@ class SwiGLU(nn.Module):
         draft: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """x [B, T, H] -> [B, T, H], plus `residual`; with `next_norm` (the norm of that sum, the sum). A `draft` reads
-        the int8 copies of the weights, if there are any."""
+        the int8 copies of the weights, if there are any.
+
+        Raises:
+            ValueError: shapes or dtypes that do not agree, or `next_norm` without `residual`.
+        """
+        require_residual(residual, next_norm)
         gate_up = self.gate_up_proj
         if impl == linear_impl:
             weight, scale = gate_up.factors(draft)

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from orthrus_triton.ops._dispatch import require_same, require_size
+
 View = Literal["ar", "diffusion"]
 CAPACITY_QUANTUM = 512  # capacities are multiples of it: no KV tile of any implementation is cut by the cache's end
 
@@ -79,10 +81,10 @@ class SharedKVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {"num_layers": num_layers, "batch_size": batch_size, "max_len": max_len, "block_size": block_size}
+        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        sizes |= {"batch_size": batch_size, "max_len": max_len, "block_size": block_size}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, but got {value}")
+            require_size(name, value)
         self.batch_size, self.block_size = batch_size, block_size
         self.capacity = -(-max_len // CAPACITY_QUANTUM) * CAPACITY_QUANTUM
         # zeros: rows nobody has written are finite, which lets attention on a CPU mask them instead of copying
@@ -109,12 +111,21 @@ class SharedKVCache:
 
         AR view: row t writes cache row start + t and sees everything up to itself. Diffusion view: row t writes
         scratch row t and sees the `start` cached tokens and, beside them, its whole block.
+
+        Raises:
+            ValueError: no such view, a number of rows that cannot be, or a `start` that is not [B] int32.
         """
+        require_size("num_rows", num_rows)
         if view not in ("ar", "diffusion"):
             raise ValueError(f"view must be 'ar' or 'diffusion', but got {view!r}")
         if view == "diffusion" and num_rows > self.block_size:
             raise ValueError(f"num_rows must be at most block_size={self.block_size} to draft, but got {num_rows}")
-        start = self.context_len if start is None else start
+        if start is None:
+            start = self.context_len
+        elif not isinstance(start, torch.Tensor):
+            raise ValueError(f"start must be a tensor [B] int32 or None, but got {start!r}")
+        require_same("start", tuple(start.shape), tuple(self.context_len.shape), "shape")
+        require_same("start", start.dtype, torch.int32, "dtype")
         rows = torch.arange(num_rows, dtype=torch.int32, device=start.device)
         positions = start[:, None] + rows
         if view == "ar":
@@ -135,7 +146,12 @@ class SharedKVCache:
 
         With `anchor_rows=1` the frozen view reads the anchor: its row sees and writes what it would in AR decoding, so
         that it says the token after it, exactly, and the masks see it as they see the tokens before it.
+
+        Raises:
+            ValueError: `anchor_rows` is not 0 or 1, or the block has no row for a mask or more than there is room for.
         """
+        if anchor_rows not in (0, 1):
+            raise ValueError(f"anchor_rows must be 0 or 1, but got {anchor_rows!r}")
         first = self.context_len + 1 if anchor_rows else None
         masks = self.view_pass("diffusion", block_size - anchor_rows, first, impl=impl)
         positions, key_limit, parts = masks.positions, masks.key_limit + (block_size - anchor_rows), (masks,)

@@ -13,6 +13,12 @@ from orthrus_triton import ops
 from orthrus_triton.modules.rms_norm import RMSNorm
 
 
+def require_residual(residual: torch.Tensor | None, next_norm: RMSNorm | None) -> None:
+    """Raise a ValueError for a norm of a sum of which one part is missing."""
+    if next_norm is not None and residual is None:
+        raise ValueError("residual must be given with next_norm, which is the norm of a sum with it, but got None")
+
+
 class Linear(nn.Module):
     """`orthrus_triton.ops.linear` with nn.Linear's parameters and names.
 

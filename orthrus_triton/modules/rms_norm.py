@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from orthrus_triton import ops
+from orthrus_triton.ops._dispatch import require_size
 
 
 class RMSNorm(nn.Module):
@@ -13,6 +14,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
+        require_size("hidden_size", hidden_size)
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 

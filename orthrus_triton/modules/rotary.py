@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from orthrus_triton import ops
+from orthrus_triton.ops._dispatch import require_size
 
 
 class RotaryEmbedding(nn.Module):
@@ -48,7 +49,14 @@ class RotaryEmbedding(nn.Module):
 
     @classmethod
     def from_theta(cls, head_dim: int, theta: float = 10_000.0) -> RotaryEmbedding:
-        """The plain rule: `theta ** (-2i / head_dim)`."""
+        """The plain rule: `theta ** (-2i / head_dim)`.
+
+        Raises:
+            ValueError: `head_dim` is odd or no size.
+        """
+        require_size("head_dim", head_dim)
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even to be rotated by halves, but got {head_dim}")
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
 
     def _apply(self, fn, recurse: bool = True):

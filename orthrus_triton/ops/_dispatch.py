@@ -73,6 +73,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def require_size(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is an integer >= 1; True is none."""
+    # by the method, so that the sizes that a compiler traces and those of numpy count as integers
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, but got {value!r}")
+
+
 def require_same(name: str, got: object, expected: object, what: str) -> None:
     """Raise a ValueError that names the argument, what was expected and what came."""
     if got != expected:

@@ -19,6 +19,7 @@ from orthrus_triton.modules import (
     RotaryEmbedding,
     SharedKVCache,
 )
+from orthrus_triton.modules.decoder_layer import SwiGLU
 from orthrus_triton.testing import TinyDualViewModel
 
 
@@ -137,17 +138,64 @@ def test_a_drafted_row_sees_the_whole_block() -> None:
 
 
 def test_cache_says_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="max_len must be >= 1, but got 0"):
-        SharedKVCache(1, 1, 8, batch_size=1, max_len=0, block_size=2, dtype=torch.float32)
+    sizes = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "batch_size": 1, "max_len": 5, "block_size": 2}
+    for name in sizes:
+        for wrong in (0, 1.5, True):
+            with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, but got {wrong}"):
+                SharedKVCache(**(sizes | {name: wrong}), dtype=torch.float32)
     cache = SharedKVCache(1, 1, 8, batch_size=1, max_len=5, block_size=2, dtype=torch.float32)
     assert cache.capacity == 512 and "capacity=512" in repr(cache)
     with pytest.raises(ValueError, match="at most block_size=2 to draft, but got 3"):
         cache.view_pass("diffusion", 3)
     with pytest.raises(ValueError, match="view must be"):
         cache.view_pass("causal", 1)
+    for start in (0, torch.zeros(1), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="start must"):
+            cache.view_pass("ar", 1, start)
+    with pytest.raises(ValueError, match="num_rows must be an integer >= 1, but got 0"):
+        cache.draft_pass(0)
+    with pytest.raises(ValueError, match="anchor_rows must be 0 or 1, but got 2"):
+        cache.draft_pass(2, 2)
     # scratch is one block in all, whatever the number of layers
     many = SharedKVCache(7, 1, 8, batch_size=1, max_len=5, block_size=2, dtype=torch.float32)
     assert many.nbytes() - 7 * 2 * 512 * 8 * 4 == cache.nbytes() - 2 * 512 * 8 * 4 == 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 0}, {"num_heads": 0}, {"num_kv_heads": 0}, {"head_dim": 15}, {"head_dim": 16.0},
+        {"intermediate_size": 0}, {"window": 0}, {"window": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_say_which_size_cannot_be(shape: dict) -> None:
+    (name,) = shape
+    sizes = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 48}
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        OrthrusDecoderLayer(**(sizes | shape))
+    if name == "head_dim":
+        with pytest.raises(ValueError, match="head_dim must be"):
+            RotaryEmbedding.from_theta(**shape)
+
+
+@pytest.mark.parametrize("options", [{}, {"view_rank": 2}, {"window": 3}], ids=str)
+@pytest.mark.parametrize("anchor_rows", [None, 0, 1])
+@torch.no_grad()
+def test_a_residual_is_added_with_and_without_a_norm(options: dict, anchor_rows: int | None) -> None:
+    torch.manual_seed(0)
+    attention, norm, rotary = DualViewAttention(32, 4, 2, 16, **options), RMSNorm(32), RotaryEmbedding.from_theta(16)
+    cache = SharedKVCache(1, 2, 16, batch_size=1, max_len=9, block_size=4, dtype=torch.float32)
+    view_pass = cache.view_pass("diffusion", 4) if anchor_rows is None else cache.draft_pass(4, anchor_rows)
+    hidden, residual = torch.randn(2, 1, 4, 32)
+    where = (rotary(view_pass.positions, view_pass.prompt_len), cache.layers[0], view_pass)
+    expected = attention(hidden, *where) + residual
+    torch.testing.assert_close(attention(hidden, *where, residual), expected)
+    torch.testing.assert_close(attention(hidden, *where, residual, norm)[1], expected)
+    with pytest.raises(ValueError, match="residual must be given with next_norm"):
+        attention(hidden, *where, None, norm)
+    with pytest.raises(ValueError, match="residual must be given with next_norm"):
+        SwiGLU(32, 48)(hidden, None, norm)
 
 
 def test_rotary_stays_fp32_and_follows_the_length() -> None:
