@@ -132,12 +132,26 @@ def _split_names(own_name: str, parent: nn.Module, state_dict: dict, prefix: str
                 state_dict[f"{prefix}{name}.{parameter}"] = rows
 
 
-def _merge_names(own_name: str, parent: nn.Module, state_dict: dict, prefix: str, *_args: object) -> None:
-    """Load hook: complete sets of parts become the fused tensor; an incomplete one stays and is reported as missing."""
+def _merge_names(
+    own_name: str, parent: nn.Module, state_dict: dict, prefix: str, _metadata: dict, _strict: bool, _missing: list,
+    _unexpected: list, errors: list,
+) -> None:  # fmt: skip
+    """Load hook: complete sets of parts become the fused tensor; an incomplete one stays and is reported as missing,
+    and one whose part has another shape is an error that names the part: others may make up for its rows."""
+    fused = getattr(parent, own_name)
     for parameter in ("weight", "bias"):
-        names = [f"{prefix}{name}.{parameter}" for name in getattr(parent, own_name).parts]
-        if all(name in state_dict for name in names):
-            state_dict[f"{prefix}{own_name}.{parameter}"] = torch.cat([state_dict.pop(name) for name in names])
+        names = [f"{prefix}{name}.{parameter}" for name in fused.parts]
+        own = getattr(fused, parameter)
+        if own is None or not all(name in state_dict for name in names):
+            continue
+        parts = [state_dict.pop(name) for name in names]
+        wrong = [
+            f"size mismatch for {name}: it must have shape {shape}, but the state dict has {tuple(part.shape)}."
+            for name, part, rows in zip(names, parts, fused.parts.values())
+            if tuple(part.shape) != (shape := (rows, *own.shape[1:]))
+        ]
+        errors += wrong
+        state_dict[f"{prefix}{own_name}.{parameter}"] = own if wrong else torch.cat(parts)
 
 
 @torch.no_grad()

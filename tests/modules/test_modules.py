@@ -95,6 +95,20 @@ def test_incomplete_parts_are_missing_not_ignored() -> None:
         layer.load_state_dict(state)
 
 
+def test_a_part_of_another_shape_is_named_and_not_loaded() -> None:
+    """Of four query and two KV heads, and of six and one: as many rows in all."""
+    layer, other = OrthrusDecoderLayer(32, 4, 2, 8, 48), OrthrusDecoderLayer(32, 6, 1, 8, 48)
+    before = layer.self_attn.qkv_proj.weight.clone()
+    state = layer.state_dict() | {
+        name: t for name, t in other.state_dict().items() if "k_proj" in name or "q_proj" in name
+    }
+    state["self_attn.v_proj.weight"] = other.state_dict()["self_attn.v_proj.weight"]
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"for self_attn.k_proj.weight: it must have shape \(16, 32\)"):
+            layer.load_state_dict(state, strict=strict)
+    assert torch.equal(layer.self_attn.qkv_proj.weight, before)
+
+
 def test_low_rank_view_starts_as_the_ar_view() -> None:
     torch.manual_seed(0)
     model = TinyDualViewModel(view_rank=3, qk_norm=True)
