@@ -67,7 +67,8 @@ class SwiGLU(nn.Module):
 
 
 class OrthrusDecoderLayer(nn.Module):
-    """One pre-norm Transformer layer with two attention views.
+    """One pre-norm Transformer layer with two attention views, for inference: its passes have no gradient. What trains
+    a view is in `orthrus_triton.training.student`.
 
     Args:
         hidden_size: width of the residual stream.
