@@ -118,8 +118,9 @@ def process_on_host(
                     break
                 ids = torch.cat((ids, read[None]))
             scores = process(ids[None], logits[b, t][None].clone())
-            if tuple(scores.shape) != (1, logits.shape[-1]):
-                raise ValueError(f"logits_processor must return [1, {logits.shape[-1]}], but got {tuple(scores.shape)}")
+            came = tuple(scores.shape) if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
+            if came != (1, logits.shape[-1]):
+                raise ValueError(f"logits_processor must return a tensor [1, {logits.shape[-1]}], but got {came}")
             logits[b, t] = scores[0]
             if candidate is None:
                 row = logits[b : b + 1, t : t + 1]

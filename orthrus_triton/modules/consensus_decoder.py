@@ -14,7 +14,14 @@ from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, BlockRule, 
 from orthrus_triton.modules.compiled import compile_apart
 from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses, weight_versions
 from orthrus_triton.modules.decode_cycle import DecodeCycle
-from orthrus_triton.modules.decode_options import BlockSize, Mode, require_one_device, stop_ids, widest_block
+from orthrus_triton.modules.decode_options import (
+    BlockSize,
+    Mode,
+    require_members,
+    require_one_device,
+    stop_ids,
+    widest_block,
+)
 from orthrus_triton.modules.decode_run import AR_STEPS, DecodeRun
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.decode_stats import DecodeOutput
@@ -26,7 +33,7 @@ from orthrus_triton.modules.sampling_params import Choosing, SamplingParams, Sam
 from orthrus_triton.modules.slot import Slot
 from orthrus_triton.modules.turn import Turn, in_turn
 from orthrus_triton.ops._cpu_packing import forget_changed
-from orthrus_triton.ops._dispatch import IMPLS, resolve_impl
+from orthrus_triton.ops._dispatch import IMPLS, require_size, resolve_impl
 
 EOS_SLOTS = 8  # places for stop ids are made in eights, so that calls with few of them share buffers
 
@@ -80,8 +87,10 @@ class ConsensusDecoder(DecodeCycle):
             raise ValueError(f"mode must be 'consensus' or 'ar', but got {mode!r}")
         if impl not in IMPLS:
             raise ValueError(f"impl must be one of {IMPLS}, but got {impl!r}")
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be >= 1 or None, but got {prefill_chunk}")
+        for name, value in (("max_cache_len", max_cache_len), ("prefill_chunk", prefill_chunk)):
+            if value is not None:
+                require_size(name, value)
+        require_members(model)
         super().__init__(model, exact, prefill_chunk, batch_invariant_prefill)
         self.mode = mode
         self._block_option, self._block_size, self._impl = block_size, widest_block(block_size, self.model), impl
@@ -156,8 +165,7 @@ class ConsensusDecoder(DecodeCycle):
             NonFiniteLogitsError: a ValueError; the model gave NaN or infinity. Other sequences are not affected.
         """
         prompts = split_prompts(input_ids, attention_mask, self.model.vocab_size)
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be an integer >= 1, but got {max_new_tokens!r}")
+        require_size("max_new_tokens", max_new_tokens)
         if streamer is not None and len(prompts) != 1:
             raise ValueError(f"streamer takes one sequence, but got {len(prompts)}")
         params = params_of(len(prompts), params, options, self.model.vocab_size)
@@ -189,7 +197,12 @@ class ConsensusDecoder(DecodeCycle):
             max_len: most tokens of any of them in the cache: prompt + new tokens - 1.
             eos_token_id, block_size: as in `generate`.
             choosing: what the sequences may ask for beyond greedy decoding.
+
+        Raises:
+            ValueError: an argument out of range.
         """
+        require_size("batch_size", batch_size)
+        require_size("max_len", max_len)
         require_one_device(self.model)
         option = self._block_option if block_size is None else block_size
         widest = widest_block(option, self.model)

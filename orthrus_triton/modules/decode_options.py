@@ -12,6 +12,13 @@ Mode = Literal["consensus", "ar"]
 BlockSize = int | Literal["auto"]
 
 
+def require_members(model: DualViewModel) -> None:
+    """Raise a TypeError if `model` lacks a member of the protocol."""
+    members = (*DualViewModel.__annotations__, "new_cache", "forward_view", "compute_logits")
+    if absent := [name for name in members if not hasattr(model, name)]:
+        raise TypeError(f"model must have the members of DualViewModel, but a {type(model).__name__} has no {absent}")
+
+
 def widest_block(block_size: BlockSize | None, model: DualViewModel) -> int:
     """Rows of the largest block that `block_size` allows; None and "auto" allow the trained one.
 

@@ -18,6 +18,7 @@ from orthrus_triton.modules.report_ring import Report, ReportRing
 from orthrus_triton.modules.sampling_params import GREEDY_PARAMS, Choosing, SamplingParams
 from orthrus_triton.modules.slot import Progress, Slot
 from orthrus_triton.ops import VOID
+from orthrus_triton.ops._dispatch import require_size
 
 if TYPE_CHECKING:
     from orthrus_triton.modules.batch_prefill import BatchPrefill
@@ -162,7 +163,9 @@ class DecodeRun:
     @_device_work
     def release(self, b: int, keep: int | None = None) -> None:
         """Stop slot `b` now and free it for another sequence. What it generated stays in `slots[b].tokens`; with `keep`
-        the first `keep` tokens do, as if what came behind them, be it a failure, had never been decoded."""
+        the first `keep` tokens do, as if what came behind them, be it a failure, had never been decoded. A ValueError
+        if there is no such slot."""
+        self._require_slot(b)
         self._require_current()
         slot = self.slots[b]
         if keep is not None:
@@ -276,14 +279,16 @@ class DecodeRun:
             self._rule(work.width).observe(work.size, report.seconds / work.cycles, accepted)
         return progress
 
+    def _require_slot(self, b: int) -> None:
+        if b not in range(len(self.slots)):
+            raise ValueError(f"a slot must be in 0..{len(self.slots) - 1}, but got {b!r}")
+
     def _require_room(self, b: int, prompt: torch.Tensor, max_new_tokens: int) -> None:
         """Raise a ValueError unless there is a slot `b`, it is free, and this sequence fits."""
-        if not 0 <= b < len(self.slots):
-            raise ValueError(f"a slot must be in 0..{len(self.slots) - 1}, but got {b}")
+        self._require_slot(b)
         if not self.slots[b].finished:
             raise ValueError(f"slot {b} must be free, but its sequence has not finished: release it first")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, but got {max_new_tokens}")
+        require_size("max_new_tokens", max_new_tokens)
         needed = tokens_to_cache(prompt.numel(), max_new_tokens)
         if needed > self.cache.capacity:
             raise ValueError(f"prompt + max_new_tokens - 1 must be at most {self.cache.capacity}, but is {needed}")

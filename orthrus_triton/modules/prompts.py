@@ -34,7 +34,10 @@ def split_prompts(
     else:
         if attention_mask is not None:
             raise ValueError("attention_mask goes with a [B, L] tensor, but input_ids is a list of prompts")
-        rows = [torch.as_tensor(row) for row in input_ids]
+        try:
+            rows = [torch.as_tensor(row) for row in input_ids]
+        except (TypeError, ValueError) as error:  # texts, or lists in a prompt
+            raise ValueError(f"input_ids must be [B, L] or a list of 1-D prompts of integers, but: {error}") from error
     if not rows:
         raise ValueError("input_ids must hold at least one prompt, but got none")
     for b, row in enumerate(rows):

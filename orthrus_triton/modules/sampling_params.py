@@ -145,13 +145,17 @@ def params_of(
 
     Raises:
         ValueError: not one for each, keywords beside them, or a token that does not exist.
-        TypeError: a keyword that is no field.
+        TypeError: a keyword that is no field, or `params` of something else.
     """
     known = [one.name for one in fields(SamplingParams)]
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"generate() got options it does not know: {unknown}; of sampling it knows {known}")
     if params is None:
         params = [SamplingParams(**{"sequence": b} | options) for b in range(count)]
+    elif isinstance(params, SamplingParams) or not all(isinstance(one, SamplingParams) for one in params):
+        raise TypeError(
+            f"params must be a sequence of SamplingParams, one for each of {count} prompts, but got {params!r}"
+        )
     elif options or len(params) != count:
         raise ValueError(
             f"params must be one SamplingParams for each of {count} prompts, with no keyword of it beside them, "

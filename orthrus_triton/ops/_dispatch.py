@@ -76,7 +76,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def require_size(name: str, value: object) -> None:
     """Raise a ValueError unless `value` is an integer >= 1; True is none."""
     # by the method, so that the sizes that a compiler traces and those of numpy count as integers
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, but got {value!r}")
 
 

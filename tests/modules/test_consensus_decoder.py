@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.kv_cache import CAPACITY_QUANTUM
 from orthrus_triton.testing import TinyDualViewModel
 from tests.modules.drafts import ScriptedDrafts
@@ -202,6 +202,8 @@ def test_padded_batches(side: str) -> None:
         ({"input_ids": torch.ones(1, 2)}, "must hold integers"),
         ({"input_ids": torch.ones(1, 2, dtype=torch.bool)}, "must hold integers, but got torch.bool"),
         ({"input_ids": {"input_ids": torch.ones(1, 2)}}, "input_ids must be .* but got a dict"),
+        ({"input_ids": ["the text"]}, "input_ids must be .* of integers, but: .*str"),
+        ({"logits_processor": lambda ids, scores: None}, r"must return a tensor \[1, 61\], but got a NoneType"),
         ({"input_ids": "the text"}, "input_ids must be .* but got a str"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.tensor([[1, 0, 1]])}, "holes"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.ones(1, 2)}, "attention_mask"),
@@ -224,9 +226,22 @@ def test_bad_arguments_leave_the_decoder_usable(arguments: dict, message: str) -
 
 
 def test_bad_options() -> None:
-    for options, message in (({"mode": "greedy"}, "mode"), ({"impl": "cuda"}, "impl"), ({"prefill_chunk": 0}, "chunk")):
-        with pytest.raises(ValueError, match=message):
-            ConsensusDecoder(MODELS["plain"], **options)
+    for name, value in (
+        ("mode", "greedy"), ("impl", "cuda"), ("prefill_chunk", 0), ("prefill_chunk", 2.5), ("max_cache_len", -1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
+            ConsensusDecoder(MODELS["plain"], **{name: value})
+
+
+def test_a_model_must_have_the_members_of_the_protocol() -> None:
+    with pytest.raises(TypeError, match=r"a Linear has no \['block_size', .*'compute_logits'\]"):
+        ConsensusDecoder(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), [{}]], ids=["one", "of dicts"])
+def test_params_are_a_sequence_of_sampling_params(params: object) -> None:
+    with pytest.raises(TypeError, match="params must be a sequence of SamplingParams"):
+        ConsensusDecoder(MODELS["plain"]).generate([torch.tensor([1])], max_new_tokens=2, params=params)
 
 
 def test_streamer_sees_every_token_once() -> None:

@@ -185,13 +185,20 @@ def test_a_run_says_what_is_wrong() -> None:
         ((1, PROMPTS[0], 2), r"a slot must be in 0..0, but got 1"),
         ((0, PROMPTS[0][:0], 2), "at least one token"),
         ((0, PROMPTS[0] - 1000, 2), "ids in 0.."),
-        ((0, PROMPTS[0], 0), "max_new_tokens must be >= 1, but got 0"),
+        ((0, PROMPTS[0], 0), "max_new_tokens must be an integer >= 1, but got 0"),
+        ((0, PROMPTS[0], 2.5), "max_new_tokens must be an integer >= 1, but got 2.5"),
     ):
         with pytest.raises(ValueError, match=message):
             run.admit(*arguments)
     with pytest.raises(ValueError, match=r"cached must be in 0..5, but got 6"):
         run.admit(0, PROMPTS[0], 2, cached=6)
+    for b in (-1, 1):  # -1 would end the last slot for the host alone
+        with pytest.raises(ValueError, match=f"a slot must be in 0..0, but got {b}"):
+            run.release(b)
     assert run.done  # nothing was begun
+    for sizes, message in (((0, 64), "batch_size"), ((True, 64), "batch_size"), ((1, 64.0), "max_len")):
+        with pytest.raises(ValueError, match=f"{message} must be an integer >= 1"):
+            decoder.open(*sizes)
     decoder.open(1, 64)
     for call in (run.step, lambda: run.admit(0, PROMPTS[0], 2), lambda: run.release(0)):
         with pytest.raises(RuntimeError, match="newer run"):
@@ -206,7 +213,7 @@ def test_sequences_admitted_together() -> None:
         ([0, 0], PROMPTS[:2], 2, r"slots must each be named once, but got \[0, 0\]"),
         ([0, 3], PROMPTS[:2], 2, "a slot must be in 0..2, but got 3"),
         ([0, 1], PROMPTS[:2], 2, "slot 1 must be free"),
-        ([0, 2], PROMPTS[:2], 0, "max_new_tokens must be >= 1, but got 0"),
+        ([0, 2], PROMPTS[:2], 0, "max_new_tokens must be an integer >= 1, but got 0"),
         ([0, 2], [PROMPTS[0], PROMPTS[1] - 1000], 2, "ids in 0.."),
         ([0, 2], PROMPTS[:2], 600, "at most 512, but is 605"),
     ):
