@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
 from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.swiglu import SHARED_FROM
 
 
 def rms_norm(
@@ -97,6 +98,8 @@ def launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torc
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Any device; rounds where the Triton kernel rounds: before the weight, and after it."""
+    if x.is_cpu and x.numel() == x.shape[-1] >= SHARED_FROM:  # a row alone, all threads would sum it
+        return rms_norm_torch(x.expand(2, *x.shape), weight, eps)[0]
     return F.rms_norm(x.contiguous(), weight.shape, eps=eps) * weight
 
 

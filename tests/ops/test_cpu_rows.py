@@ -57,6 +57,16 @@ def test_a_row_of_swiglu_has_the_bits_it_has_alone_where_threads_share_the_rows(
         assert torch.equal(together, torch.cat([ops.swiglu(row, impl="torch") for row in gate_up.split(1)]))
 
 
+@pytest.mark.parametrize("width", [33129, 70001])
+def test_a_row_of_a_norm_has_the_bits_it_has_alone_where_threads_would_share_it(width, two_threads):
+    weight = torch.ones(width)
+    for seed in range(8):
+        x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
+        together = ops.rms_norm(x, weight, 1e-6, impl="torch")
+        assert torch.equal(together[1], ops.rms_norm(x[1], weight, 1e-6, impl="torch"))
+        assert torch.equal(together[1:2], ops.rms_norm(x[1:2], weight, 1e-6, torch.zeros(1, width), impl="torch")[0])
+
+
 @pytest.mark.parametrize("impl", ["library", "torch"])
 def test_both_products_are_the_product(impl):
     x, weight, residual = torch.randn(3, 5, 64), torch.randn(24, 64), torch.randn(3, 5, 24)
