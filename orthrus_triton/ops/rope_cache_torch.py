@@ -23,7 +23,7 @@ def rope_cache_torch(
     keep=True, what follows from the angles and from the slots is kept for other calls with these very tensors."""
     B, T, width = qkv.shape
     HKV, D = k_out.shape[1], k_out.shape[3]
-    heads = qkv.view(B, T, width // D, D)
+    heads = qkv.contiguous().view(B, T, width // D, D)  # numbers that lie apart would be summed in another order
     HQ = heads.shape[2] - 2 * HKV
     q_and_k, v = heads[:, :, : HQ + HKV].to(compute), heads[:, :, HQ + HKV :]
     if q_norm is not None:

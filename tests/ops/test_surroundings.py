@@ -144,6 +144,20 @@ def test_rows_that_lie_apart_have_the_bits_of_others(rows: int, dtype: torch.dty
         assert torch.equal(ops.linear(apart, weight, impl="torch"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@torch.no_grad()
+def test_heads_whose_numbers_lie_apart_are_normed_as_others(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv, angle = torch.randn(1, 9, 5 * 64, generator=generator).to(dtype), torch.randn(1, 9, 32, generator=generator)
+    slots, norm = torch.arange(9, dtype=torch.int32)[None], torch.ones(64, dtype=dtype)
+    results = []
+    for rows in (qkv, qkv.transpose(1, 2).contiguous().transpose(1, 2)):
+        cache = torch.zeros(2, 1, 1, 16, 64, dtype=dtype)
+        q = ops.rope_cache(rows, angle.cos(), angle.sin(), *cache, slots, norm, norm, impl="torch")
+        results.append((q, cache))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+
+
 @pytest.mark.parametrize("options", [{}, {"block_size": 2}])
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_attention_of_no_sequence_is_empty(impl: str, options: dict) -> None:
