@@ -229,7 +229,6 @@ def main(
                 for provider, make in makers.items():
                     row |= {"provider": provider, "copy_gb_s": round(bandwidth / 1e9, 1)}
                     report.add(**row, **_timed(make, loads, where, samples, bandwidth))
-                    report.write_csv()  # what is measured stays, whatever happens to the rest
                     said = report.rows[-1]["p50_us"] or report.rows[-1]["note"]
                     print(f"{provider}, context {length}, {count} rows: {said}", file=sys.stderr, flush=True)
         finally:
@@ -241,10 +240,8 @@ def _publish(report: Report) -> None:
     if not report.rows:
         return
     report.rows.sort(key=lambda row: (row["context"], row["rows"]))
-    table = report.markdown(SHOWN)
-    print(table, flush=True)
-    if path := report.write_csv():
-        path.with_suffix(".md").write_text(table + "\n")
+    report.write_csv()
+    report.publish(report.markdown(SHOWN))
     report.write_chart(
         "context", "of_copy", lambda row: f"{row['provider']}, {row['rows']} rows",
         x_label="tokens in the cache", y_label="share of copy bandwidth",

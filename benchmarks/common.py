@@ -131,25 +131,31 @@ class Report:
         self.folder = root / slug(self.environment["device"]) if root else None
 
     def add(self, **row: Any) -> None:
-        """One row; all rows have the same columns."""
+        """One row; all rows have the same columns. The CSV file has it at once, whatever happens to the rest."""
         self.rows.append(row)
+        self.write_csv()
 
     def markdown(self, columns: Sequence[str] | None = None) -> str:
         """The rows as a table, with the environment beneath it."""
         environment = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         return f"{markdown_table(self.rows, columns)}\n\n{environment}"
 
-    def write_csv(self) -> Path | None:
-        """<folder>/<name>.csv, every row with the environment's columns; None if there is no folder."""
+    def write_csv(self) -> None:
+        """<folder>/<name>.csv, every row with the environment's columns, if there is a folder."""
         if self.folder is None or not self.rows:
-            return None
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self.name}.csv"
-        with path.open("w", newline="") as file:
+        with (self.folder / f"{self.name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, [*self.rows[0], *self.environment], lineterminator="\n")
             writer.writeheader()
             writer.writerows(row | self.environment for row in self.rows)
-        return path
+
+    def publish(self, text: str) -> None:
+        """Print the table and what is said of it, and keep both as <folder>/<name>.md."""
+        print(text, flush=True)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"{self.name}.md").write_text(text + "\n")
 
     def write_chart(
         self, x: str, y: str, series: Callable[[dict[str, Any]], str], *, x_label: str, y_label: str,

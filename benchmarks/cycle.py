@@ -3,7 +3,6 @@ python -m benchmarks.cycle --shape qwen3-8b --context 2048 --batch 1 --providers
 
 from __future__ import annotations
 
-import copy
 import gc
 import shlex
 import sys
@@ -65,7 +64,6 @@ def main(
                     raise
                 measured, note = None, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             report.add(**row, **_columns(measured, load, bandwidth, tokens_per_cycle), note=note)
-            report.write_csv()
             row = report.rows[-1]
             print(f"{name}, context {tokens}, batch {sequences}: {row['p50_ms'] or note}", file=sys.stderr, flush=True)
             gc.collect()
@@ -104,15 +102,11 @@ def _publish(report: Report, tokens_per_cycle: float) -> None:
         "of_floor: p50 over the time to read weights and K/V once per pass at the measured copy bandwidth."
     )
     lines = [table, "", assumed, *_comparisons(report.rows), "", f"    {_command()}"]
-    print("\n".join(lines))
-    if path := report.write_csv():
-        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        drawn = copy.copy(report)
-        drawn.rows = [row for row in report.rows if row["p50_ms"] != ""]
-        drawn.write_chart(
-            "context", "p50_ms", lambda row: f"{row['provider']}, batch {row['batch']}", x_label="tokens of context",
-            y_label="ms per cycle (per token: -ar, hf)",
-        )  # fmt: skip
+    report.publish("\n".join(lines))
+    report.write_chart(
+        "context", "p50_ms", lambda row: f"{row['provider']}, batch {row['batch']}", x_label="tokens of context",
+        y_label="ms per cycle (per token: -ar, hf)", rows=[row for row in report.rows if row["p50_ms"] != ""],
+    )  # fmt: skip
 
 
 def _command() -> str:

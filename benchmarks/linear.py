@@ -179,15 +179,12 @@ def main(
                         of_copy=round(nbytes / timing.p50 / bandwidth, 3), copy_gb_s=round(bandwidth / 1e9, 1),
                         samples=timing.samples,
                     )  # fmt: skip
-    table = report.markdown(SHOWN)
-    if path := report.write_csv():
-        path.with_suffix(".md").write_text(table + "\n")
+    report.publish(report.markdown(SHOWN))
     report.write_chart(
         "rows", "of_copy", lambda row: f"{row['shape']} {row['weight']}, {row['provider']}",
         x_label="rows", y_label="share of copy bandwidth",
         rows=[row for row in report.rows if row["shape"] == cells[-1][0] and "+" not in row["weight"]],
     )  # fmt: skip
-    print(table)
 
 
 if __name__ == "__main__":

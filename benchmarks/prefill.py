@@ -108,7 +108,6 @@ def main(
                     if name == "ours" or length <= others_up_to:
                         row = {"provider": name, "shape": shape, "dtype": dtype, "context": length}
                         report.add(**row, **_timed(_make(name, model, length), prompt[:length], name, where))
-                        report.write_csv()
                         print(f"{name}, {length} tokens: {report.rows[-1]['ttft_s']} s", file=sys.stderr, flush=True)
         finally:
             if report.rows:

@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -221,7 +222,7 @@ def main(
     """Requests/s, tokens/s and time to first text (median, 95th percentile) of greedy streamed completions.
 
     Clients share cores with the server. Answers under the heaviest load are first compared with AR decoding; if one
-    differs, nothing is timed and the exit code is 1.
+    differs, nothing is timed and the exit code is 1. Ctrl-C leaves a table of the levels that were measured.
 
     \b
     python -m benchmarks.serving                                                          # the demo model
@@ -248,17 +249,17 @@ def main(
     slots = slots or most
     report = Report(f"serving_{shape or 'model'}", where, out)
     require_green(run_apart(lambda: list(problems(network, tokenizer, questions[:most], most, slots))))
-    for level in levels:
-        asked = questions[: max(requests, level)]
-        decoder = ConsensusDecoder(network, block_size=block_size)
-        answers, seconds = timed_load(decoder, tokenizer, asked, tokens, level, slots)
-        fixed = {"model": name, "dtype": str(of).removeprefix("torch."), "block_size": block_size or network.block_size}
-        fixed |= {"clients": level, "slots": slots}
-        report.add(**fixed, max_tokens=tokens, **figures(answers, seconds))
-    table = f"{name}, {str(of).removeprefix('torch.')}\n\n{report.markdown(SHOWN)}"
-    if path := report.write_csv():
-        path.with_suffix(".md").write_text(table + "\n")
-    print(table)
+    fixed = {"model": name, "dtype": str(of).removeprefix("torch."), "block_size": block_size or network.block_size}
+    try:
+        for level in levels:
+            asked = questions[: max(requests, level)]
+            decoder = ConsensusDecoder(network, block_size=block_size)
+            answers, seconds = timed_load(decoder, tokenizer, asked, tokens, level, slots)
+            report.add(**fixed, clients=level, slots=slots, max_tokens=tokens, **figures(answers, seconds))
+            print(f"{level} clients: {report.rows[-1]['tokens_s']} tokens/s", file=sys.stderr, flush=True)
+    finally:
+        if report.rows:
+            report.publish(f"{name}, {fixed['dtype']}\n\n{report.markdown(SHOWN)}")
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def main(
     Parts: "attention", one layer; "loss", LM head and divergence; "step", the attention of all layers and one loss.
     Routes: ours; FlexAttention and SDPA over one sequence of context and block keys; a loss over all logits at once.
     Peak memory is what a step needs beside its inputs, on a GPU. Our gradients are checked against fp64 first; if one
-    is wrong, nothing is timed and the exit code is 1.
+    is wrong, nothing is timed and the exit code is 1. Ctrl-C leaves a table of what was measured.
 
     \b
     python -m benchmarks.training                                                         # on a GPU
@@ -214,15 +214,15 @@ def main(
     depth = layers or SHAPES[shape].num_hidden_layers
     report = Report(f"training_{shape}_{dtype}", where, out)
     row = {"shape": shape, "anchors": anchors, "block_size": block_size, "length": length, "layers": depth}
-    for part, choices in ROUTES.items():
-        for attention, loss in choices:
-            name = ", ".join(choice for choice in (attention, loss) if choice)
-            columns = _timed(batch, depth if part == "step" else 1, attention, loss, where, samples)
-            report.add(**row, part=part, route=name, **columns)
-    table = report.markdown(SHOWN)
-    if path := report.write_csv():
-        path.with_suffix(".md").write_text(table + "\n")
-    print(table)
+    try:
+        for part, choices in ROUTES.items():
+            for attention, loss in choices:
+                name = ", ".join(choice for choice in (attention, loss) if choice)
+                columns = _timed(batch, depth if part == "step" else 1, attention, loss, where, samples)
+                report.add(**row, part=part, route=name, **columns)
+    finally:
+        if report.rows:
+            report.publish(report.markdown(SHOWN))
 
 
 def _timed(

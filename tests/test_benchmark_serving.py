@@ -61,6 +61,22 @@ def test_a_row_for_every_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(kept) == (3 + 3) + 3 + 2 * (3 + 5) and max(kept) < 3
 
 
+def test_levels_that_were_measured_before_an_interruption_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops_at_the_second(decoder, tokenizer, prompts, tokens, clients, slots):
+        if clients == 3:
+            raise KeyboardInterrupt
+        return [serving.Answer(" 1", 6, 0.1)] * len(prompts), 2.0
+
+    monkeypatch.setattr(serving, "problems", lambda *_: [])
+    monkeypatch.setattr(serving, "timed_load", stops_at_the_second)
+    result = run(*TINY, "--clients", "1,3", "--requests", "5", "--out", str(tmp_path))
+    (path,) = tmp_path.rglob("serving_tiny.csv")
+    assert result.exit_code == 130 and len(path.read_text().splitlines()) == 1 + 1
+    assert "| 1 | 3 | 5 | 30 | 2.0 | 2.5 | 15.0 |" in result.stdout
+
+
 def test_a_wrong_answer_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = serving.ask
 

@@ -33,6 +33,20 @@ def test_every_route_has_a_figure_or_a_reason(tmp_path: Path) -> None:
     assert float(rows["step", "ours, ours"]["p50_ms"]) > float(rows["attention", "ours"]["p20_ms"])
 
 
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops_at_the_loss(batch, layers, attention, loss, *others):
+        if loss is not None:
+            raise KeyboardInterrupt
+        return dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "peak_mib", "samples", "note"), "")
+
+    monkeypatch.setattr(training, "problems", lambda *_: [])
+    monkeypatch.setattr(training, "_timed", stops_at_the_loss)
+    result = run("--out", str(tmp_path))
+    (path,) = tmp_path.rglob("*.csv")
+    assert result.exit_code == 130 and len(path.read_text().splitlines()) == 1 + 3
+    assert result.stdout.count("| attention |") == 3
+
+
 def test_a_wrong_gradient_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = training.our_loss
     monkeypatch.setattr(training, "our_loss", lambda batch, impl="auto": right(batch, impl) * (1 + (impl == "auto")))

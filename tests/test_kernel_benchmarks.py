@@ -88,6 +88,14 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkey
     assert len(path.read_text().splitlines()) == 1 + 2
 
 
+def test_a_row_is_on_the_disk_as_soon_as_it_is_measured(tmp_path: Path) -> None:
+    report = common.Report("x", torch.device("cpu"), tmp_path)
+    for n in (1, 2):
+        report.add(n=n)
+        (path,) = tmp_path.glob("*/x.csv")
+        assert len(path.read_text().splitlines()) == 1 + n
+
+
 def test_flex_attention_is_compiled_once_for_all_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, compile = [], torch.compile
 
