@@ -31,15 +31,22 @@ CONTROL_TOKEN = 3
 SCALING = "llama.rope.scaling."
 
 
+class Fields(dict[str, Any]):
+    """A file's fields by name."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"a GGUF file must have the field {name!r}, but this one has none")
+
+
 def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.Tensor], PreTrainedTokenizerFast]:
     """A Llama in GGUF as transformers would have it: configuration, fp32 weights by name, tokenizer.
 
     Raises:
-        ImportError: gguf is not installed. ValueError: the file is damaged, or has another architecture, another
-            tokenizer, an unknown tensor, or a stretched rotary embedding of an unknown kind.
+        ImportError: gguf is not installed. ValueError: the file is damaged, lacks a field, or has another architecture,
+            another tokenizer, an unknown tensor or storage type, or a stretched rotary embedding of an unknown kind.
     """
     reader = _open(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields = Fields({name: field.contents() for name, field in reader.fields.items()})
     for name, expected in (
         ("general.architecture", "llama"), ("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm"),
     ):  # fmt: skip
@@ -75,10 +82,15 @@ def _open(path: str | PathLike[str]) -> Any:
 def _read_weights(reader: Any, fields: dict[str, Any]) -> dict[str, torch.Tensor]:
     from gguf import dequantize
 
-    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": _key_heads(fields)}
     state_dict = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        try:
+            weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        except NotImplementedError as error:
+            raise ValueError(
+                f"tensor {tensor.name!r} must have a storage type that gguf reads, but: {error}"
+            ) from error
         if tensor.name in TOP_NAMES:
             state_dict[TOP_NAMES[tensor.name]] = weight
             continue
@@ -92,6 +104,10 @@ def _read_weights(reader: Any, fields: dict[str, Any]) -> dict[str, torch.Tensor
             weight = _undo_rotary_permutation(weight, heads[name])
         state_dict[f"model.layers.{layer}.{LAYER_NAMES[name]}.weight"] = weight
     return state_dict
+
+
+def _key_heads(fields: dict[str, Any]) -> int:
+    return fields.get("llama.attention.head_count_kv", fields["llama.attention.head_count"])
 
 
 def _undo_rotary_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -109,14 +125,14 @@ def _make_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
         intermediate_size=fields["llama.feed_forward_length"],
         num_hidden_layers=fields["llama.block_count"],
         num_attention_heads=fields["llama.attention.head_count"],
-        num_key_value_heads=fields["llama.attention.head_count_kv"],
+        num_key_value_heads=_key_heads(fields),
         max_position_embeddings=fields["llama.context_length"],
         rms_norm_eps=eps,
         rope_parameters=_make_rope(fields),
         tie_word_embeddings=tied,
-        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
-        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
+        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
     )
 
 
@@ -126,7 +142,7 @@ def _make_rope(fields: dict[str, Any]) -> dict[str, Any]:
     rotated = fields.get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ValueError(f"llama.rope.dimension_count must be the {head_dim} of a whole head, but is {rotated}")
-    theta = {"rope_theta": float(fields["llama.rope.freq_base"])}
+    theta = {"rope_theta": float(fields.get("llama.rope.freq_base", 10_000.0))}
     scaling = {"factor": fields.get("llama.rope.scale_linear", 0.0)}  # its name in the first files
     scaling |= {name.removeprefix(SCALING): value for name, value in fields.items() if name.startswith(SCALING)}
     scaling.pop("finetuned", None)  # how it was trained, which changes nothing here
@@ -161,7 +177,8 @@ def _make_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         [AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == CONTROL_TOKEN]
     )
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    special = {f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]] for ours, theirs in names.items()}
+    ids = {f"{ours}_token": fields.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    special = {name: tokens[token] for name, token in ids.items() if token is not None}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
     fast.chat_template = fields.get("tokenizer.chat_template")
     return fast

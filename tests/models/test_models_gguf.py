@@ -7,13 +7,14 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from orthrus_triton.models import demo
-from orthrus_triton.models.gguf import _make_config, _undo_rotary_permutation, load_gguf
+from orthrus_triton.models.gguf import LAYER_NAMES, _make_config, _undo_rotary_permutation, load_gguf
 from orthrus_triton.models.rope import rotary_from_config
 from orthrus_triton.modules import ConsensusDecoder
 
@@ -140,6 +141,57 @@ def test_a_file_that_is_no_whole_gguf_is_named(content: bytes, tmp_path: Path):
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(ValueError, match="model.gguf' must be a complete GGUF file, but"):
         load_gguf(tmp_path / "model.gguf")
+
+
+def small_gguf(path: Path, without: str = "", weights: np.dtype = np.dtype(np.float32)) -> Path:
+    """One layer of width 32, of which one field may be missing; without those that a file need not have."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers = {
+        "embedding_length": 32, "feed_forward_length": 32, "block_count": 1, "attention.head_count": 1,
+        "context_length": 64,
+    }  # fmt: skip
+    for name, number in numbers.items():
+        if name != without:
+            writer.add_uint32(f"llama.{name}", number)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<|endoftext|>", "a", "b", "ab"])
+    writer.add_token_types([3, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    if without != "eos_token_id":
+        writer.add_eos_token_id(0)
+    for name in ("token_embd", *(f"blk.0.{name}" for name in LAYER_NAMES), "output_norm"):
+        writer.add_tensor(
+            f"{name}.weight", np.ones(32 if "norm" in name else (4 if name[0] == "t" else 32, 32), weights)
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_fields_that_a_file_need_not_have(tmp_path: Path):
+    config, weights, tokenizer = load_gguf(small_gguf(tmp_path / "small.gguf"))
+    assert (config.num_key_value_heads, config.rope_parameters["rope_theta"]) == (1, 10_000.0)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 0, None)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", None)
+    assert len(weights) == 11 and tokenizer("ab").input_ids == [3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"without": "block_count"}, "must have the field 'llama.block_count', but this one has none"),
+        ({"without": "eos_token_id"}, "must have the field 'tokenizer.ggml.eos_token_id'"),
+        ({"weights": np.dtype(np.int8)}, "'token_embd.weight' must have a storage type that gguf reads, but: .*I8"),
+    ],
+)
+def test_what_a_file_lacks_is_named(options: dict, message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        load_gguf(small_gguf(tmp_path / "small.gguf", **options))
 
 
 def test_a_missing_gguf_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
