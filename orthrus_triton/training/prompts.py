@@ -40,7 +40,8 @@ def read_prompts(path: str | PathLike[str]) -> list[Prompt]:
     if not path.exists():
         raise FileNotFoundError(f"prompts must come from a file, but there is no {str(path)!r}")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON text may hold other line separators
+        # a byte order mark is no text; JSON text may hold other line separators
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts must be UTF-8 text, but in {path} {error}") from error
     if path.suffix == ".jsonl":
@@ -122,6 +123,8 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
     text = (record.get("prompt") or record.get("text")) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'{where}: expected an object with a "prompt" or "text", but got {line[:60]!r}')
+    if any("\ud800" <= character <= "\udfff" for character in text):  # a tokenizer would take none of it
+        raise ValueError(f"{where}: a prompt must be text, but has half of a surrogate pair")
     domain, chat = record.get("domain", "all"), record.get("chat")
     if not isinstance(domain, str) or not (chat is None or isinstance(chat, bool)):
         raise ValueError(f"{where}: domain must be a string and chat true or false, but got {domain!r} and {chat!r}")

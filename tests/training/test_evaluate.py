@@ -98,6 +98,9 @@ def test_repetition_share():
 def test_prompt_files(tmp_path):
     (tmp_path / "code.txt").write_text("one\n\n  two words \n")
     assert read_prompts(tmp_path / "code.txt") == [Prompt("one", "code"), Prompt("two words", "code")]
+    for name, content in (("code.txt", "one"), ("mark.jsonl", '{"prompt": "one", "domain": "code"}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")  # as some editors begin a file
+        assert read_prompts(tmp_path / name) == [Prompt("one", "code")]
     (tmp_path / "mine.txt").write_text("one")
     assert read_prompts(tmp_path / "mine.txt") == [Prompt("one", "all")]
     lines = ['{"prompt": "a", "domain": "docs", "chat": false}', "", '{"text": "b"}']
@@ -108,6 +111,7 @@ def test_prompt_files(tmp_path):
         "[]",
         '{"prompt": " "}',
         '{"prompt": 3}',
+        '{"prompt": "half \\ud83d"}',
         '{"text": "a", "chat": 1}',
         '{"text": "a", "domain": 4}',
     ):
