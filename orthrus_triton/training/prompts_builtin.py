@@ -53,7 +53,7 @@ def builtin_prompts(
     Raises:
         ImportError: a package whose docstrings are needed is not installed.
         NotADirectoryError: `corpus` is not a folder.
-        ValueError: a package is held out for evaluation, or phrasings is below 1.
+        ValueError: a package is held out for evaluation or a single file, or phrasings is below 1.
     """
     if held_out := sorted(name for name in set(packages) if name.partition(".")[0] in HELD_OUT_PACKAGES):
         raise ValueError(f"packages must not be held out for evaluation, but got {', '.join(held_out)}")
@@ -187,8 +187,10 @@ def _training_roots(packages: Sequence[str] = ()) -> list[Path]:
 
 def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         raise ImportError(f"the built-in prompts need the package {name}, which is not installed: pip install {name}")
+    if not spec.submodule_search_locations:
+        raise ValueError(f"packages must be folders of modules, but {name} is a single file")
     return Path(spec.submodule_search_locations[0])
 
 

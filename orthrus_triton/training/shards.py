@@ -54,7 +54,8 @@ class ShardFolder:
         """Take over what is there; the questions that still need an answer. Nobody else may write until `close`.
 
         Raises:
-            ValueError: the folder holds something else, or a shard that was changed, or another process writes into it.
+            ValueError: the folder holds something else, a manifest that is none, or a shard that was changed, or another
+                process writes into it.
         """
         self._read_manifest()  # nothing is put into a folder of something else
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,15 +140,19 @@ class ShardFolder:
             if self.folder.is_dir() and any(path.suffix not in (".tmp", ".lock") for path in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} must be empty or hold an earlier run, but it has no {MANIFEST}")
             return {}
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            seconds, shards = manifest["seconds"], {shard["file"]: shard for shard in manifest["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} must be a run's manifest, but {error!r}") from error
         different = [name for name, value in self.identity.items() if manifest.get(name) != value]
         if different:
             raise ValueError(
                 f"{self.folder} holds a run with other settings ({', '.join(different)}): name another folder, or give "
                 "the settings of that run"
             )
-        self._earlier_seconds = manifest["seconds"]
-        return {shard["file"]: shard for shard in manifest["shards"]}
+        self._earlier_seconds = seconds
+        return shards
 
     def _write_manifest(self) -> None:
         shards = [self._shards[shard] for shard in sorted(self._shards)]

@@ -217,6 +217,10 @@ def test_runs_are_not_mixed(model, tokenizer, prompts, unbroken, tmp_path):
     shard.write_text("".join(lines[1:]))
     with pytest.raises(ValueError, match="must hold 4 rows, but has 3"):
         distill(model, tokenizer, prompts[:4], folder, **SETTINGS)
+    for damaged in ("{", "[]", json.dumps({"format": 1})):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match="run/manifest.json must be a run's manifest, but"):
+            distill(model, tokenizer, prompts[:4], folder, **SETTINGS)
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ValueError, match="must be empty or hold an earlier run"):
         distill(model, tokenizer, prompts[:4], tmp_path, **SETTINGS)

@@ -64,6 +64,8 @@ def test_builtin_prompts_come_from_docstrings_tables_and_a_corpus(tmp_path, monk
     more = set(prompts_builtin.builtin_prompts(seed=1, corpus=corpus)) - set(prompts)
     assert {"an owl"} == {noun for noun in ("an owl", "a zyx", "old") for prompt in more if noun in prompt.text}
     assert sum(prompt.domain == "prose" and not prompt.chat for prompt in more) == 1
+    with pytest.raises(ValueError, match="must be folders of modules, but typing_extensions is a single file"):
+        prompts_builtin._package_folder("typing_extensions")
     with pytest.raises(NotADirectoryError, match="corpus"):
         prompts_builtin.builtin_prompts(corpus=corpus / "essay.txt")
 
