@@ -205,6 +205,13 @@ def test_doctor_says_what_runs_where_and_why(monkeypatch):
     assert "TRITON_INTERPRET 1" in report
 
 
+def test_doctor_sees_a_triton_whose_package_has_another_name(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr("orthrus_triton.cli.doctor._installed", lambda name: f"no {name}")
+    report = " ".join(run("doctor").stdout.split())
+    assert f"triton {triton.__version__} transformers no transformers" in report
+
+
 def test_help_teaches_and_imports_nothing_heavy():
     source = """
 import sys

@@ -28,7 +28,7 @@ def doctor() -> None:
     """
     import torch
 
-    from orthrus_triton._triton import HAS_TRITON
+    from orthrus_triton._triton import HAS_TRITON, triton
     from orthrus_triton.ops._dispatch import resolve_impl
 
     device = resolve_device("auto")
@@ -38,7 +38,8 @@ def doctor() -> None:
     table.add_row("orthrus-triton", __version__)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:
-        table.add_row(name, _installed(name))
+        # of Triton the module itself, for in builds for ROCm its package has another name
+        table.add_row(name, triton.__version__ if name == "triton" and HAS_TRITON else _installed(name))
     for line in _devices():
         table.add_row("device", line)
     table.add_row("bf16 in this CPU", ", ".join(cpu_bf16_instructions()) or "no (dtype auto takes fp32 on it)")
