@@ -111,7 +111,7 @@ def _publish(report: Report, tokens_per_cycle: float) -> None:
 
 def _command() -> str:
     """What was run, without the folders of this machine."""
-    words = sys.argv[1:]
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for option in ("--official", "--out"):
         if option in words:
             words[words.index(option) + 1] = "PATH"

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.common import Report
 from benchmarks.shapes import transformers_model
+from orthrus_triton.autotune.config import DTYPE_NAMES
 from orthrus_triton.cli.common import DtypeOption, one_line_errors, resolve_device, resolve_dtype
 from orthrus_triton.cli.load import DEMO_NAME, ModelOption, load_model
 from orthrus_triton.modules import ConsensusDecoder, first_difference
@@ -231,8 +232,9 @@ def main(
         if limit > len(TEMPLATES) * len(SUBJECTS):
             raise ValueError(f"--limit must be at most {len(TEMPLATES) * len(SUBJECTS)}, but got {limit}")
         device = resolve_device("auto")
+        of = resolve_dtype(dtype, device)
     processes = processes or (GPU_PROCESSES if device.type == "cuda" else 1)
-    report = Report(f"exactness_{dtype}", device, out)
+    report = Report(f"exactness_{DTYPE_NAMES[of]}", device, out)
     count = Count(model or f"{DEMO_NAME}, shipped view", tokens)
     started = time.monotonic()
     try:

@@ -151,3 +151,8 @@ def test_bytes_of_a_pass() -> None:
 def test_unknown_names_are_named() -> None:
     result = run("--providers", "ours,theirs", ok=False)
     assert "but got 'theirs'" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_command_in_a_report_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["cycle.py", "--out=/home/me/a b", "--official", "/home/me/o", "--batch", "1,2"])
+    assert cycle._command() == "python -m benchmarks.cycle --out PATH --official PATH --batch 1,2"

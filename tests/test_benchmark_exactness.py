@@ -71,6 +71,13 @@ def test_what_was_counted_before_an_interruption_is_kept(monkeypatch: pytest.Mon
     assert rows_of(tmp_path)[exactness.OURS]["identical"] == "25"
 
 
+def test_figures_are_filed_under_the_dtype_that_auto_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(exactness, "compare_all", lambda _: [exactness.Part(exactness.OURS, [None])])
+    monkeypatch.setattr(exactness, "resolve_dtype", lambda name, _: {"auto": torch.float32}[name])
+    run("--dtype", "auto", "--out", tmp_path)
+    assert rows_of(tmp_path)[exactness.OURS]["prompts"] == "1"
+
+
 def test_what_a_process_says_is_an_error() -> None:
     shares = exactness.shares_of("/no/such/model", "fp32", 2, 0, 4, 2)
     with pytest.raises(RuntimeError, match="no/such/model"):
