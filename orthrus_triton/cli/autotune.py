@@ -124,8 +124,8 @@ def _problems(
     from orthrus_triton.autotune.shapes import SHAPES, problems_of, select
 
     for file in modules:
-        if not file.is_file():
-            raise ValueError(f"--module must be a Python file, but there is no {file}")
+        if not file.is_file() or file.suffix != ".py":
+            raise ValueError(f"--module must be a Python file, but {file} is none")
         try:
             load_file(file.resolve())
         except Exception as error:  # it is the user's code

@@ -154,7 +154,7 @@ def read_config(path: str | Path, **changes: Any) -> ViewTrainingArguments:
         raise FileNotFoundError(f"there is no config {str(path)!r}")
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must hold YAML, but: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold a mapping of options, but got a {type(options).__name__}")

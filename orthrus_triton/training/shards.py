@@ -54,7 +54,7 @@ class ShardFolder:
         """Take over what is there; the questions that still need an answer. Nobody else may write until `close`.
 
         Raises:
-            ValueError: the folder holds something else, a manifest that is none, or a shard that was changed, or another
+            ValueError: the folder holds something else, a manifest that is none or a shard that was changed, or another
                 process writes into it.
         """
         self._read_manifest()  # nothing is put into a folder of something else

@@ -39,6 +39,7 @@ LINEAR = Problem.of("linear", "bf16", N=512, K=512)
         (["--shape", "qwen3-8b", "--target", "sm_90"], "--target goes with --dry-run"),
         (["--shape", "qwen3-8b", "--dry-run", "--target", "sm_75"], "target must be one of sm_80"),
         (["--module", "no_such_file.py", "--shape", "qwen3-8b"], "--module must be a Python file"),
+        (["--module", "LICENSE", "--show"], "--module must be a Python file, but LICENSE is none"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(options, said):

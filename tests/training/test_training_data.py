@@ -304,6 +304,9 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
         read_config(path)
     with pytest.raises(ValueError, match="config must be a YAML file, but .* is a folder"):
         read_config(tmp_path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="view.yaml must hold YAML, but: 'utf-8' codec"):
+        read_config(path)
     for text, message in (
         ("- a", "must hold a mapping of options, but got a list"),
         ("a: [", "must hold YAML"),
