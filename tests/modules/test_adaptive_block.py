@@ -57,7 +57,7 @@ def test_one_slow_cycle_is_no_reason() -> None:
     rule = AdaptiveBlock(CPU_TIMES)
     for n in range(15):
         size = rule.next_size()
-        rule.observe(size, CPU_TIMES[size] * (20 if n % rule.SAMPLES == 0 else 1), [min(31, size - 1)])
+        rule.observe(size, CPU_TIMES[size] * (20 if n == 1 else 1), [min(31, size - 1)])
     assert rule.next_size() == 32
 
 
@@ -88,6 +88,31 @@ def test_ar_is_left_again_when_drafts_become_good() -> None:
     assert play(rule, CPU_TIMES, [31] * 600)[-1] == 32
 
 
+def test_a_new_text_is_probed_as_early_as_the_first() -> None:
+    rule = calibrated(CPU_TIMES, 0)
+    play(rule, CPU_TIMES, [0] * 1000)  # by now probes are far apart
+    rule.start()
+    drafted = [size != AR for size in play(rule, CPU_TIMES, [0] * 60)]
+    assert drafted.index(True) <= rule.FIRST_PROBE
+
+
+def test_how_drafts_fared_on_the_last_text_is_only_a_hint() -> None:
+    rule = AdaptiveBlock([1, 8])
+    for _ in range(100):
+        rule.observe(8, 1.0, [7])
+    before, _ = rule.expected_tokens(8), rule.start()
+    rule.observe(8, 1.0, [0])
+    again = AdaptiveBlock([1, 8])
+    for _ in range(100):
+        again.observe(8, 1.0, [7])
+    again.observe(8, 1.0, [0])  # in one text, one bad cycle hardly counts
+    assert rule.expected_tokens(8) < again.expected_tokens(8) - 1 and before > 7
+
+
+def test_where_there_is_ar_alone_nothing_is_probed() -> None:
+    assert set(play(AdaptiveBlock([AR]), {AR: 1.0}, [0] * 100)) == {AR}
+
+
 def test_expected_tokens() -> None:
     rule = AdaptiveBlock([1, 4, 8])
     for _ in range(400):
@@ -96,6 +121,10 @@ def test_expected_tokens() -> None:
     assert rule.expected_tokens(1) == 1
     assert rule.expected_tokens(4) == pytest.approx(2.0, abs=0.15)
     assert rule.expected_tokens(8) == pytest.approx(rule.expected_tokens(4), abs=0.1)
+    # what the frozen view says while drafting comes besides, and not in AR
+    anchored = AdaptiveBlock([1, 4, 8], anchor_rows=1)
+    assert anchored.expected_tokens(1) == 1
+    assert anchored.expected_tokens(4) == 1 + AdaptiveBlock([1, 4, 8]).expected_tokens(4)
 
 
 def test_sizes() -> None:
