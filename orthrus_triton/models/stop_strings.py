@@ -27,18 +27,13 @@ class StopStrings:
         for string in strings:
             if not isinstance(string, str) or not 1 <= len(string) <= MOST_CHARACTERS:
                 raise ValueError(f"stop_strings must have 1..{MOST_CHARACTERS} characters each, but got {string!r:.80}")
-        self.tokenizer, self.strings = tokenizer, tuple(strings)
+        self.strings = tuple(strings)
         self._longest = max(map(len, strings))
-        self._begin()
-
-    def _begin(self) -> None:
-        self._text, self._seen = TokenText(self.tokenizer), 0
+        self._text, self._seen = TokenText(tokenizer), 0
         self._tail = ""  # final text in which a stop string may have begun
 
     def __call__(self, new: Sequence[int]) -> bool:
         """Whether one of the strings is in the text that came with the tokens since the last call."""
-        if len(new) < self._seen:  # another sequence
-            self._begin()
         final, unsure = self._text.push(list(new[self._seen :]))
         self._seen = len(new)
         self._tail += final

@@ -134,3 +134,8 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
         stop, text = StopStrings(tokenizer, strings), "".join(chance.choices("ab", k=chance.randint(0, 12)))
         begins = [at for at in range(len(text)) for s in strings if len(s) > len(text) - at and s.startswith(text[at:])]
         assert stop.safe_length(text) == min(begins, default=len(text))
+
+
+def test_the_first_of_several_stop_strings_ends_the_text() -> None:
+    stream = TextStream(ByteTokenizer(), StopStrings(ByteTokenizer(), ["cd", "ab", "e"]))
+    assert stream.push(list(b"xyabcde")) == "xy" and stream.stopped
