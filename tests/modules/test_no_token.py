@@ -51,6 +51,23 @@ def until_poison(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(POISON) + 1] if POISON in tokens[:-1] else tokens
 
 
+class Infinite(LedgerModel):
+    """Behind position 3, one entry of the AR view's hidden states, and so one logit, is +inf."""
+
+    def forward_view(self, input_ids, cache, view_pass):
+        hidden = super().forward_view(input_ids, cache, view_pass).clone()
+        if view_pass.view == "ar":
+            hidden[..., 0] = torch.where(view_pass.positions > 3, torch.inf, hidden[..., 0])
+        return hidden
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.9}, {"temperature": 0.9, "sampling": "rejection"}])
+def test_an_infinite_logit_is_no_token_by_any_rule(how: dict) -> None:
+    decoder = ConsensusDecoder(Infinite(VOCAB), impl="torch", block_size=3)
+    with pytest.raises(NonFiniteLogitsError, match=r"\[0\] after \[3\]"):
+        decoder.generate([torch.tensor([1, 2])], max_new_tokens=8, eos_token_id=[], **how)
+
+
 @pytest.mark.parametrize("anchor_rows", [0, 1])
 def test_nan_ends_that_sequence_alone(anchor_rows: int) -> None:
     """And the error names it; the decoder goes on."""
