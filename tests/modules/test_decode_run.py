@@ -219,8 +219,8 @@ def test_sequences_admitted_together() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run.admit_together(slots, prompts, tokens, prefill)
-    with pytest.raises(ValueError, match="prompts must have at most longest=4 tokens, but one has 6"):
-        run.admit_together([2], PROMPTS[:1], 2, BatchPrefill(MODEL, 4, 2))
+    with pytest.raises(ValueError, match="prompts must have at most longest=5 tokens, but one has 6"):
+        run.admit_together([2], PROMPTS[:1], 2, BatchPrefill(MODEL, 5, 2))
     for prompts, params in ((PROMPTS[:2], None), (PROMPTS[:1], [SamplingParams()] * 2)):
         with pytest.raises(ValueError, match="prompts and params must be one for each of 1 slots, but got"):
             run.admit_together([2], prompts, 2, prefill, params)

@@ -276,6 +276,15 @@ def test_examples_are_a_function_of_seed_and_number():
     assert EvenAnchors(rows, 3, K, first_row_id=7)[1]["row_id"] == 8
 
 
+def test_anchors_of_a_row_differ_while_there_are_enough_and_have_something_to_predict():
+    rows = [TextRow("code", list(range(20)), [(3, 6), (15, 20)])]
+    for anchor_rows, places in ((0, [2, 3, 4, 14, 15, 16, 17, 18]), (1, [2, 3, 14, 15, 16, 17])):
+        all_of_them = AnchorExamples(rows, 3, len(places), anchor_rows=anchor_rows)
+        assert [all_of_them[n]["anchors"].tolist() for n in range(3)] == [places] * 3
+        assert len(AnchorExamples(rows, 1, 12, anchor_rows=anchor_rows)[0]["anchors"]) == 12
+    assert EvenAnchors(rows, 2, 4, anchor_rows=1)[0]["anchors"].tolist() == [14, 15]
+
+
 def test_anchors_gather_where_the_frozen_model_was_unsure(tmp_path):
     model = make_model()
     rows = own_rows(model, 3)
