@@ -31,6 +31,7 @@ from orthrus_triton.cli.common import (
 )
 from orthrus_triton.cli.load import load_apart
 from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules.decode_options import BlockSize
 from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.serving.apart import run_apart
 from orthrus_triton.training.prompts import encode, read_prompts
@@ -167,12 +168,13 @@ def timed_load(
 
 
 def problems(
-    network: DualViewModel, tokenizer: Any, prompts: Sequence[list[int]], clients: int, slots: int
-) -> Iterator[str]:
+    network: DualViewModel, tokenizer: Any, prompts: Sequence[list[int]], clients: int, slots: int,
+    block_size: BlockSize | None,
+) -> Iterator[str]:  # fmt: skip
     """Where an answer under the heaviest load is not the text of AR decoding of that prompt alone."""
     # the cycle's own prefill: else a prompt that begins like another in its slot may find K/V that were rounded
     # otherwise, see docs/serving.md
-    shared = ConsensusDecoder(network, batch_invariant_prefill=True)
+    shared = ConsensusDecoder(network, block_size=block_size, batch_invariant_prefill=True)
     alone = ConsensusDecoder(network, mode="ar", batch_invariant_prefill=True)
     answers, _ = timed_load(shared, tokenizer, prompts, GATE_TOKENS, clients, slots)
     for n, (prompt, answer) in enumerate(zip(prompts, answers)):
@@ -248,7 +250,7 @@ def main(
         )
     slots = slots or most
     report = Report(f"serving_{shape or 'model'}", where, out)
-    require_green(run_apart(lambda: list(problems(network, tokenizer, questions[:most], most, slots))))
+    require_green(run_apart(lambda: list(problems(network, tokenizer, questions[:most], most, slots, block_size))))
     fixed = {"model": name, "dtype": str(of).removeprefix("torch."), "block_size": block_size or network.block_size}
     try:
         for level in levels:

@@ -90,6 +90,17 @@ def test_a_wrong_answer_is_never_timed(tmp_path: Path, monkeypatch: pytest.Monke
     assert "tokens_s" not in result.stdout and not list(tmp_path.iterdir())
 
 
+def test_the_gate_has_the_blocks_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def wrong(decoder, tokenizer, prompts, *_):
+        seen.append(decoder.block_size)
+        return [serving.Answer("no", 1, 0.1)] * len(prompts), 1.0
+
+    monkeypatch.setattr(serving, "timed_load", wrong)
+    assert run(*TINY, "--clients", "1", "--block-size", "3").exit_code == 1 and seen == [3]
+
+
 def test_a_refusal_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "problems", lambda *_: [])
     start = serving.running_server

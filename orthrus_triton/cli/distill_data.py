@@ -119,7 +119,10 @@ def distill_data(
             raise ValueError(
                 "--invent must come with --prompts-only: a run that goes on needs the same prompts in a file"
             )
-        for name, value in (("--invent", invent), ("--limit", limit)):
+        for name, value in (
+            ("--invent", invent), ("--limit", limit), ("--max-new-tokens", max_new_tokens),
+            ("--max-prompt-tokens", max_prompt_tokens), ("--batch-size", batch_size), ("--shard-rows", shard_rows),
+        ):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, but got {value}")
         if max_new_tokens is None:

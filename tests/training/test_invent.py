@@ -288,15 +288,16 @@ def test_command_names_bad_input(model_folder, tmp_path, monkeypatch):
         (("--builtin", "--prompts-only", "--budget", "5m"), "--budget is for answers and for --invent, but"),
         (("--invent", 0, "--prompts-only"), "--invent must be >= 1, but got 0"),
         (("--invent", -3, "--prompts-only"), "--invent must be >= 1, but got -3"),
+        ((*invented, "--batch-size", 0), "--batch-size must be >= 1, but got 0"),
+        (("--prompts", starts, "--shard-rows", -1), "--shard-rows must be >= 1, but got -1"),
         ((*invented, "--beginnings", tmp_path / "missing.txt"), "missing.txt"),
         ((*invented, "--held-out", tmp_path / "missing.txt"), "missing.txt"),
     ]
     with monkeypatch.context() as patch:  # all of this is known before the model is loaded
         patch.setattr("orthrus_triton.cli.distill_data.load_model", None)
         results = [run(model_folder, out, *options) for options, _ in cases]
-    for options, complaint in (((*invented, "--batch-size", 0), "batch_size"), ((*invented, "--seed", 2**63), "seed")):
-        cases.append((options, complaint))
-        results.append(run(model_folder, out, *options))
+    cases.append(((*invented, "--seed", 2**63), "seed"))
+    results.append(run(model_folder, out, *cases[-1][0]))
     cases.append((invented, "prompts must be written to a .jsonl file, but"))
     results.append(run(model_folder, folder, *invented))
     cases.append((("--prompts", starts), "OUT must be a folder, but"))
