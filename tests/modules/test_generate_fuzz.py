@@ -10,8 +10,10 @@ import random
 import pytest
 import torch
 
+from orthrus_triton import ops
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.run_to_end import run_to_end
+from orthrus_triton.ops.gumbel import CHOICE, DRAFT
 from orthrus_triton.testing import TinyDualViewModel
 from tests.modules.ledger_model import LedgerModel, oracle
 
@@ -162,6 +164,26 @@ def test_rejection_follows_the_ar_distribution(anchor_rows: int) -> None:
     again = decoder.generate([prompt], max_new_tokens=30, params=alone, sampling="rejection").sequences[0]
     assert torch.equal(again, rejection.sequences[7])
     assert rejection.stats.tokens_per_cycle > coupled.stats.tokens_per_cycle > 1.1
+
+
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_what_replaces_a_refused_draft_is_drawn_independently_of_it(anchor_rows: int, monkeypatch) -> None:
+    """With the draft's own noise, a token that nearly was the draft would be its replacement too often."""
+    streams, sample = [], ops.sample_choice
+
+    def watched(*arguments, stream, **options):
+        streams.append(stream)
+        return sample(*arguments, stream=stream, **options)
+
+    monkeypatch.setattr(ops, "sample_choice", watched)
+    decoder = ConsensusDecoder(tiny(anchor_rows), impl="torch")
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    decoder.generate([torch.arange(5)], sampling="rejection", **options)
+    # the first token comes from prefill and is no draft
+    assert streams[0] == CHOICE and len(streams) > 2 and set(streams[1:]) == {DRAFT}
+    streams.clear()
+    decoder.generate([torch.arange(5)], **options)
+    assert set(streams) == {CHOICE}  # a coupled draft hits what verify draws because it is drawn alike
 
 
 def test_the_cache_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
