@@ -220,7 +220,7 @@ def test_the_cache_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None
         ({"max_new_tokens": True}, r"max_new_tokens must be an integer >= 1, but got True"),
         ({"eos_token_id": "</s>"}, r"eos_token_id must be in 0..16, but got '</s>'"),
         ({"eos_token_id": [3, 17]}, r"eos_token_id must be in 0..16, but got 17"),
-        ({"logits_processor": lambda ids, scores: scores[:, :3]}, r"logits_processor must return \[1, 17\]"),
+        ({"logits_processor": lambda ids, scores: scores[:, :3]}, r"logits_processor must return a tensor \[1, 17\]"),
     ],
 )
 def test_bad_input_is_named_and_harms_nothing(options: dict, message: str) -> None:
