@@ -90,3 +90,16 @@ def test_it_is_registered_as_it_behaves() -> None:
         ops.recall(*arguments, 0)
     with pytest.raises(ValueError, match="newest must have shape"):
         ops.recall(*arguments[:3], arguments[3][:1], arguments[4], 2)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("beyond", [0, 1 << 24])
+def test_a_newest_token_beyond_the_buffers_recalls_some_tokens(beyond: int, impl: str) -> None:
+    """A slot that has filled its cache is in the batch until it leaves; its neighbour is not disturbed."""
+    full, text = list(range(20)), [1, 2, 3, 1, 2]
+    arguments = list(buffers_of([full, text], [9, 2], 0, 20))
+    alone = ops.recall(*(tensor[1:] for tensor in arguments), 3, impl=impl)
+    arguments[4] = arguments[4] + torch.tensor([1 + beyond, 0], dtype=torch.int32, device=DEVICE)
+    tokens, bonus = ops.recall(*arguments, 3, impl=impl)
+    assert (tokens[0] >= 0).all() and (tokens[0] < 20).all()
+    assert torch.equal(tokens[1:], alone[0]) and torch.equal(bonus[1:], alone[1])

@@ -26,6 +26,7 @@ from orthrus_triton.ops.kept_spans import launch_kept_spans
 from orthrus_triton.ops.logits_filter import mass_of_torch, scaled_torch
 from orthrus_triton.ops.portable_math import portable_exp_torch
 from orthrus_triton.ops.process_logits import IN_PROMPT
+from orthrus_triton.ops.rejection import _accept_or_replace
 from tests.ops.sampling_cases import DEVICE, make_logits, mixed_sampling, positions_of, sampling_of
 
 
@@ -102,6 +103,16 @@ def test_every_decision_is_the_rule() -> None:
             expected = int(((p[b, 0] - q[b, 0]).clamp(min=0).double().log() + noise[b]).argmax())
         assert int(choice[b, 0]) == expected
     assert 100 < accepted < 490
+
+
+def test_a_draft_is_kept_where_rounding_left_nothing_to_replace_it() -> None:
+    """p sums to a little less than q does: here to much less, so that every draft comes to it."""
+    n, positions = 400, positions_of(400, 2)
+    p, q = (torch.tensor(probs, device=DEVICE) for probs in ([0.2, 0.3, 0.0], [0.3, 0.6, 0.1]))
+    candidate = (torch.arange(2 * n, device=DEVICE) % 2).view(n, 2)
+    rows = (torch.zeros(n, 2, 3, device=DEVICE), p.expand(n, 2, 3), q.expand(n, 1, 3))
+    choice = _accept_or_replace(*rows, candidate, positions, sampling_of(n))
+    assert torch.equal(choice[:, 0], candidate[:, 1])
 
 
 def test_joint_distribution_by_enumeration() -> None:
