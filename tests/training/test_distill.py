@@ -295,7 +295,7 @@ def test_command_names_bad_input(model_folder, tmp_path):
         (("--prompts", tmp_path / "q.txt", "--budget", "soon"), "--budget"),
         (("--prompts", tmp_path / "missing.txt"), "missing.txt"),
         (("--prompts", tmp_path / "q.txt", "--held-out", tmp_path / "q.txt"), "--held-out"),
-        (("--prompts", tmp_path / "q.txt", "--batch-size", 0), "batch_size"),
+        (("--prompts", tmp_path / "q.txt", "--batch-size", 0), "--batch-size must be >= 1"),
     ):
         result = run(model_folder, tmp_path / "data", *options)
         assert result.exit_code == 2 and complaint in " ".join(result.stderr.split()), (result.stderr, result.exception)
