@@ -12,7 +12,7 @@ from orthrus_triton import ops
 from orthrus_triton.modules.kv_cache import CacheLayer, View, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear, LowRankDelta, require_residual
 from orthrus_triton.modules.rms_norm import RMSNorm
-from orthrus_triton.ops._dispatch import require_size
+from orthrus_triton.ops._dispatch import require_head_dim, require_size
 
 SUFFIX = {"ar": "", "diffusion": "_diff"}
 
@@ -52,13 +52,12 @@ class DualViewAttention(nn.Module):
         view_rank: int | None = None,
     ) -> None:
         super().__init__()
-        shape = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        require_head_dim(head_dim)
+        shape = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
         for name, value in shape.items() if window is None else (*shape.items(), ("window", window)):
             require_size(name, value)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, but got {num_heads}")
-        if head_dim % 2:
-            raise ValueError(f"head_dim must be even to be rotated by halves, but got {head_dim}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.qk_norm, self.norm_eps = head_dim, qk_norm, norm_eps
         self.window, self.view_rank = window, view_rank

@@ -122,10 +122,11 @@ class SharedKVCache:
             raise ValueError(f"num_rows must be at most block_size={self.block_size} to draft, but got {num_rows}")
         if start is None:
             start = self.context_len
-        elif not isinstance(start, torch.Tensor):
-            raise ValueError(f"start must be a tensor [B] int32 or None, but got {start!r}")
-        require_same("start", tuple(start.shape), tuple(self.context_len.shape), "shape")
-        require_same("start", start.dtype, torch.int32, "dtype")
+        else:
+            if not isinstance(start, torch.Tensor):
+                raise ValueError(f"start must be a tensor [B] int32 or None, but got {start!r}")
+            require_same("start", tuple(start.shape), tuple(self.context_len.shape), "shape")
+            require_same("start", start.dtype, torch.int32, "dtype")
         rows = torch.arange(num_rows, dtype=torch.int32, device=start.device)
         positions = start[:, None] + rows
         if view == "ar":

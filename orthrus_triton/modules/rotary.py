@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orthrus_triton import ops
-from orthrus_triton.ops._dispatch import require_size
+from orthrus_triton.ops._dispatch import require_head_dim
 
 
 class RotaryEmbedding(nn.Module):
@@ -54,9 +54,7 @@ class RotaryEmbedding(nn.Module):
         Raises:
             ValueError: `head_dim` is odd or no size.
         """
-        require_size("head_dim", head_dim)
-        if head_dim % 2:
-            raise ValueError(f"head_dim must be even to be rotated by halves, but got {head_dim}")
+        require_head_dim(head_dim)
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
 
     def _apply(self, fn, recurse: bool = True):

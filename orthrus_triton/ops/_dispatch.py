@@ -80,6 +80,13 @@ def require_size(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer >= 1, but got {value!r}")
 
 
+def require_head_dim(head_dim: int) -> None:
+    """Raise a ValueError unless `head_dim` is the size of a head that can be rotated."""
+    require_size("head_dim", head_dim)
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even to be rotated by halves, but got {head_dim}")
+
+
 def require_same(name: str, got: object, expected: object, what: str) -> None:
     """Raise a ValueError that names the argument, what was expected and what came."""
     if got != expected:
