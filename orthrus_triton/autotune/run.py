@@ -174,8 +174,8 @@ class Run:
 
         def answered(number: int, answer: Answer) -> None:
             problem, index = asked[number]
-            # a run that ends kills its compilers: what they then say is not the configuration's fault
-            if answer.get("error") != NOT_RUN and not self.stopped.is_set():
+            # a run that ends kills its compilers: an error is then not the configuration's fault
+            if "error" not in answer or (answer["error"] != NOT_RUN and not self.stopped.is_set()):
                 self._record("compile", problem, self.candidates[problem][index], answer)
             self._compiled(problem, index, answer)
 
