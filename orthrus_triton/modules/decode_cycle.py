@@ -11,7 +11,7 @@ from orthrus_triton.modules.choose import choose_drafts, choose_logits, choose_t
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
-from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill
+from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill, prefill_chunk
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams
 from orthrus_triton.ops.gumbel import DRAFT
 
@@ -132,10 +132,23 @@ class DecodeCycle:
         state.start(max_new_tokens, prompt)
         if state.sampling is not None:
             state.sampling.start(params, prompt)
-        on_gpu = cache.context_len.device.type == "cuda"
-        chunk = self.prefill_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
-        linear_impl = impl if self.batch_invariant_prefill or impl == "reference" else "library"
+        chunk, linear_impl = self._chunk(cache), self._prefill_linear(impl)
         hidden, view_pass = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached)
         choice = ops.void_rows(self.choose(hidden, state, view_pass), hidden, impl=impl)
         state.commit(choice, choice, cache.context_len, impl)
         state.accepted_histogram.zero_()
+
+    def prefill_ahead(self, prompt: torch.Tensor, cache: SharedKVCache, impl: str, cached: int) -> int:
+        """Fill one chunk of a prompt [L] into a one-sequence cache that holds its first `cached` tokens -> how many it
+        holds then. The last chunk is left to `prefill`: nothing is done where only that is missing."""
+        chunk = self._chunk(cache)
+        if cached + chunk >= prompt.numel():
+            return cached
+        prefill_chunk(self.model, prompt, cache, cached, chunk, impl, self._prefill_linear(impl))
+        return cached + chunk
+
+    def _chunk(self, cache: SharedKVCache) -> int:
+        return self.prefill_chunk or (GPU_CHUNK if cache.context_len.device.type == "cuda" else CPU_CHUNK)
+
+    def _prefill_linear(self, impl: str) -> str:
+        return impl if self.batch_invariant_prefill or impl == "reference" else "library"

@@ -172,6 +172,13 @@ class SharedKVCache:
         view.context_len, view.prompt_len = self.context_len[only], self.prompt_len[only]
         return view
 
+    def copy_sequence(self, source: int, target: int, rows: int) -> None:
+        """Sequence `target` then holds the first `rows` tokens of sequence `source`, and nothing else."""
+        for layer in self.layers:
+            for buffer in (layer.k, layer.v):
+                buffer[target, :, :rows].copy_(buffer[source, :, :rows])
+        self.context_len[target : target + 1].fill_(rows)
+
     def prefix(self, rows: int) -> SharedKVCache:
         """The first `rows` of every sequence as a cache, rounded up to a multiple of 512: views, as in `sequences`."""
         view = copy.copy(self)

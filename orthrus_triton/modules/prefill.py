@@ -33,18 +33,27 @@ def prefill(
     Returns:
         The final hidden state of the last prompt token [1, 1, H], and the pass that a choice there belongs to.
     """
-    device, length = cache.context_len.device, prompt.numel()
-    cache.prompt_len.fill_(length)
-    ids = torch.zeros(1, length + ROW_QUANTUM, dtype=torch.int64, device=device)
-    ids[0, :length] = prompt.to(device)
-    hidden = None
+    length = prompt.numel()
     for start in range(cached, length, chunk):
-        tokens = min(chunk, length - start)
-        rows = -(-tokens // ROW_QUANTUM) * ROW_QUANTUM
-        cache.context_len.fill_(start)
-        view_pass = cache.view_pass("ar", rows, impl=impl, linear_impl=linear_impl)
-        # attention makes room for what a cache can hold, and the host knows that nobody looks further than this yet
-        seen = cache.prefix(start + rows)
-        hidden = model.forward_view(ids[:, start : start + rows], seen, view_pass)[:, tokens - 1 : tokens]
+        hidden = prefill_chunk(model, prompt, cache, start, min(chunk, length - start), impl, linear_impl)
     cache.context_len.fill_(length - 1)
     return hidden, cache.view_pass("ar", 1, impl=impl)
+
+
+def prefill_chunk(
+    model: DualViewModel, prompt: torch.Tensor, cache: SharedKVCache, start: int, tokens: int, impl: str,
+    linear_impl: str,
+) -> torch.Tensor:  # fmt: skip
+    """Write the K/V of `tokens` prompt tokens from `start` on, behind those before them -> the final hidden state of
+    the last one [1, 1, H]. `context_len` is start + tokens then. Other arguments as in `prefill`."""
+    rows = -(-tokens // ROW_QUANTUM) * ROW_QUANTUM
+    read = prompt[start : start + rows]
+    ids = torch.zeros(1, rows, dtype=torch.int64, device=cache.context_len.device)
+    ids[0, : read.numel()].copy_(read)
+    cache.prompt_len.fill_(prompt.numel())
+    cache.context_len.fill_(start)
+    view_pass = cache.view_pass("ar", rows, impl=impl, linear_impl=linear_impl)
+    # attention makes room for what a cache can hold, and the host knows that nobody looks further than this yet
+    hidden = model.forward_view(ids, cache.prefix(start + rows), view_pass)[:, tokens - 1 : tokens]
+    cache.context_len.fill_(start + tokens)
+    return hidden

@@ -39,3 +39,12 @@ class Slot:
         if self.prompt is None or self.failed:
             return []
         return [*self.prompt.tolist(), *self.tokens][:-1]
+
+    def holds_beginning_of(self, prompt: torch.Tensor) -> int:
+        """How many of `prompt`'s first tokens are `cached`: at most all but the last."""
+        length = 0
+        for held, token in zip(self.cached, prompt[:-1].tolist()):
+            if held != token:
+                break
+            length += 1
+        return length

@@ -176,6 +176,36 @@ def test_a_rule_hears_of_the_drafts_that_were_accepted(anchor_rows: int) -> None
     assert len(heard) == sum(counts) - 1 and all(0 <= counts[n] - heard.count(n) <= 1 for n in range(len(counts)))
 
 
+@pytest.mark.parametrize("mode", ["consensus", "ar"])
+def test_a_prompt_enters_chunk_by_chunk_behind_what_another_slot_holds(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """While steps are of all slots, as on a GPU: they write behind the rows that are there, and nowhere else."""
+    monkeypatch.setattr(ConsensusDecoder, "needs_all_slots", True)
+    decoder = ConsensusDecoder(MODEL, impl="torch", mode=mode, prefill_chunk=4, batch_invariant_prefill=True)
+    run = decoder.open(2, 64, eos_token_id=[])
+    run.admit(0, PROMPTS[2], 24)
+    run.advance()
+    prompt = torch.cat((PROMPTS[2], ANSWERS[2][:1], PROMPTS[0], PROMPTS[3]))  # 11 + 1 + 6 + 5
+    run.copy_prefix(0, 1, prompt)
+    assert (cached := run.cached_prefix(1, prompt)) == 12
+    reached = []
+    while run.advance() and (now := run.prefill_ahead(1, prompt, cached)) > cached:
+        reached.append(cached := now)
+        assert run.cached_prefix(1, prompt) == 0  # until it is whole, it is nobody's
+    assert reached == [16, 20]
+    run.admit(1, prompt, 20, cached=cached)
+    drain(run)
+    assert run.slots[0].tokens == ANSWERS[2].tolist()
+    assert run.slots[1].tokens == ar_answer(MODEL, prompt, 20).tolist()
+    run.admit(0, PROMPTS[0], 2)
+    for source, b, message in ((0, 0, "slot 0 must be free"), (1, 1, "another slot than b"), (2, 1, "must be in 0..1")):
+        with pytest.raises(ValueError, match=message):
+            run.copy_prefix(source, b, prompt)
+    with pytest.raises(ValueError, match="slot 0 must be free"):
+        run.prefill_ahead(0, prompt, 0)
+
+
 def test_a_run_says_what_is_wrong() -> None:
     decoder = ConsensusDecoder(MODEL, impl="torch")
     run = decoder.open(1, 64)

@@ -1,5 +1,5 @@
-"""A run over a real Transformer, driven in random order: sequences join, go on from what a slot holds, and leave in the
-middle of a block. Each has the text and the committed K/V, bit for bit, of AR decoding alone."""
+"""A run over a real Transformer, driven in random order: sequences join chunk by chunk, go on from what any slot holds,
+and leave in the middle of a block. Each has the text and the committed K/V, bit for bit, of AR decoding alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orthrus_triton.modules.sampling_params import Choosing
 from orthrus_triton.testing import TinyDualViewModel
 from tests.modules.test_generate_fuzz import random_params
 
-VOCAB, SLOTS, EOS, ACTS = 17, 3, [3], 120
+VOCAB, SLOTS, EOS, ACTS = 17, 3, [3], 300
 
 
 @dataclass
@@ -78,7 +78,9 @@ def check(run: DecodeRun, b: int, seat: Seat, whole: bool) -> None:
         (torch.float32, 0, None, 0), (torch.bfloat16, 1, None, 2), (torch.bfloat16, 0, 7, 0), (torch.float16, 1, 7, 0)
     ],
 )  # fmt: skip
-def test_text_and_cache_are_those_of_ar_alone(dtype: torch.dtype, anchor_rows: int, window: int | None, lag: int):
+def test_text_and_cache_are_those_of_ar_alone(
+    dtype: torch.dtype, anchor_rows: int, window: int | None, lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     torch.manual_seed(3)
     shape = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "intermediate_size": 32, "block_size": 6}
     heads = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 16, "qk_norm": True, "window": window}
@@ -90,15 +92,37 @@ def test_text_and_cache_are_those_of_ar_alone(dtype: torch.dtype, anchor_rows: i
     choosing = Choosing(sampled=True, processed=True)
     run = decoder.open(SLOTS, 128, eos_token_id=EOS, block_size=rng.choice([3, 6]), choosing=choosing)
     run.lag = lag
+    if lag:  # as on a GPU, where every step is of all slots: those that a prompt is being read into take part
+        monkeypatch.setattr(ConsensusDecoder, "needs_all_slots", True)
+    entering: dict[int, tuple[Seat, int, SamplingParams, int]] = {}
     seen = Counter()
+    acts = ["enter", "enter", "enter", "read on", "read on", "advance", "step", "poll", "release"]
     for number in range(ACTS):
-        b, act = rng.randrange(SLOTS), rng.choice(["admit", "admit", "advance", "advance", "step", "poll", "release"])
-        if act == "admit" and b not in seated:
-            seated[b], limit, params = draw(rng, alone, number, run.slots[b].cached)
-            prompt = torch.tensor(seated[b].prompt)
-            cached = run.cached_prefix(b, prompt)
-            run.admit(b, prompt, limit, params, cached)
-            seen["went on from a cache"] += cached > 4
+        b, act = rng.randrange(SLOTS), rng.choice(acts)
+        if act == "enter" and b not in seated and b not in entering:
+            source = rng.randrange(SLOTS)
+            drawn = draw(rng, alone, number, run.slots[source].cached)
+            prompt = torch.tensor(drawn[0].prompt)
+            if source != b:
+                copied = run.cached_prefix(source, prompt)
+                run.copy_prefix(source, b, prompt)
+                assert run.cached_prefix(b, prompt) == copied
+                seen["copied from a live slot"] += copied > 4 and source in seated
+            entering[b] = *drawn, run.cached_prefix(b, prompt)
+            seen["went on from a cache"] += run.cached_prefix(b, prompt) > 4
+        elif act == "read on" and entering:
+            b = rng.choice(list(entering))
+            seat, limit, params, cached = entering[b]
+            prompt = torch.tensor(seat.prompt)
+            now = run.prefill_ahead(b, prompt, cached)
+            seen["read ahead"] += now > cached
+            if now > cached:
+                entering[b] = seat, limit, params, now
+            else:
+                assert prompt.numel() - now <= 16
+                del entering[b]
+                seated[b] = seat
+                run.admit(b, prompt, limit, params, now)
         elif act == "advance":
             run.advance()
         elif act == "step":
@@ -118,4 +142,4 @@ def test_text_and_cache_are_those_of_ar_alone(dtype: torch.dtype, anchor_rows: i
                 seen["accepted"] += int(run.state.accepted_histogram[b, 2:].sum())
                 del seated[b]
     assert seen["went on from a cache"] and seen["released before the last known token"] and seen["finished"] > 4, seen
-    assert seen["accepted"] > 2, seen
+    assert seen["accepted"] > 2 and seen["copied from a live slot"] and seen["read ahead"] > 4, seen
