@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.modules.sampling_params import SamplingRule
 from orthrus_triton.modules.slot import Progress, Slot
 from orthrus_triton.serving.apart import run_apart
+from orthrus_triton.serving.placing import find_place
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,14 @@ class Request:
     delivered: int = field(default=0, init=False)
 
 
+class _Entering(NamedTuple):
+    """A request whose prompt is being read into its slot, and how many of its tokens the slot holds."""
+
+    slot: int
+    request: Request
+    cached: int
+
+
 class Scheduler:
     """Runs requests side by side on one decoder.
 
@@ -76,6 +85,7 @@ class Scheduler:
         self.decoder, self.max_len, self.max_waiting = decoder, max_len, max_waiting
         self._choosing = Choosing(sampled=True, rejection=sampling == "rejection", processed=True)
         self._slots: list[Request | None] = [None] * slots
+        self._entering: _Entering | None = None
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
         self._closing, self._why_closed = False, "the server is closing"
@@ -170,7 +180,9 @@ class Scheduler:
             if request is not None and request.cancelled:
                 self._run.release(b)
                 self._slots[b] = None
-        self._admit_one()
+                if self._entering is not None and self._entering.slot == b:
+                    self._entering = None
+        self._let_in()
         if not self.running:
             return
         for part in self._run.advance():
@@ -178,23 +190,37 @@ class Scheduler:
             if request is not None:
                 self._hand_out(part, request)
 
-    def _admit_one(self) -> None:
-        """One at a time: the others wait for a prefill no longer than it takes."""
-        free = [b for b, request in enumerate(self._slots) if request is None]
-        with self._wake:
-            if not free or not self._waiting:
-                return
-            request = self._waiting.popleft()
-            # the slot whose last text begins like this one keeps its K/V: the next turn of a conversation
-            b = max(free, key=lambda slot: self._run.cached_prefix(slot, request.prompt))
-            self._slots[b] = request
-        cached = self._run.cached_prefix(b, request.prompt)
+    def _let_in(self) -> None:
+        """One request at a time and, of a long prompt, one chunk: nobody waits longer between two cycles."""
+        if self._entering is None:
+            self._entering = self._next_request()
+        if self._entering is None:
+            return
+        b, request = self._entering.slot, self._entering.request
         try:
+            cached = self._run.prefill_ahead(b, request.prompt, self._entering.cached)
+            if cached > self._entering.cached:
+                self._entering = self._entering._replace(cached=cached)
+                return
             self._run.admit(b, request.prompt, request.max_new_tokens, request.params, cached)
         except ValueError as error:  # about this request alone
             self._run.release(b)
             self._slots[b] = None
             _deliver(request, [], "error", str(error))
+        self._entering = None
+
+    def _next_request(self) -> _Entering | None:
+        """The one that has waited longest, in a slot that holds what any slot holds of its prompt's beginning."""
+        free = [b for b, request in enumerate(self._slots) if request is None]
+        with self._wake:
+            if not free or not self._waiting:
+                return None
+            request = self._waiting.popleft()
+            place = find_place(self._run, free, request.prompt)
+            self._slots[place.slot] = request
+        if place.source != place.slot:
+            self._run.copy_prefix(place.source, place.slot, request.prompt)
+        return _Entering(place.slot, request, self._run.cached_prefix(place.slot, request.prompt))
 
     def _hand_out(self, part: Progress, request: Request) -> None:
         tokens, slot = part.tokens, self._run.slots[part.slot]
@@ -228,7 +254,7 @@ class Scheduler:
             if self._closing:
                 ended += self._waiting
                 self._waiting.clear()
-            self._slots = [None] * len(self._slots)
+            self._slots, self._entering = [None] * len(self._slots), None
         for request in ended:
             _deliver(request, [], "error", error)
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules import ConsensusDecoder, DecodeRun, SamplingParams
 from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.serving import QueueFullError, Request, Scheduler
 from orthrus_triton.serving.apart import run_apart
@@ -143,3 +143,101 @@ def test_work_done_apart_gives_its_result_or_its_error() -> None:
     assert run_apart(lambda: threading.current_thread() is not threading.main_thread())
     with pytest.raises(FileNotFoundError, match="no such model"):
         run_apart(no_model)
+
+
+class Watched:
+    """A request, and what its listener heard: [(tokens, reason, error)]."""
+
+    def __init__(self, prompt: list[int], tokens: int, heard: list[tuple[Watched, list[int]]] | None = None) -> None:
+        self.parts, self.heard = [], heard if heard is not None else []
+        self.request = Request(torch.tensor(prompt), tokens, SamplingParams(), self._deliver)
+
+    def _deliver(self, tokens: list[int], reason: str | None, error: str) -> None:
+        self.parts.append((list(tokens), reason, error))
+        self.heard.append((self, tokens))
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for part in self.parts for token in part[0]]
+
+    @property
+    def ended(self) -> str | None:
+        return self.parts[-1][1] if self.parts else None
+
+
+def chunks_read(monkeypatch: pytest.MonkeyPatch, heard: list) -> None:
+    """Every chunk of a prompt that is read ahead is noted in `heard`, with how far it reaches."""
+    ahead = DecodeRun.prefill_ahead
+
+    def noted(run: DecodeRun, b: int, prompt: torch.Tensor, cached: int) -> int:
+        now = ahead(run, b, prompt, cached)
+        if now > cached:
+            heard.append(now)
+        return now
+
+    monkeypatch.setattr(DecodeRun, "prefill_ahead", noted)
+
+
+def test_others_go_on_while_a_long_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list = []
+    chunks_read(monkeypatch, heard)
+    decoder = ConsensusDecoder(LedgerModel(VOCAB), impl="torch", mode="ar", prefill_chunk=10)
+    scheduler = Scheduler(decoder, slots=2, max_len=200)
+    short, long = Watched([1], 150, heard), Watched(list(range(16)) * 3, 9, heard)
+    scheduler.submit(short.request)
+    wait_for(lambda: short.parts)
+    scheduler.submit(long.request)
+    wait_for(lambda: short.ended and long.ended)
+    scheduler.close()
+    assert short.tokens == oracle(LedgerModel(VOCAB), [1], 150, SamplingParams())
+    assert long.tokens == oracle(LedgerModel(VOCAB), list(range(16)) * 3, 9, SamplingParams())
+    marks = [n for n, what in enumerate(heard) if isinstance(what, int)]
+    assert [heard[n] for n in marks] == [10, 20, 30, 40]  # and 8 as it is admitted
+    for before, after in zip(marks, marks[1:]):  # one cycle between two chunks
+        assert [what[0] for what in heard[before + 1 : after]] == [short]
+
+
+def test_one_that_leaves_or_fails_while_it_is_read_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list = []
+    chunks_read(monkeypatch, heard)
+    decoder = ConsensusDecoder(LedgerModel(VOCAB), impl="torch", prefill_chunk=2)
+    scheduler = Scheduler(decoder, slots=1, max_len=400)
+    gone, next_one = Watched([2] * 390, 5), Watched([2] * 9, 5)
+    scheduler.submit(gone.request)
+    wait_for(lambda: heard)
+    scheduler.cancel(gone.request)
+    scheduler.submit(next_one.request)
+    wait_for(lambda: next_one.ended)
+    assert heard[-1] < 300 and heard.count(2) == 2 and not gone.parts  # nothing of what was half read counts as cached
+    assert next_one.tokens == oracle(LedgerModel(VOCAB), [2] * 9, 5, SamplingParams())
+    with monkeypatch.context() as patch:
+        patch.setattr(LedgerModel, "forward_view", lambda *args: 1 / 0)
+        broken = Watched([3] * 9, 5)
+        scheduler.submit(broken.request)
+        wait_for(lambda: broken.ended)
+    assert broken.parts == [([], "error", "ZeroDivisionError: division by zero")]
+    again = Watched([3] * 9, 5)
+    scheduler.submit(again.request)
+    wait_for(lambda: again.ended)
+    scheduler.close()
+    assert again.tokens == oracle(LedgerModel(VOCAB), [3] * 9, 5, SamplingParams())
+
+
+def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first one is still being answered."""
+    heard: list = []
+    chunks_read(monkeypatch, heard)
+    decoder = ConsensusDecoder(LedgerModel(VOCAB), impl="torch", mode="ar", prefill_chunk=10)
+    scheduler = Scheduler(decoder, slots=3, max_len=400)
+    shared = list(range(16)) * 3
+    first, *others = (Watched([*shared, user], tokens) for user, tokens in ((1, 300), (2, 9), (3, 9)))
+    scheduler.submit(first.request)
+    wait_for(lambda: first.parts)
+    heard.clear()
+    for other in others:
+        scheduler.submit(other.request)
+    wait_for(lambda: all(other.ended for other in others))
+    assert heard == [] and not first.ended  # the one token of their own is read as they are admitted
+    scheduler.close()
+    for user, other in enumerate(others, 2):
+        assert other.tokens == oracle(LedgerModel(VOCAB), [*shared, user], 9, SamplingParams())
