@@ -44,7 +44,8 @@ def create_app(
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "running": scheduler.running, "waiting": scheduler.waiting}
+        counts = {name: getattr(scheduler, name) for name in ("running", "waiting", "tokens", "cycles")}
+        return {"status": "ok", **counts}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -98,10 +98,11 @@ class Generation:
         """Free the slot, or the place in the queue."""
         self._scheduler.cancel(self._request)
 
-    def usage(self) -> dict[str, int]:
-        """Tokens of prompt and text, as the reply reports them."""
+    def usage(self) -> dict[str, Any]:
+        """Tokens of prompt and text, as the reply reports them, and how many of the prompt's needed no work."""
         completion = len(self._text.tokens)
         return {
             "prompt_tokens": self._prompt_tokens, "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": self._request.cached},
         }  # fmt: skip

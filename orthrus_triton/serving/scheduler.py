@@ -40,6 +40,9 @@ class Request:
         deliver: called from the scheduler's thread with new tokens, the reason once it has finished, and what went
             wrong if the reason is "error". Must not block.
         stop: called after every token with all new tokens, also from that thread; True ends the sequence there.
+
+    Attributes:
+        cached: tokens of the prompt that a slot held already.
     """
 
     prompt: torch.Tensor
@@ -49,6 +52,7 @@ class Request:
     stop: Callable[[list[int]], bool] | None = None
     cancelled: bool = field(default=False, init=False)
     delivered: int = field(default=0, init=False)
+    cached: int = field(default=0, init=False)
 
 
 class _Entering(NamedTuple):
@@ -71,6 +75,8 @@ class Scheduler:
 
     Attributes:
         running, waiting: sequences in slots, and requests without one.
+        tokens, cycles: of all that were in a slot and left it; the first token of each, which no cycle gave, not
+            counted. Tokens per cycle that fall are the first sign of a view that does not fit the model or the text.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class Scheduler:
         self._choosing = Choosing(sampled=True, rejection=sampling == "rejection", processed=True)
         self._slots: list[Request | None] = [None] * slots
         self._entering: _Entering | None = None
+        self.tokens = self.cycles = 0
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
         self._closing, self._why_closed = False, "the server is closing"
@@ -179,9 +186,10 @@ class Scheduler:
         for b, request in enumerate(self._slots):
             if request is not None and request.cancelled:
                 self._run.release(b)
-                self._slots[b] = None
                 if self._entering is not None and self._entering.slot == b:
-                    self._entering = None
+                    self._slots[b] = self._entering = None
+                else:
+                    self._leave(b)
         self._let_in()
         if not self.running:
             return
@@ -220,7 +228,8 @@ class Scheduler:
             self._slots[place.slot] = request
         if place.source != place.slot:
             self._run.copy_prefix(place.source, place.slot, request.prompt)
-        return _Entering(place.slot, request, self._run.cached_prefix(place.slot, request.prompt))
+        request.cached = self._run.cached_prefix(place.slot, request.prompt)
+        return _Entering(place.slot, request, request.cached)
 
     def _hand_out(self, part: Progress, request: Request) -> None:
         tokens, slot = part.tokens, self._run.slots[part.slot]
@@ -236,10 +245,16 @@ class Scheduler:
                 self._run.release(part.slot, keep=request.delivered + count)
                 tokens, reason, error = tokens[:count], "stop", ""
         if reason is not None:
-            self._slots[part.slot] = None
+            self._leave(part.slot)
         request.delivered += len(tokens)
         if tokens or reason:
             _deliver(request, tokens, reason, error)
+
+    def _leave(self, b: int) -> None:
+        slot = self._run.slots[b]
+        self.tokens += max(len(slot.tokens) - 1, 0)
+        self.cycles += sum(slot.cycles.values())
+        self._slots[b] = None
 
     def _ending(self, slot: Slot) -> tuple[FinishReason, str]:
         """Why a sequence ended by itself, and what went wrong."""

@@ -238,6 +238,9 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -
         scheduler.submit(other.request)
     wait_for(lambda: all(other.ended for other in others))
     assert heard == [] and not first.ended  # the one token of their own is read as they are admitted
+    assert [watched.request.cached for watched in (first, *others)] == [0, 48, 48]
+    wait_for(lambda: scheduler.running == 1)
+    assert scheduler.tokens == scheduler.cycles == 2 * 8  # in AR mode, without the first tokens
     scheduler.close()
     for user, other in enumerate(others, 2):
         assert other.tokens == oracle(LedgerModel(VOCAB), [*shared, user], 9, SamplingParams())

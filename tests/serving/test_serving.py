@@ -103,6 +103,7 @@ def test_completions_are_ar_text(server: Running) -> None:
     for batch_of_one in (["w1 w2 w3"], [[1, 2, 3]]):
         reply = client.completions.create(model="tiny", prompt=batch_of_one, max_tokens=9, temperature=0)
         assert reply.choices[0].text == whole.choices[0].text
+        assert reply.usage.prompt_tokens_details.cached_tokens == 2  # all but the last
     assert whole.choices[0].finish_reason == "length"
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 9)
     options = {"temperature": 0.9, "top_p": 0.8, "seed": 7, "presence_penalty": 0.5}
@@ -114,6 +115,9 @@ def test_completions_are_ar_text(server: Running) -> None:
     text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
     assert text == server.expected("w1 w2 w3", 9, top_k=12, repetition_penalty=1.2, **options)
     assert chunks[-1].usage.completion_tokens == 9 and len(chunks) > 3
+    server.wait_until(lambda: server.scheduler.running == 0)
+    health = httpx.get(f"{server.url}/health", timeout=5).json()
+    assert health["running"] == health["waiting"] == 0 and health["tokens"] >= health["cycles"] > 0
 
 
 def test_chat_and_stop_strings(server: Running) -> None:
