@@ -229,6 +229,32 @@ def test_gpu_graph_is_replayed_and_nothing_waits(mode: str, anchor_rows: int) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "anchor_rows"), MODES)
+def test_gpu_a_prompt_enters_between_replays(mode: str, anchor_rows: int) -> None:
+    """Chunk by chunk, behind what the other slot holds of it. Replays are of both slots all the while."""
+    model, (prompt, more) = gpu_model(anchor_rows=anchor_rows), prompts_of(8, [100, 300])
+    options = {"mode": mode, "batch_invariant_prefill": True}
+    run = ConsensusDecoder(model, prefill_chunk=64, **options).open(2, 800)
+    run.admit(0, prompt, 400)
+    for _ in range(3):
+        run.advance()
+    longer = torch.cat((prompt, torch.tensor(run.slots[0].tokens, dtype=torch.int64), more))
+    run.copy_prefix(0, 1, longer)
+    cached, chunks = run.cached_prefix(1, longer), 0
+    assert cached > 100
+    while (now := run.prefill_ahead(1, longer, cached)) > cached:
+        cached, chunks = now, chunks + 1
+        run.advance()
+    run.admit(1, longer, 60, cached=cached)
+    while not run.done:
+        run.advance()
+    alone = ConsensusDecoder(model, cuda_graph=False, **options)
+    for b, ids, tokens in ((0, prompt, 400), (1, longer, 60)):
+        assert run.slots[b].tokens == alone.generate([ids], max_new_tokens=tokens).sequences[0][len(ids) :].tolist()
+    assert chunks == 4
+
+
+@pytest.mark.gpu
 def test_gpu_new_weights_are_noticed() -> None:
     model, prompts = gpu_model(), prompts_of(7, [20])
     decoder = ConsensusDecoder(model)
