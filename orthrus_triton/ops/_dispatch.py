@@ -62,10 +62,15 @@ def without_autocast(run: Callable) -> Callable:
     return as_written
 
 
-def require_kernel(config: object | None, impl: str) -> None:
-    """Raise a ValueError if a kernel configuration was given to an implementation that has no kernel."""
-    if config is not None and impl != "triton":
+def require_kernel(config: object | None, impl: str, *inputs: torch.Tensor | None) -> None:
+    """Raise a ValueError if a kernel configuration was given to an implementation that has no kernel, or with inputs
+    that want a gradient: the kernel is launched past the registered op, which refuses `backward`."""
+    if config is None:
+        return
+    if impl != "triton":
         raise ValueError(f"config belongs to impl='triton', but impl is {impl!r}")
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        raise ValueError("config must be None where an input requires a gradient, for no kernel has one")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

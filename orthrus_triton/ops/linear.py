@@ -51,7 +51,7 @@ def linear(
         require_same("residual", tuple(residual.shape), (*x.shape[:-1], weight.shape[0]), "shape")
         require_same("residual", residual.dtype, out_dtype, "dtype")
     impl = impl if impl == "library" else resolve_impl(impl, x)
-    require_kernel(config, impl)
+    require_kernel(config, impl, x, weight, bias, residual)
     if config is not None:
         return launch_linear(x, weight, bias, residual, out_dtype, config, weight_scale)
     if impl == "library" and runs_directly("torch", x):

@@ -60,7 +60,7 @@ def linear_norm(
         require_same(name, tuple(tensor.shape), shape, "shape")
         require_same(name, tensor.dtype, x.dtype, "dtype")
     impl = resolve_impl(impl, x)
-    require_kernel(config, impl)
+    require_kernel(config, impl, x, weight, bias, residual, norm_weight)
     if config is not None:
         return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, config, weight_scale)
     if runs_directly(impl, x):

@@ -50,7 +50,7 @@ def linear_swiglu(
     if weight.shape[0] % 2:
         raise ValueError(f"weight must have an even number of rows, gate and up, but got shape {tuple(weight.shape)}")
     impl = resolve_impl(impl, x)
-    require_kernel(config, impl)
+    require_kernel(config, impl, x, weight, bias)
     if config is not None:
         return launch_linear_swiglu(x, weight, bias, config, weight_scale)
     if runs_directly(impl, x):

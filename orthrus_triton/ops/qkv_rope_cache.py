@@ -50,7 +50,7 @@ def qkv_rope_cache(
     check_rope_cache((*x.shape[:-1], weight.shape[0]), x.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     impl = resolve_impl(impl, x)
     rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
-    require_kernel(config, impl)
+    require_kernel(config, impl, x, weight, bias, q_norm, k_norm)
     if config is not None:
         return launch_qkv_rope_cache(x, weight, bias, *rope, config, weight_scale)
     if runs_directly(impl, x):

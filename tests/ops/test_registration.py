@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from orthrus_triton import ops
+from orthrus_triton.autotune import lookup
 from orthrus_triton.modules import OrthrusDecoderLayer, RotaryEmbedding, SharedKVCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,6 +56,21 @@ def arguments() -> dict[str, tuple]:
 @pytest.mark.parametrize("name", sorted(arguments()))
 def test_opcheck(name: str, impl: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, (*arguments()[name], impl))
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_swiglu", "linear_norm", "qkv_rope_cache", "dual_view_attention"])
+def test_a_configuration_does_not_let_gradients_get_lost(name: str) -> None:
+    """The registered op refuses `backward`; what is launched beside it would be taken for a constant."""
+    inputs = arguments()[name][: 4 if name == "linear" else None]
+    op, of_heads = getattr(ops, name), name == "dual_view_attention"
+    key = {"head_dim": 64, "group": 2} if of_heads else dict(zip("NK", inputs[1].shape))
+    config = lookup(name if of_heads else "linear", torch.float32, DEVICE, **key)
+    op(*inputs, impl="triton", config=config)
+    inputs[1].requires_grad_()
+    with pytest.raises(ValueError, match="config must be None where an input requires a gradient"):
+        op(*inputs, impl="triton", config=config)
+    with torch.no_grad():
+        op(*inputs, impl="triton", config=config)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

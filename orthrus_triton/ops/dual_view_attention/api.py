@@ -67,7 +67,7 @@ def dual_view_attention(
     impl = impl if impl == "library" else resolve_impl(impl, q)
     if impl == "triton" and q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {HEAD_DIMS} with impl='triton', but got {q.shape[-1]}")
-    require_kernel(config, impl)
+    require_kernel(config, impl, q, k_cache, v_cache, k_block, v_block)
     scale = float(scale) if scale is not None else q.shape[-1] ** -0.5
     if config is not None:
         return launch(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config)
