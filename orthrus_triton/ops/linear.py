@@ -65,13 +65,14 @@ def check_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
 ) -> None:
     """Raise what is wrong with the factors [..., K] and [N, K] of a product, its bias [N] and scales [N], by name."""
-    if x.dim() < 1 or weight.dim() != 2:
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"the rows must be [..., K] and weight [N, K], but got shapes {shapes}")
-    require_same("weight", weight.shape[-1], x.shape[-1], "as last dimension")
-    require_same("weight", weight.dtype, x.dtype if weight_scale is None else torch.int8, "dtype")
     if weight_scale is not None:
+        require_same("weight", weight.dtype, torch.int8, "dtype")
         require_same("weight_scale", tuple(weight_scale.shape), (weight.shape[0],), "shape")
+    elif weight.dtype != x.dtype:
+        raise ValueError(f"weight must have dtype {x.dtype}, that of the rows, but got {weight.dtype}")
     if not weight.is_contiguous():  # kernels would read other numbers, and a copy in every call would be dear
         raise ValueError(f"weight must be contiguous, but has strides {weight.stride()}")
     if bias is not None:

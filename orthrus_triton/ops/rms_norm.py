@@ -29,8 +29,11 @@ def rms_norm(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    require_same("weight", tuple(weight.shape), (x.shape[-1],), "shape")
-    require_same("weight", weight.dtype, x.dtype, "dtype")
+    if x.dim() < 1 or tuple(weight.shape) != (x.shape[-1],):
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"x must be [..., H] and weight [H], but got shapes {shapes}")
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight must have dtype {x.dtype}, that of x, but got {weight.dtype}")
     impl = resolve_impl(impl, x)
     direct = runs_directly(impl, x)
     if residual is None:

@@ -168,10 +168,12 @@ def test_greedy_choice_ignores_nan() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: ops.rms_norm(x, torch.ones(9), 1e-6), r"weight must have shape \(8,\), but got \(9,\)"),
-        (lambda x: ops.rms_norm(x, torch.ones(8).half(), 1e-6), "weight must have dtype torch.float32"),
+        (lambda x: ops.rms_norm(x, torch.ones(9), 1e-6), r"weight \[H\], but got shapes \(2, 8\) and \(9,\)"),
+        (lambda x: ops.rms_norm(x[0, 0], torch.ones(8), 1e-6), r"got shapes \(\) and \(8,\)"),
+        (lambda x: ops.rms_norm(x, torch.ones(8).half(), 1e-6), "must have dtype torch.float32, that of x, but got"),
         (lambda x: ops.swiglu(x[:, :7]), "even last dimension"),
-        (lambda x: ops.linear(x, torch.ones(3, 9)), "weight must have as last dimension 8, but got 9"),
+        (lambda x: ops.linear(x, torch.ones(3, 9)), r"weight \[N, K\], but got shapes \(2, 8\) and \(3, 9\)"),
+        (lambda x: ops.linear(x, torch.ones(3, 8).half()), "must have dtype torch.float32, that of the rows, but got"),
         (lambda x: ops.linear(x, torch.ones(8)), r"weight \[N, K\], but got shapes \(2, 8\) and \(8,\)"),
         (lambda x: ops.linear_swiglu(x, torch.ones(2, 3, 8)), r"got shapes \(2, 8\) and \(2, 3, 8\)"),
         (lambda x: ops.linear(x[0, 0], torch.ones(3, 8)), r"got shapes \(\) and \(3, 8\)"),
