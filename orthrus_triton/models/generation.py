@@ -81,7 +81,7 @@ class OrthrusGenerationMixin:
                 included, as in transformers) and scores None.
             prefix_allowed_tokens_fn: as in transformers; its batch_id is the prompt's row, of all
                 num_return_sequences alike.
-            streamer: TextStreamer, TextIteratorStreamer or the like; one sequence.
+            streamer: TextStreamer, TextIteratorStreamer or the like; one sequence. It gets the prompt as it came first.
             use_diffusion_mode: False decodes with the AR view alone. The tokens are the same.
             seed: of sampling; by default drawn from torch's global generator.
             sampling: "coupled", or "rejection"; see `ConsensusDecoder.generate`.
@@ -125,6 +125,8 @@ class OrthrusGenerationMixin:
             if tokenizer is None:
                 raise ValueError("tokenizer must be given with stop_strings, but got None")
             strings = [StopStrings(tokenizer, settings.stop_strings) for _ in prompts]
+        if streamer is not None:
+            streamer = _PromptAsItCame(streamer, rows)
         output = self.consensus_decoder("consensus" if use_diffusion_mode else "ar").generate(
             prompts, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_ids, streamer=streamer,
             block_size=block_size, params=settings.params, sampling=sampling, reuse_cache=reuse_cache,
@@ -135,6 +137,23 @@ class OrthrusGenerationMixin:
         new = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=settings.pad_token_id)
         sequences = torch.cat((rows, new.to(rows)), dim=1)
         return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict else sequences
+
+
+class _PromptAsItCame:
+    """A streamer's first tokens are the prompt, as in transformers with its padding, which the decoder leaves out."""
+
+    def __init__(self, streamer: Any, rows: torch.Tensor) -> None:
+        self.streamer, self.rows = streamer, rows
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """The prompt, then new tokens."""
+        if self.rows is not None:
+            tokens, self.rows = self.rows.cpu(), None
+        self.streamer.put(tokens)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self.streamer.end()
 
 
 def _stop(

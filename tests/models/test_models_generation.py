@@ -6,6 +6,7 @@ import copy
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,21 @@ def test_stopping_and_streaming(pair, tokenizer) -> None:
     thread.start()
     assert "".join(streamer).split() == tokenizer.decode(free).split()
     thread.join()
+
+
+def test_a_streamer_gets_the_padded_prompt_and_then_the_tokens(pair) -> None:
+    base, model = pair
+    batch, mask = padded()
+    heard = []
+    for model_of_them in (base, model):
+        listener = SimpleNamespace(put=lambda ids: heard[-1].append(ids.tolist()), end=lambda: heard[-1].append("end"))
+        heard.append([])
+        model_of_them.generate(
+            batch[1:], attention_mask=mask[1:], max_new_tokens=7, do_sample=False, eos_token_id=[], streamer=listener
+        )
+    theirs, ours = heard
+    assert ours[0] == theirs[0] == batch[1:].tolist() and ours[-1] == theirs[-1] == "end"
+    assert sum(ours[1:-1], []) == sum(theirs[1:-1], [])
 
 
 def test_a_conversation_goes_on_from_its_cache(pair, monkeypatch: pytest.MonkeyPatch) -> None:
