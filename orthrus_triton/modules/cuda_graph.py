@@ -3,8 +3,8 @@ A graph is thrown away when the memory it was captured over is replaced, never b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +15,17 @@ Step = Callable[[], None]
 WARM_UP_RUNS = 2  # the first compiles kernels and loads them, which a capture must not do
 
 
-def on_device(device: torch.device) -> AbstractContextManager:
-    """Kernels are launched on the current device, wherever their tensors lie: inside, that is `device`."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Kernels are launched on the current device, wherever their tensors lie: inside, that is `device`. There the
+    caller's autocast casts nothing: tokens would depend on it, and a replay on what it was when it was captured."""
+    kind = device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with (
+        torch.cuda.device(device) if kind == "cuda" else nullcontext(),
+        torch.autocast(kind, enabled=False) if casts else nullcontext(),
+    ):
+        yield
 
 
 class CudaGraphCapture:

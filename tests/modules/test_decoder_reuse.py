@@ -13,6 +13,7 @@ import torch
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.decode_state import DecodeState
+from orthrus_triton.testing import TinyDualViewModel
 from tests.modules.test_consensus_decoder import DEVICE, ar_answer, make_model, prompts_of
 
 PROMPTS = prompts_of(21, [7, 3])
@@ -42,6 +43,28 @@ def test_a_run_opened_in_inference_mode_goes_on_outside_it() -> None:
         run.advance()
     assert [len(slot.tokens) for slot in run.slots] == [9, 9]
     assert torch.equal(torch.tensor(run.slots[0].tokens), ar_answer(decoder.model, PROMPTS[0], 9))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_neither_tokens_nor_drafts(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    """Also for a model that leaves its products to torch."""
+
+    class OwnHead(TinyDualViewModel):
+        choose = None
+
+        def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
+            return torch.nn.functional.linear(hidden, self.lm_head.weight).float()
+
+    torch.manual_seed(0)
+    for options in ({"view_rank": 4}, {"anchor_rows": 1}, {"qk_norm": True, "anchor_rows": 1, "window": 7}):
+        decoder, answers = ConsensusDecoder(OwnHead(**options).to(DEVICE, dtype), impl="torch"), []
+        for enabled in (False, True):
+            with torch.autocast(DEVICE.type, autocast, enabled=enabled):
+                output = decoder.generate(PROMPTS, max_new_tokens=9)
+            answers.append(([ids.tolist() for ids in output.sequences], output.stats.accepted_histogram))
+            answers[-1] += (decoder.cache.layers[1].k.clone(),)
+        assert answers[0][:2] == answers[1][:2] and torch.equal(answers[0][2], answers[1][2])
 
 
 def test_buffers_that_could_not_be_made_do_not_break_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
