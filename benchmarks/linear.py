@@ -106,6 +106,13 @@ def _int8_copies(weight: Weight, matrix: torch.Tensor) -> list[tuple[torch.Tenso
     return [(values.clone(), scale) for _ in range(copies_beyond_cache(values.nbytes, matrix.device))]
 
 
+def bytes_moved(provider: str, matrix: torch.Tensor, int8: list[tuple[torch.Tensor, torch.Tensor]], around: int) -> int:
+    """What a provider has to read and write: its form of the weight, and but for the bare read x and the result."""
+    if provider == "bare read":
+        return matrix.nbytes
+    return around + (sum(part.nbytes for part in int8[0]) if provider == "ours, int8" else matrix.nbytes)
+
+
 def main(
     shape: Annotated[str, typer.Option(help=f"One or several of {', '.join(SHAPES)}.")] = (
         "qwen3-0.6b,qwen3-1.7b,qwen3-8b"
@@ -121,10 +128,10 @@ def main(
     """Time, GB/s and share of copy bandwidth of every weight of a shape, ours against the library (cuBLAS on a GPU).
 
     A product of few rows is as fast as its weight can be read, so the yardstick is a large copy on the same device:
-    of_copy is (weight + x + result) / time over that. On a GPU "bare read" is a kernel that only reads the weight: a
-    small one is never read at copy bandwidth. "ours, int8" reads the copies that drafts may read. Time is CUDA-graph
-    replay with cold L2. Each weight's results are checked first (fp64, and equal row bits for all row counts); if one
-    is wrong, nothing is timed and the exit code is 1.
+    of_copy is (weight + x + result) / time over that. On a GPU "bare read" is a kernel that only reads the weight, and
+    counts no more: a small one is never read at copy bandwidth. "ours, int8" reads the copies that drafts may read.
+    Time is CUDA-graph replay with cold L2. Each weight's results are checked first (fp64, and equal row bits for all
+    row counts); if one is wrong, nothing is timed and the exit code is 1.
 
     \b
     python -m benchmarks.linear                              # on a GPU
@@ -171,8 +178,7 @@ def main(
                 timings = measure(providers, where, samples=samples)
                 around = x.nbytes + count * weight.width * (8 if weight.width == 1 else x.itemsize)
                 for provider, timing in timings.items():
-                    of_int8 = provider == "ours, int8"
-                    nbytes = around + (sum(part.nbytes for part in int8[0]) if of_int8 else first.nbytes)
+                    nbytes = bytes_moved(provider, first, int8, around)
                     report.add(
                         shape=name, weight=weight.name, N=weight.N, K=weight.K, rows=count, dtype=dtype,
                         provider=provider, **timing.columns(), gb_s=round(nbytes / timing.p50 / 1e9, 1),

@@ -88,6 +88,14 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkey
     assert len(path.read_text().splitlines()) == 1 + 2
 
 
+def test_a_bare_read_counts_the_bytes_of_the_weight_alone() -> None:
+    matrix, int8 = torch.zeros(6, 4), [(torch.zeros(6, 4, dtype=torch.int8), torch.zeros(6))]
+    moved = {
+        name: linear.bytes_moved(name, matrix, int8, 1000) for name in ("ours", "library", "ours, int8", "bare read")
+    }
+    assert moved == {"ours": 1096, "library": 1096, "ours, int8": 1048, "bare read": 96}
+
+
 def test_a_row_is_on_the_disk_as_soon_as_it_is_measured(tmp_path: Path) -> None:
     report = common.Report("x", torch.device("cpu"), tmp_path)
     for n in (1, 2):
