@@ -55,10 +55,10 @@ def load_op(home: str, name: str) -> TunableOp:
 
 
 def load_file(path: Path) -> None:
-    """Run a Python file as a module of its name."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    """Run a Python file as a module of a name that nobody imports: its own might hide another, such as `random`."""
+    spec = importlib.util.spec_from_file_location(f"_orthrus_tuned_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from orthrus_triton.autotune.choose import Timed, choose
 from orthrus_triton.autotune.config import DTYPES, Problem
 from orthrus_triton.autotune.defaults import FAMILIES, SHARED_MEMORY_LIMIT
 from orthrus_triton.autotune.estimate import Work, estimate
+from orthrus_triton.autotune.jobs import load_file
 from orthrus_triton.autotune.journal import Journal
 from orthrus_triton.autotune.shapes import SHAPES, select
 from orthrus_triton.autotune.source import _normalised, fingerprint_of_files, fingerprint_of_functions
@@ -241,3 +244,16 @@ def test_an_op_knows_where_it_comes_from():
     x, weight = torch.randn(2, 100), torch.randn(100)
     explicit = planted.scale(x, weight, config=KernelConfig({"BLOCK": 64}, {"num_warps": 1}))
     assert torch.equal(explicit, x * weight)
+
+
+def test_a_file_does_not_hide_a_module_of_its_name(tmp_path):
+    (tmp_path / "colorsys.py").write_text("class Ours: ...\n")
+    before = dict(sys.modules)
+    load_file(tmp_path / "colorsys.py")
+    try:
+        (name,) = sys.modules.keys() - before.keys()  # dataclasses and Triton look a module up by its name
+        assert sys.modules[name].Ours.__module__ == name
+        assert hasattr(importlib.import_module("colorsys"), "rgb_to_hsv")
+    finally:
+        for name in sys.modules.keys() - before.keys():
+            del sys.modules[name]
