@@ -21,15 +21,16 @@ class TrainingClock(TrainerCallback):
 
     Args:
         seconds: > 0.
-        clock: tells the time.
 
     Attributes:
+        clock: tells the time.
         started, ended: when the first and the newest step of this process ended.
         earlier: seconds that were spent before the checkpoint that the run goes on from.
     """
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.clock = seconds, clock
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.clock: Callable[[], float] = time.monotonic
         self.started: float | None = None
         self.ended: float | None = None
         self.earlier = 0.0
