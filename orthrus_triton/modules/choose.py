@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from orthrus_triton import ops
+from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.draft_chain import DraftNoise, Recalled
+from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.modules.kv_cache import ViewPass
 from orthrus_triton.modules.sampling_params import Choosing
 from orthrus_triton.ops.gumbel import CHOICE
 
 if TYPE_CHECKING:
     from orthrus_triton.modules.decode_cycle import DecodeCycle
-    from orthrus_triton.modules.decode_state import DecodeState
-    from orthrus_triton.modules.dual_view_model import DualViewModel
 
 
 def choose_tokens(
