@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Literal
 
 import torch
@@ -39,10 +40,15 @@ def stop_ids(eos_token_id: int | list[int] | None, model: DualViewModel) -> list
     """The ids that end a sequence; None means the model's own.
 
     Raises:
-        ValueError: one is outside the vocabulary.
+        ValueError: one is outside the vocabulary, or the model's own are no list of ids.
     """
     if eos_token_id is None:
-        return list(model.eos_token_ids)
+        try:
+            return [index(token) for token in model.eos_token_ids]
+        except TypeError:
+            raise ValueError(
+                f"model.eos_token_ids must be a list of ids, which may be empty, but is {model.eos_token_ids!r}"
+            ) from None
     ids = list(eos_token_id) if isinstance(eos_token_id, (list, tuple, set)) else [eos_token_id]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < model.vocab_size:

@@ -248,6 +248,26 @@ def test_a_model_on_several_devices_or_of_several_dtypes_is_named() -> None:
     assert torch.equal(decoder.generate(prompt, max_new_tokens=5).sequences[0], expected)
 
 
+@pytest.mark.parametrize("ids", [2, None, [None], ["</s>"]])
+def test_stop_tokens_of_a_model_that_are_no_list_of_ids_are_named(ids: object) -> None:
+    model = LedgerModel(VOCAB)
+    model.eos_token_ids = ids
+    with pytest.raises(ValueError, match=r"model.eos_token_ids must be a list of ids, .* but is "):
+        ConsensusDecoder(model, impl="torch").generate([torch.tensor([1, 2])], max_new_tokens=5)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}])
+@pytest.mark.parametrize(
+    ("wrong", "shape"), [(lambda hidden: hidden.flatten(0, 1), r"\(8, "), (lambda hidden: hidden[:, -1:], r"\(1, 0, ")]
+)
+def test_hidden_states_that_are_not_one_per_token_are_named(wrong, shape: str, options: dict) -> None:
+    model = tiny()
+    right = model.forward_view
+    model.forward_view = lambda *arguments: wrong(right(*arguments))
+    with pytest.raises(ValueError, match=rf"forward_view must return .* \[B, T, H\] of all its T tokens, .* {shape}"):
+        ConsensusDecoder(model, impl="torch").generate([torch.tensor([1, 2])], max_new_tokens=5, **options)
+
+
 def test_bad_prompts_are_named() -> None:
     decoder = ConsensusDecoder(LedgerModel(VOCAB), impl="torch")
     for prompts, message in [
