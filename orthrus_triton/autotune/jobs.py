@@ -56,7 +56,8 @@ def load_op(home: str, name: str) -> TunableOp:
 
 def load_file(path: Path) -> None:
     """Run a Python file as a module of a name that nobody imports: its own might hide another, such as `random`."""
-    spec = importlib.util.spec_from_file_location(f"_orthrus_tuned_{path.stem}", path)
+    name = "_orthrus_tuned_" + path.stem.replace(".", "_")  # a dot would make it part of a package
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
