@@ -22,7 +22,7 @@ def save_chart(report: dict[str, Any], path: str | PathLike[str], title: str) ->
     bars.bar_label(drawn, fmt="%.2f")
     bars.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     widest = 1 + len(report["acceptance_by_position"])  # rows; the report's block size may be "auto"
-    bars.set(ylabel="tokens per cycle", ylim=(0, widest))
+    bars.set(ylabel="tokens per cycle", ylim=(0, widest + 1))  # a frozen view that reads the anchor gives one more
     for name, domain in domains.items():
         rates = domain["acceptance_by_position"]
         curves.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=name)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from orthrus_triton.cli import app
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.training.chart import save_chart
 from orthrus_triton.training.evaluate import evaluate, repetition_share
 from orthrus_triton.training.prompts import Prompt, encode, read_prompts
 from tests.models.tiny_bases import base_config, build_base, randomise_view, tiny_tokenizer
@@ -166,6 +167,16 @@ def test_command_ends_with_json_and_draws(folder, tmp_path, how):
     assert report["tokens_per_cycle"] >= 1 and report["tpf"] > 0 and report["exactness"]["equal"] == 4
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_chart_has_room_for_every_bar(tmp_path, monkeypatch):
+    """Where the frozen view reads the anchor, a cycle of a block of two gives up to three tokens."""
+    figures = pytest.importorskip("matplotlib.figure", reason="the chart needs matplotlib")
+    tops = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: tops.append(figure.axes[0].get_ylim()[1]))
+    domain = {"tokens_per_cycle": 2.9, "acceptance_by_position": [0.9]}
+    save_chart({"domains": {"code": domain}, **domain}, tmp_path / "chart.png", "a title")
+    assert tops == [pytest.approx(3)]
 
 
 def test_command_prints_a_table(folder):
