@@ -141,7 +141,10 @@ def load_rows(path: str, args: ViewTrainingArguments, pack: bool = True) -> list
     texts, where decoding never finds it."""
     rows, skipped = read_rows(path, args.max_row_len)
     tokens = sum(len(row.ids) for row in rows)
-    logger.warning("%s: %d rows, %d tokens; %d rows without an answer skipped", path, len(rows), tokens, skipped)
+    logger.warning(
+        "%s: %d rows, %d tokens; %d rows skipped, without an answer of two tokens within max_row_len=%d",
+        path, len(rows), tokens, skipped, args.max_row_len,
+    )  # fmt: skip
     if not rows:
         raise ValueError(f"{path} must hold at least one row with an answer of two tokens within {args.max_row_len}")
     return pack_rows(rows, args.max_row_len) if args.pack and pack else rows

@@ -27,7 +27,7 @@ from orthrus_triton.training import frozen_cache
 from orthrus_triton.training.config import ViewTrainingArguments, read_config
 from orthrus_triton.training.data import TextRow, pack_rows, read_rows
 from orthrus_triton.training.frozen_cache import FrozenCache
-from orthrus_triton.training.run import train_view
+from orthrus_triton.training.run import load_rows, train_view
 from orthrus_triton.training.trainer import ViewTrainer
 from tests.cli_models import make_tokenizer, save_base_model
 from tests.models.tiny_bases import base_config, build_base, random_ids, tiny_tokenizer
@@ -86,6 +86,14 @@ def test_rows_that_cannot_be_trained_on_are_named(tmp_path, cached):
     ):
         with pytest.raises(ValueError, match=message):
             ViewTrainer(model, make_args(tmp_path, 2, cached=cached), rows)
+
+
+def test_what_is_skipped_is_said_with_the_option_that_may_keep_it(tmp_path, caplog):
+    (tmp_path / "rows.jsonl").write_text("".join(
+        json.dumps({"prompt_ids": [1] * length, "answer_ids": [5, 6, 7]}) + "\n" for length in (2, 9)
+    ))  # fmt: skip
+    assert len(load_rows(str(tmp_path), make_args(tmp_path, 2, max_row_len=9))) == 1
+    assert "1 rows, 5 tokens; 1 rows skipped, without an answer of two tokens within max_row_len=9" in caplog.text
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
