@@ -35,7 +35,7 @@ def distill_data(
         ),
     ] = None,
     builtin: Annotated[
-        bool, typer.Option("--builtin", help="The prompts behind the shipped view, made from installed packages.")
+        bool, typer.Option("--builtin", help="Prompts from docstrings of installed packages, and from templates.")
     ] = False,
     corpus: Annotated[
         Path | None,

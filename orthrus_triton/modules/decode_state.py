@@ -23,10 +23,10 @@ class DecodeState:
     block [B, W] int64: anchor, then MASK; a cycle of K <= W rows uses its first K columns. output_ids [B, L] int64 and
     output_len [B] int32: committed tokens. prompt_ids [B, P] int64, P being L, or 0 where drafts do not look back.
     limit [B] int32: most tokens of each. finished [B] bool: a finished slot is an exact no-op in every further cycle.
-    eos_ids [E] int64, padded with -1. accepted_histogram [B, W] int32: cycles by accepted length. uncounted [B, W]
-    int32 takes the counts of commits that end no cycle. report [B, 2 + R] int64: output_len, finished and the newest R
-    committed tokens, for the host. sampling: parameters of the slots, None until a run is open for more than greedy
-    decoding.
+    eos_ids [E] int64: VOID, the stop tokens, then -1. accepted_histogram [B, W] int32: cycles by accepted length.
+    uncounted [B, W] int32 takes the counts of commits that end no cycle. report [B, 2 + R] int64: output_len, finished
+    and the newest R committed tokens, for the host. sampling: parameters of the slots, None until a run is open for
+    more than greedy decoding.
     """
 
     block: torch.Tensor

@@ -1,5 +1,5 @@
-"""The prompts behind the shipped view, built at run time: code tasks from docstrings of installed packages and from
-our own tables, chat questions, and openings of documentation. NumPy and pip are left for evaluation."""
+"""Prompts built at run time: code tasks from docstrings of installed packages and from our own tables, chat questions,
+and openings of documentation. NumPy and pip are left for evaluation."""
 
 from __future__ import annotations
 
