@@ -62,6 +62,21 @@ def without_autocast(run: Callable) -> Callable:
     return as_written
 
 
+def on_its_device(launch: Callable) -> Callable:
+    """Decorates what launches kernels and takes a tensor first: Triton launches on the current device, whatever device
+    its tensors are on."""
+
+    @wraps(launch)
+    def there(tensor: torch.Tensor, *args, **kwargs):
+        device = tensor.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(tensor, *args, **kwargs)
+        with torch.cuda.device(device):
+            return launch(tensor, *args, **kwargs)
+
+    return there
+
+
 def require_kernel(config: object | None, impl: str, *inputs: torch.Tensor | None) -> None:
     """Raise a ValueError if a kernel configuration was given to an implementation that has no kernel, or with inputs
     that want a gradient: the kernel is launched past the registered op, which refuses `backward`."""

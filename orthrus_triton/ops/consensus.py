@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl
 
 
 def consensus_(
@@ -110,6 +110,7 @@ def consensus_kernel(
 NUM_WARPS = 1
 
 
+@on_its_device
 def launch_consensus(
     candidate, choice, eos_ids, limit, mask_token_id, context_len, output_ids, output_len, finished, block, histogram
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig
+from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.product_tile import product_tile
 from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
 
@@ -63,6 +64,7 @@ def int8_product_kernel(
     tl.store(partial_ptr + out_offsets, accumulator, mask=row_mask[:, None] & col_mask[None, :])
 
 
+@on_its_device
 def launch_int8_product(
     x: torch.Tensor, run: int, apart: int, values: torch.Tensor, weight_scale: torch.Tensor, partial: torch.Tensor,
     config: KernelConfig,

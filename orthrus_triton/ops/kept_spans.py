@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
+from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.logits_filter import load_scaled, mass, mass_of, order_key
 from orthrus_triton.ops.portable_math import portable_exp
 from orthrus_triton.ops.row_spans import (
@@ -148,6 +149,7 @@ def kept_mass_kernel(
             tl.store(key_ptr + row, key_min)
 
 
+@on_its_device
 def launch_kept_spans(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> KeptSpans:

@@ -8,7 +8,14 @@ import torch
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
 from orthrus_triton.ops._cpu_product import library_product, tiled_product
-from orthrus_triton.ops._dispatch import require_kernel, require_same, resolve_impl, runs_directly, without_autocast
+from orthrus_triton.ops._dispatch import (
+    on_its_device,
+    require_kernel,
+    require_same,
+    resolve_impl,
+    runs_directly,
+    without_autocast,
+)
 from orthrus_triton.ops.int8_product import dequantize_rows, launch_int8_product
 from orthrus_triton.ops.product_tile import product_tile
 from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
@@ -151,6 +158,7 @@ COMBINE_BLOCK_N = 512
 COMBINE_WARPS = 4
 
 
+@on_its_device
 def launch_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -197,6 +205,7 @@ def launch_partial(
     return partial
 
 
+@on_its_device
 def _launch_product(x, weight, config, bias, residual, out, partial, flags) -> None:
     N, K = weight.shape
     x, run, apart = row_runs(x)

@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import require_kernel, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import on_its_device, require_kernel, require_same, resolve_impl, runs_directly
 from orthrus_triton.ops.linear import (
     check_product,
     launch_linear,
@@ -88,6 +88,7 @@ def combine_norm_kernel(
     tl.store(out_ptr + row * N + cols, normed, mask=mask)
 
 
+@on_its_device
 def launch_linear_norm(
     x: torch.Tensor,
     weight: torch.Tensor,

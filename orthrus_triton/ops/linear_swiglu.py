@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import accumulate_dtype, require_kernel, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import accumulate_dtype, on_its_device, require_kernel, resolve_impl, runs_directly
 from orthrus_triton.ops.linear import (
     COMBINE_BLOCK_N,
     COMBINE_WARPS,
@@ -114,6 +114,7 @@ def combine_swiglu_kernel(
     tl.store(out_ptr + row * INTERMEDIATE + cols[None, :], out, mask=mask[None, :])
 
 
+@on_its_device
 def launch_linear_swiglu(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig, lookup
-from orthrus_triton.ops._dispatch import require_kernel, resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, require_kernel, resolve_impl
 from orthrus_triton.ops.linear import check_product, launch_linear, linear_reference, linear_torch
 from orthrus_triton.ops.product_tile import product_tile
 from orthrus_triton.ops.row_tiles import tiles_for_rows
@@ -91,6 +91,7 @@ BLOCK = 1024
 NUM_WARPS = 4
 
 
+@on_its_device
 def launch_lm_head_choice(
     hidden: torch.Tensor, weight: torch.Tensor, config: KernelConfig | None = None
 ) -> torch.Tensor:

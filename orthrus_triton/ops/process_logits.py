@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl
 
 IN_PROMPT = 1 << 30  # in a history count: the token stands in the prompt; below it, how often it was generated
 
@@ -104,6 +104,7 @@ def process_logits_kernel(
 BLOCK, NUM_WARPS = 2048, 8
 
 
+@on_its_device
 def launch_process_logits(
     logits, positions, candidate, eos_ids, repetition, presence, frequency, min_position, bias, history
 ) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl
 
 LONGEST = 8  # newest tokens that are compared, and the most that count for a bonus
 BONUS = 0.5  # logits per token: a whole one gave the shipped view more drafts of quoted text, and fewer of code
@@ -99,6 +99,7 @@ def recall_kernel(
     tl.store(bonus_ptr + b * COUNT + ahead, bonus, mask=mask)
 
 
+@on_its_device
 def launch_recall(
     prompt_ids: torch.Tensor, output_ids: torch.Tensor, prompt_len: torch.Tensor, newest: torch.Tensor,
     last: torch.Tensor, count: int,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
+from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.gumbel import ACCEPT, CHOICE, gumbel, row_key, uniform
 from orthrus_triton.ops.kept_spans import launch_kept_spans
 from orthrus_triton.ops.logits_filter import load_scaled, mass_of, order_key
@@ -119,6 +120,7 @@ def accept_kernel(
     tl.store(out_ptr + row, choice.to(tl.int64))
 
 
+@on_its_device
 def launch_rejection_choice(
     logits, draft_logits, candidate, positions, temperature, top_k, top_p, min_p, seed, sequence
 ) -> torch.Tensor:

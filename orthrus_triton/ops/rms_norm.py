@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl, runs_directly
 from orthrus_triton.ops.swiglu import SHARED_FROM
 
 
@@ -85,6 +85,7 @@ def rms_norm_config(hidden_size: int) -> tuple[int, int]:
     return block, min(max(block // 512, 1), 16)
 
 
+@on_its_device
 def launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple:
     x, weight = x.contiguous(), weight.contiguous()
     hidden = x.shape[-1]

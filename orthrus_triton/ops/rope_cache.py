@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import accumulate_dtype, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import accumulate_dtype, on_its_device, require_same, resolve_impl, runs_directly
 from orthrus_triton.ops.rope_cache_torch import rope_cache_torch
 from orthrus_triton.ops.split_sum import split_sum
 
@@ -180,6 +180,7 @@ def rope_cache_kernel(
 NUM_WARPS = 1
 
 
+@on_its_device
 def launch_rope_cache(
     qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, bias=None, split_k: int = 0
 ) -> torch.Tensor:  # fmt: skip

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, next_power_of_2, tl, triton
+from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.logits_filter import load_scaled, order_key
 
 SPAN, BLOCK, NUM_WARPS = 8192, 1024, 8  # a span is a multiple of a block
@@ -130,6 +131,7 @@ def span_constants(vocab_size: int) -> dict[str, int]:
     return {"V": vocab_size, "SPANS": spans, "SPANS_PADDED": next_power_of_2(spans)}
 
 
+@on_its_device
 def launch_row_spans(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor) -> RowSpans:
     """Tops and top-k keys of contiguous logits [B, T, V]."""
     B, T, V = logits.shape

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
-from orthrus_triton.ops._dispatch import resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, resolve_impl
 from orthrus_triton.ops.void_rows import VOID
 
 TILE = 128  # logits, on a CPU
@@ -50,6 +50,7 @@ BLOCK = 4096
 NUM_WARPS = 8
 
 
+@on_its_device
 def launch_greedy_choice(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.contiguous()
     out = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)

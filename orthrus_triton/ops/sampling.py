@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl
 from orthrus_triton.ops.gumbel import CHOICE, exponential, gumbel_torch, noise_words, row_key, row_key_torch
 from orthrus_triton.ops.logits_filter import (
     SamplingTensors,
@@ -211,6 +211,7 @@ def choose_kernel(
     tl.store(out_ptr + row, choice.to(tl.int64))
 
 
+@on_its_device
 def launch_sample_choice(
     logits, positions, temperature, top_k, top_p, min_p, seed, sequence, stream
 ) -> torch.Tensor:  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
-from orthrus_triton.ops._dispatch import accumulate_dtype, resolve_impl
+from orthrus_triton.ops._dispatch import accumulate_dtype, on_its_device, resolve_impl
 
 
 def swiglu(gate_up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -47,6 +47,7 @@ BLOCK = 1024
 NUM_WARPS = 4
 
 
+@on_its_device
 def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     gate_up = gate_up.contiguous()
     intermediate = gate_up.shape[-1] // 2

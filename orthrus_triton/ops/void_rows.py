@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
-from orthrus_triton.ops._dispatch import require_same, resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl
 
 VOID = -2  # no token: ends a sequence as a stop token does, and is not part of it
 BLOCK, NUM_WARPS = 1024, 4
@@ -39,6 +39,7 @@ def void_rows_kernel(choice_ptr, hidden_ptr, out_ptr, H: tl.constexpr, BLOCK: tl
     tl.store(out_ptr + row, tl.where(void > 0, -2, tl.load(choice_ptr + row)))
 
 
+@on_its_device
 def launch_void_rows(choice: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(choice, memory_format=torch.contiguous_format)
     void_rows_kernel[(choice.numel(),)](

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthrus_triton import ops
 from orthrus_triton.ops import _cpu_product
+from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.dual_view_attention import key_tails
 
 HALF = [torch.bfloat16, torch.float16]
@@ -165,3 +169,45 @@ def test_attention_of_no_sequence_is_empty(impl: str, options: dict) -> None:
     block = {"k_block": rows, "v_block": rows} if options else {}
     limit = torch.zeros(0, 4, dtype=torch.int32)
     assert ops.dual_view_attention(q, cache, cache, limit, **block, **options, impl=impl).shape == q.shape
+
+
+class Elsewhere:
+    """What a tensor on another GPU than the current one says of itself."""
+
+    device = torch.device("cuda:1")
+
+
+def launching_functions() -> list[tuple[str, list[str]]]:
+    """(file and name, decorators) of every function in ops that launches a kernel."""
+    found = []
+    for path in sorted(Path(ops.__file__).parent.rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and any(
+                isinstance(node, ast.Call) and "_kernel[" in ast.unparse(node.func) for node in ast.walk(function)
+            ):
+                decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+                found.append((f"{path.name}: {function.name}", decorators))
+    return found
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, as torch does not."""
+    entered: list[str] = []
+
+    @contextmanager
+    def device(where: torch.device):
+        entered.append(f"on {where}")
+        yield
+        entered.append("back")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch = on_its_device(lambda tensor, *, more: entered.append(f"launch {more}"))
+    launch(Elsewhere(), more=1)
+    assert entered == ["on cuda:1", "launch 1", "back"]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    launch(Elsewhere(), more=2)
+    launch(torch.empty(0), more=3)
+    assert entered[3:] == ["launch 2", "launch 3"]
+    launching = launching_functions()
+    assert len(launching) > 20 and [name for name, decorators in launching if "on_its_device" not in decorators] == []

@@ -9,6 +9,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, next_power_of_2
 from orthrus_triton.autotune.store import device_family
+from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.block_attention.kernels import (
     block_attention_forward_kernel,
     block_attention_grad_kv_kernel,
@@ -66,6 +67,7 @@ def tiles_for(dtype: torch.dtype, family: str, head_dim: int) -> tuple[Tiles, Ti
     return table[min(width for width in table if head_dim <= width)]
 
 
+@on_its_device
 def launch_forward(
     q: torch.Tensor,
     k_context: torch.Tensor,
@@ -91,6 +93,7 @@ def launch_forward(
     return out, lse
 
 
+@on_its_device
 def launch_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,

@@ -7,6 +7,7 @@ import torch
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, next_power_of_2
 from orthrus_triton.autotune.defaults import count_splits
 from orthrus_triton.autotune.store import KernelConfig, lookup
+from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.dual_view_attention.kernels import combine_splits_kernel, dual_view_attention_kernel
 
 LOG2_E = 1.4426950408889634
@@ -47,6 +48,7 @@ def launch(
     return torch.cat(outs, dim=1)
 
 
+@on_its_device
 def _launch_rows(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale, config) -> torch.Tensor:
     (B, T, HQ, D), (HKV, S) = q.shape, k_cache.shape[1:3]
     group, has_block = HQ // HKV, k_block is not None

@@ -7,6 +7,7 @@ import math
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2
+from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.linear_kl.chunks import Target
 from orthrus_triton.ops.linear_kl.kernels import dense_rows_kernel, listed_rows_kernel, teacher_kernel
 
@@ -14,6 +15,7 @@ BLOCK_V = 4096
 NUM_WARPS = 8
 
 
+@on_its_device
 def launch_teacher(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn logits [p, V] into probabilities in place; returns sum of p log p [p] and the most probable token [p]."""
     negative_entropy, choice = _row_results(logits)
@@ -21,6 +23,7 @@ def launch_teacher(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return negative_entropy, choice
 
 
+@on_its_device
 def launch_rows(logits: torch.Tensor, target: Target, grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy [n] and most probable token [n] of student logits [n, V]; p_student - p_teacher goes to `grad`."""
     cross_entropy, choice = _row_results(logits)
