@@ -42,7 +42,7 @@ class DecodeCycle:
             state.sampling.absorb(state.output_ids, state.output_len, state.block.shape[1])
         if block_size == AR:
             linear_impl = "library" if not self.exact and impl != "triton" else None
-            candidate = choice = self.verify(state.anchors(1), cache, state, impl, linear_impl)
+            candidate = choice = self.verify(state.next_block(1), cache, state, impl, linear_impl)
         elif self.choosing.rejection:
             candidate, choice = self.draft_and_judge(cache, state, block_size, impl)
         else:
@@ -93,7 +93,7 @@ class DecodeCycle:
     ) -> tuple[torch.Tensor, torch.Tensor, ViewPass]:
         """The block [B, K], the hidden states of its rows that have something to propose, and the pass."""
         view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
-        block = state.anchors(block_size)
+        block = state.next_block(block_size)
         hidden = self.model.forward_view(block, cache, view_pass)
         return block, hidden[:, : block_size - 1 + self.anchor_rows], view_pass
 

@@ -85,7 +85,7 @@ class DecodeState:
         views = {name: value if name in shared else value[only] for name, value in values.items()}
         return DecodeState(**views, sampling=None if self.sampling is None else self.sampling.slots(first, count))
 
-    def anchors(self, block_size: int) -> torch.Tensor:
+    def next_block(self, block_size: int) -> torch.Tensor:
         """The next block [B, K]. A sequence that ended for want of a token has some token there: nobody looks."""
         return self.block[:, :block_size].contiguous()
 
@@ -113,7 +113,7 @@ class DecodeState:
         """Commit the token [B, 1] that the frozen view chose after the anchor while the rest of the block was drafted.
         A sequence that ends with it is not verified any more: its cycle counts here, with nothing accepted."""
         alive = ~self.finished
-        self.commit(self.anchors(1), choice, context_len, impl, self.uncounted)
+        self.commit(self.next_block(1), choice, context_len, impl, self.uncounted)
         self.accepted_histogram[:, 0] += alive & self.finished
 
     def write_report(self) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.cuda_graph import on_device
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.kv_cache import SharedKVCache
@@ -19,7 +20,6 @@ from orthrus_triton.modules.slot import Slot
 from orthrus_triton.ops._dispatch import require_size
 
 if TYPE_CHECKING:
-    from orthrus_triton.modules.batch_prefill import BatchPrefill
     from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
 
 
@@ -34,8 +34,8 @@ class Work(NamedTuple):
 
 
 def device_work(method: Callable) -> Callable:
-    """A method of a run that launches kernels: in its decoder's turn, without gradients, on the device of its
-    buffers, and outside inference mode, as they were made."""
+    """A method of a run that launches kernels: in its decoder's turn, without gradients and autocast, on the device of
+    its buffers, and outside inference mode, as they were made."""
 
     @wraps(method)
     def there(run: RunSlots, *arguments: Any, **options: Any) -> Any:
