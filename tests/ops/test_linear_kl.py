@@ -117,6 +117,28 @@ def test_choice_and_agreement(kind: str, impl: str) -> None:
     assert not result.agrees.requires_grad and not result.row_kl.requires_grad
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_of_equally_probable_tokens_the_first_is_chosen(impl: str) -> None:
+    """As in decoding; in one tile of tokens and over several."""
+    _, weight, _, index, row_weight = make_problem(1, "hidden", torch.float32)
+    weight = (4 * weight).round()  # so that products of equal rows are equal
+    weight[[12, 40, 68]] = weight[10].clone()
+    hidden = 9 * weight[10].expand(len(index), -1)
+    result = linear_kl(hidden, weight, HiddenTeacher(hidden[:6]), index, row_weight, impl=impl)
+    assert result.choice.eq(10).all() and result.agrees.all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_no_bit(kind: str, impl: str) -> None:
+    """As in a Trainer with bf16: true; the loss is of what the frozen head says in its own dtype."""
+    problem = make_problem(2, kind, torch.float32)
+    result, grad = run(problem, impl)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        same, same_grad = run(problem, impl)
+    assert torch.equal(result.row_kl, same.row_kl) and torch.equal(grad, same_grad)
+
+
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(impl: str) -> None:
     hidden, weight, _, index, row_weight = make_problem(2, "hidden", torch.float32, rows=6)
