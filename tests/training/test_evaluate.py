@@ -53,6 +53,32 @@ def test_figures_are_those_of_the_runs(model):
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_decoders_and_seconds_are_those_that_the_report_names(model, monkeypatch, block_size):
+    generate, runs = ConsensusDecoder.generate, []
+
+    def noted(self, prompts, **options):
+        output = generate(self, prompts, **options)
+        runs.append((self.mode, self.exact, self.block_size, output.stats))
+        return output
+
+    monkeypatch.setattr(ConsensusDecoder, "generate", noted)
+    report = evaluate(model, PROMPTS[:2], max_new_tokens=NEW, block_size=block_size)
+    of_names = {"consensus": ("consensus", True), "ar": ("ar", True), "ar_one_row": ("ar", False)}
+    assert list(report["seconds"]) == list(of_names) and report["block_size"] == (block_size or 4)
+    assert {size for mode, _, size, _ in runs if mode == "consensus"} == {report["block_size"]}
+    for name, how in of_names.items():
+        warm_up, *stats = (run[3] for run in runs if run[:2] == how)
+        assert len(stats) == 2 and warm_up.tokens < NEW
+        decode, prefill = (sum(getattr(one, f"{part}_seconds") for one in stats) for part in ("decode", "prefill"))
+        assert min(decode, prefill) > 0 and report["decode_seconds"][name] == pytest.approx(decode)
+        assert report["seconds"][name] == pytest.approx(decode + prefill)
+        rate = 2 * NEW / (decode + prefill)
+        assert report["tokens_per_second"][name] == pytest.approx(rate)
+    for question, stats in zip(report["questions"], [run[3] for run in runs if run[0] == "consensus"][1:]):
+        assert (question["tokens_per_cycle"], question["tpf"]) == (stats.tokens_per_cycle, stats.tpf)
+
+
 def test_a_difference_is_found_and_no_speedup_claimed(model, monkeypatch):
     generate = ConsensusDecoder.generate
 
@@ -87,6 +113,9 @@ def test_an_answer_of_the_prefill_alone_has_no_cycle(model):
     report = evaluate(stops, PROMPTS[:1], max_new_tokens=NEW)
     assert (report["tokens"], report["cycles"], report["tokens_per_cycle"]) == (1, 0, 0.0)
     assert report["acceptance_by_position"] == [None] * 3
+    report = evaluate(stops, PROMPTS[:2], max_new_tokens=NEW)  # it does not count as one of 0 tokens per cycle
+    (none, other), rate = report["questions"], report["tokens_per_cycle_per_question"]
+    assert none["cycles"] == 0 < other["cycles"] and rate == other["tokens_per_cycle"] >= 1
 
 
 def test_repetition_share():
