@@ -62,8 +62,20 @@ def test_a_timed_run_is_resumed_with_the_time_that_is_left(tmp_path):
     assert_same(view_of(finished.orthrus), trained)
     # and from the start, it has all of it
     fresh = timed_trainer(tmp_path, 8)
-    fresh.train()
-    assert fresh.state.global_step == 5
+    for _ in range(2):
+        fresh.train()
+        assert fresh.state.global_step == 5
+
+
+@pytest.mark.parametrize("asked", ["steps", "no"])
+def test_what_is_asked_for_is_done_when_the_time_is_up(tmp_path, asked):
+    strategies = dict.fromkeys(("save_strategy", "eval_strategy"), asked)
+    trainer = timed_trainer(tmp_path, 8, eval_rows=1, eval_steps=1000, logging_steps=1000, **strategies)
+    trainer.train()
+    figures = ("loss", "eval_loss") if asked == "steps" else ("loss",)
+    found = [(name, entry["step"]) for entry in trainer.state.log_history for name in entry]
+    assert [one for one in found if one[0] in ("loss", "eval_loss")] == [(name, 5) for name in figures]
+    assert (last_checkpoint(tmp_path / "run") is not None) == (asked == "steps")
 
 
 def test_a_clock_is_for_one_process(tmp_path, monkeypatch):
