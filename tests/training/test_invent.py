@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
@@ -104,6 +105,31 @@ def test_the_token_that_the_template_writes_behind_a_message_ends_it(model, toke
     behind.chat_template = "{% for m in messages %}w88 {{ m.content }} w2{% endfor %}"
     found = invent(endless, behind, 3, beginnings=BEGINNINGS, max_new_tokens=60, batch_size=20)
     assert len(found) == 3 and not any("w2 " in prompt.text + " " for prompt in found)
+
+
+def test_which_token_of_the_template_ends_a_message(model, monkeypatch):
+    seen = []
+
+    def answer(decoder, prompts, *_options, params_of, stop_ids):
+        seen.append(stop_ids[len(STOP) :])
+        yield from ((n, [30 + n, 31, 32, 33, 2]) for n in range(len(prompts)))
+
+    monkeypatch.setattr(inventing, "answer_all", answer)
+    for behind, ending in ((" w40 w41", [40]), ("\n\nw40", [40]), (" w50 w40", [])):
+        tokenizer = tiny_tokenizer(list(range(101)))  # white space is a token of its own
+        if " " in behind:
+            tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["w40", "w41"]})
+        tokenizer.chat_template = "{% for m in messages %}w88 {{ m.content }}" + behind + "{% endfor %}"
+        invent(model, tokenizer, 1)
+        assert seen.pop() == ending, behind
+
+
+def test_a_tokenizers_own_beginning_of_a_text_is_left_to_the_template(model, texts):
+    begins = make_tokenizer()
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single="w86 $A", special_tokens=[("w86", 86)])
+    assert begins("w30")["input_ids"] == [86, 30]
+    assert [prompt.text for prompt in invent(model, begins, 4, beginnings=BEGINNINGS, **OPTIONS)] == texts[:4]
 
 
 def answers_from(monkeypatch, messages: list[list[int]], backwards: bool = False) -> list[int]:
