@@ -11,8 +11,7 @@ import torch
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
-from orthrus_triton.training.acceptance import acceptance
-from orthrus_triton.training.anchors import AnchorExamples, EvenAnchors
+from orthrus_triton.training.anchors import UNCHAINED, AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
 from orthrus_triton.training.data import TextRow
 from orthrus_triton.training.frozen_cache import FrozenCache
@@ -21,8 +20,8 @@ from orthrus_triton.training.objective import position_weights
 from orthrus_triton.training.student import BlockStudent
 from orthrus_triton.training.surprise import read_surprise, surprise
 from orthrus_triton.training.trainer import ViewTrainer
-from tests.models.tiny_bases import base_config, build_base, randomise_view
-from tests.training.view_runs import K, make_args, make_model, make_trainer, own_rows
+from tests.models.tiny_bases import ORIGINAL_LEN, base_config, build_base, random_ids, randomise_view
+from tests.training.view_runs import K, draft_logits, make_args, make_model, make_trainer, own_rows
 
 
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
@@ -59,17 +58,6 @@ def test_the_trained_pass_is_the_decoders_draft(case, view_rank, anchor_view):
             assert torch.allclose(ours[b, n], drafted, atol=2e-5), (n, (ours[b, n] - drafted).abs().max())
 
 
-@torch.no_grad()
-def draft_logits(model: OrthrusForCausalLM, row: TextRow, anchor: int) -> torch.Tensor:
-    """Logits [K, V] of the decoder's own draft at an anchor of a text."""
-    buffers = model.new_cache(1, 64, K)
-    model.forward_view(torch.tensor([row.ids[:anchor]]), buffers, buffers.view_pass("ar", anchor))
-    buffers.context_len.fill_(anchor)
-    block = torch.tensor([[row.ids[anchor]] + [model.mask_token_id] * (K - 1)])
-    hidden = model.forward_view(block, buffers, buffers.draft_pass(K, model.anchor_rows))
-    return model.compute_logits(hidden[:, model.anchor_rows :])[0]
-
-
 @pytest.mark.parametrize(("view_rank", "chain_width"), [(None, None), (2, None), (None, 8)])
 def test_only_the_view_learns(view_rank, chain_width, tmp_path):
     model = make_model("qwen3", view_rank=view_rank, chain_width=chain_width)
@@ -93,21 +81,44 @@ def test_a_captured_pass_of_the_frozen_model_reads_the_same(tmp_path):
         return step
 
     eager, replayed = FrozenReader(BlockStudent(model)), FrozenReader(BlockStudent(model), capture)
-    for first, count in ((0, 2), (2, 2), (4, 2), (0, 3)):
+    # a batch that is wider or longer than any before it has other buffers, and what was captured of the old ones goes
+    for first, count, times in ((0, 2, 1), (2, 2, 1), (4, 2, 1), (0, 3, 1), (2, 2, 1), (0, 2, 26), (0, 3, 1)):
         some = rows[first : first + count]
-        ids = torch.stack([torch.tensor(row.ids[:20]) for row in some])
+        ids = torch.stack([torch.tensor(row.ids[:20] * times) for row in some])
         prompt_len = torch.tensor([row.prompt_len for row in some])
-        layers, states = eager(ids, prompt_len)
-        own_layers, own_states = replayed(ids, prompt_len)
-        assert torch.equal(states, own_states) and states.shape[1] == 64
-        assert all(torch.equal(a, b) for one, own in zip(layers, own_layers) for a, b in zip(one[:2], own[:2]))
-    assert len(captured) == 2  # once for each shape
+        with torch.no_grad():
+            layers, states = eager(ids, prompt_len)  # in buffers of its own
+        assert states.shape[1] == (64 if times == 1 else 576)
+        for reader in (eager, replayed):
+            own_layers, own_states = reader(ids, prompt_len)
+            assert torch.equal(states, own_states)
+            for one, own in zip(layers, own_layers):
+                assert all(torch.equal(*(x[:, :, : ids.shape[1]] for x in pair)) for pair in zip(one[:2], own[:2]))
+    assert len(captured) == 5
     # an evaluation, of another shape, is not captured, and leaves what is
     with torch.no_grad():
         layers, states = replayed(ids[:1], prompt_len[:1])
     assert torch.equal(states, own_states[:1]) and torch.equal(layers[0][0], own_layers[0][0][:1])
     again = replayed(ids, prompt_len)[0]
-    assert len(captured) == 2 and again[0][0] is own_layers[0][0]
+    assert len(captured) == 5 and again[0][0] is own_layers[0][0]
+
+
+def test_every_reader_of_a_text_minds_the_length_of_its_prompt(tmp_path):
+    """Where rotary angles depend on it: all of them find most likely what the frozen model wrote."""
+    model = make_model("llama longrope")
+    prompts = [random_ids(length)[0] for length in (5, ORIGINAL_LEN + 8, 7)]
+    output = ConsensusDecoder(model, mode="ar").generate(prompts, max_new_tokens=24, eos_token_id=[])
+    rows = [TextRow("all", ids.tolist(), [(len(prompt), len(ids))]) for ids, prompt in zip(output.sequences, prompts)]
+    cache = FrozenCache.open_or_build(tmp_path, model, rows, top_k=model.vocab_size, dtype=torch.float32)
+    eager, replayed = FrozenReader(BlockStudent(model)), FrozenReader(BlockStudent(model), lambda step: step)
+    for row, start in zip(rows, cache.starts):
+        written, before = row.ids[row.prompt_len :], slice(row.prompt_len - 1, len(row.ids) - 1)
+        assert cache.teacher_ids[start:][before, 0].tolist() == written
+        for read in (eager, replayed):
+            states = read(torch.tensor([row.ids]), torch.tensor([row.prompt_len]))[1]
+            assert model.choose(states[:, before])[0].tolist() == written
+    for found, expected in zip(read_surprise(model, rows), surprise(cache, rows)):
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_compiled_layers_have_the_same_gradients(tmp_path):
@@ -190,7 +201,7 @@ def test_the_loss_is_what_the_paper_says(anchor_view):
         [{"row_id": 0, "anchors": anchors[0].numpy(), "chained": np.ones(2, bool)}]
     )
     assert batch["targets"].tolist()[0][1] == [row.ids[-2], row.ids[-1], -1]
-    decay, total = 1.5, 0.0
+    decay, total, crossed = 1.5, 0.0, 0.0
     weights = [math.exp(-i / decay) for i in range(K - 1)]
     assert position_weights(K, decay).tolist() == pytest.approx(weights)
     teacher = model(torch.tensor([row.ids])).log_softmax(-1)[0]
@@ -200,11 +211,10 @@ def test_the_loss_is_what_the_paper_says(anchor_view):
             if anchor + i + 1 + later < len(row.ids):
                 log_p = teacher[anchor + i + later]
                 total += weights[i] * float((log_p.exp() * (log_p - student[i])).sum())
-    output = ViewDistillation(model, K, "kl", decay)(**batch)
-    assert float(output["loss"].detach()) == pytest.approx(total / (2 * sum(weights)), rel=1e-4)
-    crossed = ViewDistillation(model, K, "ce")(**batch)
-    first = -float(student[0, row.ids[-2]] + student[1, row.ids[-1]])  # of the second block
-    assert float(crossed["loss"].detach()) > first / (2 * (K - 1))
+                crossed -= weights[i] * float(student[i, row.ids[anchor + i + 1 + later]])
+    for loss, expected in (("kl", total), ("ce", crossed)):
+        found = ViewDistillation(model, K, loss, decay)(**batch)["loss"]
+        assert float(found.detach()) == pytest.approx(expected / (2 * sum(weights)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("anchor_view", "chain_width"), [("diffusion", None), ("ar", None), ("ar", 16)])
@@ -227,32 +237,6 @@ def test_overfitting_one_text_drafts_nearly_whole_blocks(tmp_path, monkeypatch, 
     assert output.stats.cycles <= math.ceil(48 / (K + model.anchor_rows)) + 1
 
 
-def test_evaluation_reports_acceptance_by_domain_and_position(tmp_path):
-    model = make_model()
-    trainer = make_trainer(model, tmp_path, max_steps=1, eval_rows=5, eval_anchors=2)
-    metrics = trainer.evaluate()
-    blocks = {}
-    for example in trainer.eval_dataset:
-        row = trainer.data_collator.rows[example["row_id"]]
-        for anchor in example["anchors"].tolist():
-            drafted = draft_logits(model, row, anchor)[:-1].argmax(-1).tolist()
-            matches = [a == b for a, b in zip(drafted, row.ids[anchor + 1 :])]
-            blocks.setdefault(row.domain, []).append((matches + [False]).index(False) + 1)
-    for domain, counts in blocks.items():
-        assert metrics[f"eval_tokens_per_cycle_{domain}"] == pytest.approx(sum(counts) / len(counts))
-    names = ["tokens_per_cycle", "tokens_per_cycle_code", "tokens_per_cycle_prose", "match_1", f"match_{K - 1}"]
-    assert all(f"eval_{name}" in metrics for name in names) and f"eval_match_{K}" not in metrics
-    assert 1 < metrics["eval_tokens_per_cycle"] <= K
-
-
-def test_acceptance_counts_leading_matches_and_the_free_token():
-    matches = torch.tensor([[[1, 1, 0]], [[0, 1, 1]], [[1, -1, -1]]]).numpy()
-    metrics = acceptance(matches, torch.tensor([0, 1, 1]).numpy(), ["code", "prose"])
-    assert metrics["tokens_per_cycle_code"] == 3 and metrics["tokens_per_cycle_prose"] == 1.5
-    assert metrics["tokens_per_cycle"] == 2
-    assert (metrics["match_1"], metrics["match_2"], metrics["match_3"]) == (2 / 3, 1, 0.5)
-
-
 def test_examples_are_a_function_of_seed_and_number():
     rows = [TextRow("code", list(range(30)), [(4, 30)]), TextRow("prose", list(range(20)), [(3, 6), (15, 20)])]
     weights = {"code": 0.0, "prose": 1.0}
@@ -264,12 +248,19 @@ def test_examples_are_a_function_of_seed_and_number():
     assert {examples[n]["row_id"] for n in range(50)} == {1}
     other = AnchorExamples(rows, 50, 4, weights, seed=6)
     assert any(other[n]["anchors"].tolist() != examples[n]["anchors"].tolist() for n in range(5))
-    both = AnchorExamples(rows, 200, 4, {"code": 3.0, "prose": 1.0})
-    assert 0.6 < sum(both[n]["row_id"] == 0 for n in range(200)) / 200 < 0.9
+    # shares are of the domains, however many rows each has; without them, all rows are alike
+    uneven = [rows[0], *rows, rows[0], rows[0]]
+    for shares, of_prose in (({"code": 3.0, "prose": 1.0}, 1 / 4), ({"code": 1.0, "prose": 3.0}, 3 / 4), (None, 1 / 5)):
+        some = AnchorExamples(uneven, 400, 4, shares)
+        assert sum(some[n]["row_id"] == 2 for n in range(400)) / 400 == pytest.approx(of_prose, abs=0.06)
+    chained = np.concatenate([some[n]["chained"] for n in range(400)])
+    assert 1 - chained.mean() == pytest.approx(UNCHAINED, abs=0.05)
     with pytest.raises(ValueError, match="domain_weights must give each domain of the data, .*'code', 'prose'.* share"):
         AnchorExamples(rows, 1, 1, {"maths": 1.0})
     with pytest.raises(ValueError, match=r"domain_weights must .* \['code', 'prose'\], and no other, a share"):
         AnchorExamples(rows, 1, 1, weights | {"docs": 1.0})
+    with pytest.raises(ValueError, match="domain_weights must give .* a share >= 0"):
+        AnchorExamples(rows, 1, 1, {"code": -1.0, "prose": 2.0})
     with pytest.raises(ValueError, match="rows must not be empty"):
         AnchorExamples([], 1, 1)
     assert EvenAnchors(rows, 3, K, first_row_id=7)[0]["anchors"].tolist() == [3, 14, 26]
@@ -285,7 +276,37 @@ def test_anchors_of_a_row_differ_while_there_are_enough_and_have_something_to_pr
     assert EvenAnchors(rows, 2, 4, anchor_rows=1)[0]["anchors"].tolist() == [14, 15]
 
 
-def test_anchors_gather_where_the_frozen_model_was_unsure(tmp_path):
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_batch_says_what_stands_at_and_behind_each_place_of_a_block(later):
+    """Of a row of two texts: a block learns nothing beyond the end of its answer."""
+    row = TextRow("code", list(range(50, 70)), [(3, 6), (15, 20)])
+    example = {"row_id": 0, "anchors": np.array([2, 4 - later, 14, 17 - later]), "chained": np.arange(4) != 2}
+    batch = BlockCollator([row], None, K, "kl", later)([example])
+    assert batch["anchor_ids"].tolist() == [[52, 54 - later, 64, 67 - later]] and batch["prompt_len"].tolist() == [3]
+    first, third = ([53, 54, 55], [65, 66, 67]) if later == 0 else ([54, 55, -1], [66, 67, 68])
+    assert batch["targets"].tolist() == [[first, [55, -1, -1], third, [68, 69, -1]]]
+    own = batch["own_ids"].tolist()[0]
+    assert own[0] == list(range(52 + later, 55 + later)) and own[3] == [67, 68, 69]  # a chain knows no target
+    assert own[1][0] == 54 and own[2] == [-1, -1, -1]
+
+
+def test_a_chain_is_trained_for_what_decoding_asks_of_it():
+    model = randomise_view(make_model("qwen3", anchor_view="ar", chain_width=8), scale=1.0)
+    generator = torch.Generator().manual_seed(0)
+    hidden, own = torch.randn(5, K - 1, model.config.hidden_size, generator=generator), torch.arange(20, 25)
+    logits = model.compute_logits(hidden)
+    drafted = model.chain_drafts(hidden, logits, own)
+    before = torch.cat((own[:, None], drafted[:, :-1]), dim=1)
+    student = BlockStudent(model)
+    with torch.no_grad():
+        assert torch.equal(model.compute_logits(student.chain(hidden, before)).argmax(-1), drafted)
+        assert not torch.equal(logits.argmax(-1), drafted)
+        assert torch.equal(student.chain(hidden, torch.full_like(before, -1)), hidden)
+
+
+def test_anchors_gather_where_the_frozen_model_was_unsure(tmp_path, monkeypatch):
+    for name, size in (("TOKENS_PER_PASS", 60), ("LOGIT_ROWS", 7)):  # of three rows
+        monkeypatch.setattr(f"orthrus_triton.training.surprise.{name}", size)
     model = make_model()
     rows = own_rows(model, 3)
     cache = FrozenCache.open_or_build(tmp_path, model, rows, top_k=model.vocab_size, dtype=torch.float32)
@@ -304,5 +325,6 @@ def test_anchors_gather_where_the_frozen_model_was_unsure(tmp_path):
         drawn = [examples[n] for n in range(400)]
         at_sharp.append(sum(one["anchors"][0] == rows[one["row_id"]].prompt_len + 2 for one in drawn))
     assert at_sharp[0] < 100 and 280 < at_sharp[1] < 400
+    assert AnchorExamples(rows, 1, 3, surprise=[0 * one for one in sharp], focus=0.8)[0]  # nothing stands out
     with pytest.raises(ValueError, match="focus must be in"):
         AnchorExamples(rows, 1, 1, focus=0.5)

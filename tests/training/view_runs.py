@@ -53,6 +53,17 @@ def make_trainer(
     return ViewTrainer(model, make_args(folder, max_steps, **options), rows[:4], rows[4:])
 
 
+@torch.no_grad()
+def draft_logits(model: OrthrusForCausalLM, row: TextRow, anchor: int) -> torch.Tensor:
+    """Logits [K, V] of the decoder's own draft at an anchor of a text."""
+    buffers = model.new_cache(1, 64, K)
+    model.forward_view(torch.tensor([row.ids[:anchor]]), buffers, buffers.view_pass("ar", anchor))
+    buffers.context_len.fill_(anchor)
+    block = torch.tensor([[row.ids[anchor]] + [model.mask_token_id] * (K - 1)])
+    hidden = model.forward_view(block, buffers, buffers.draft_pass(K, model.anchor_rows))
+    return model.compute_logits(hidden[:, model.anchor_rows :])[0]
+
+
 def view_of(model: OrthrusForCausalLM) -> dict[str, torch.Tensor]:
     """A copy of the diffusion view's weights, by name."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "_diff" in name}
