@@ -54,19 +54,24 @@ def test_a_run_killed_in_a_checkpoint_resumes_to_the_bits_of_an_unbroken_one(tmp
     assert all(not torch.equal(tensor, unbroken[name]) for name, tensor in view_of(model).items())
 
 
-def test_a_run_starts_from_another_view(tmp_path):
-    model = make_model()
+@pytest.mark.parametrize("chain_width", [None, 8])
+def test_a_run_starts_from_another_view(tmp_path, chain_width):
+    model = make_model(chain_width=chain_width)
     make_trainer(model, tmp_path, 2, save_steps=2).train()
     trained = view_of(model)
     model.reset_view()
     start_from(model, tmp_path / "run" / "checkpoint-2")
     assert_same(view_of(model), trained)
+    other = make_model(anchor_view="ar")
+    start_from(other, tmp_path / "run" / "checkpoint-2")
+    assert (other.config.anchor_view, other.config.chain_width) == ("diffusion", chain_width)
+    assert_same(view_of(other), trained)
     save_view(model, tmp_path / "view.safetensors")
     reset = make_model(anchor_view="ar", block_size=2 * model.block_size)  # to learn longer blocks
     with pytest.raises(ValueError, match="model.block_size must be at most the view's"):
         load_view(reset, tmp_path / "view.safetensors")
     start_from(reset, tmp_path / "view.safetensors")
-    assert reset.config.anchor_view == "diffusion"
+    assert (reset.config.anchor_view, reset.config.chain_width) == ("diffusion", chain_width)
     for name, tensor in view_of(reset).items():
         assert torch.allclose(tensor, trained[name], atol=1e-3), name  # int8
     # its anchors would be read by the wrong view
@@ -199,6 +204,13 @@ def test_only_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
     assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
+def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for step in (200, 1000, 800):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path).name == "checkpoint-1000"
+
+
 def test_what_a_killed_run_left_half_written_joins_no_checkpoint(tmp_path):
     left = tmp_path / "run" / ".checkpoint-being-written" / "checkpoint-2"
     left.mkdir(parents=True)
@@ -243,8 +255,11 @@ def test_a_checkpoint_of_another_view_is_refused(tmp_path):
 def test_a_trained_model_keeps_the_dtype_of_its_frozen_weights(tmp_path, mask_embedding):
     """In training its view is fp32, and the mask's embedding is the model's first parameter."""
     model = make_model(mask_embedding=mask_embedding, dtype=torch.bfloat16)
-    trainer = make_trainer(model, tmp_path, 1, frozen_dtype="bfloat16")
+    start = view_of(model)
+    trainer = make_trainer(model, tmp_path, 1, frozen_dtype="bfloat16", learning_rate=1e-5, warmup_steps=0)
     trainer.train()
+    for name, tensor in view_of(model).items():  # steps that half precision would lose
+        assert tensor.dtype == torch.float32 and not torch.equal(tensor, start[name].float()), name
     trainer.save_trained(tmp_path / "model")
     loaded = OrthrusForCausalLM.from_pretrained(tmp_path / "model")
     assert {parameter.dtype for parameter in loaded.parameters()} == {loaded.dtype} == {torch.bfloat16}
