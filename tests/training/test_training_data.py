@@ -30,7 +30,7 @@ from orthrus_triton.training.frozen_cache import FrozenCache
 from orthrus_triton.training.run import load_rows, train_view
 from orthrus_triton.training.trainer import ViewTrainer
 from tests.cli_models import make_tokenizer, save_base_model
-from tests.models.tiny_bases import base_config, build_base, random_ids, tiny_tokenizer
+from tests.models.tiny_bases import DYNAMIC, base_config, build_base, random_ids, tiny_tokenizer
 from tests.training.view_runs import make_args, make_model, make_trainer, own_rows, saved_view
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,9 @@ def test_rows_are_read_cut_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     rows, skipped = read_rows(tmp_path, max_len=4)
     assert rows == [TextRow("code", [5, 6, 7, 8], [(2, 4)])] and skipped == 3
+    for n in (11, 1, 7, 3, 10):  # the number of a row says when it is drawn
+        (tmp_path / f"shard-{n:02d}.jsonl").write_text(json.dumps({"prompt_ids": [n], "answer_ids": [1, 2]}) + "\n")
+    assert [row.ids[0] for row in read_rows(tmp_path, max_len=4)[0]] == [5, 1, 3, 7, 10, 11]
     (tmp_path / "b.jsonl").write_text('{"prompt": "text"}\n')
     with pytest.raises(ValueError, match="b.jsonl, line 1: expected an object with prompt_ids and answer_ids"):
         read_rows(tmp_path, max_len=4)
@@ -119,7 +122,7 @@ def test_packed_rows_and_rows_shorter_than_a_block_train(tmp_path):
         ViewTrainer(model, make_args(tmp_path / str(n), 2), each).train()
 
 
-def test_held_out_rows_are_not_packed(tmp_path):
+def test_rows_are_cut_and_packed_as_asked_and_held_out_ones_not_packed(tmp_path):
     """Their packed rows would show an evaluation one answer each."""
     model = make_model()
     model.save_pretrained(tmp_path / "orthrus", tiny_tokenizer(list(range(101))))
@@ -127,9 +130,13 @@ def test_held_out_rows_are_not_packed(tmp_path):
     lines = [{"prompt_ids": row.ids[: row.prompt_len], "answer_ids": row.ids[row.prompt_len :]} for row in rows]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {name: str(tmp_path / "rows.jsonl") for name in ("data", "eval_data")}
-    args = make_args(tmp_path, 1, model=str(tmp_path / "orthrus"), pack=True, eval_strategy="steps", **data)
-    trainer = train_view(args)
-    assert len(trainer.train_dataset.rows) == 1 and len(trainer.eval_dataset) == 4
+    options = {"model": str(tmp_path / "orthrus"), "pack": True, "eval_strategy": "steps", **data}
+    trainer = train_view(make_args(tmp_path, 1, max_row_len=56, frozen_dtype="bfloat16", **options))
+    assert [len(row.ids) for row in trainer.train_dataset.rows] == [27 + 28, 29, 30]
+    assert [len(row.ids) for row in trainer.eval_dataset.rows] == [27, 28, 29, 30]
+    assert trainer.orthrus.dtype == torch.bfloat16
+    cut = load_rows(data["data"], make_args(tmp_path, 1, max_row_len=28))
+    assert [row.ids for row in cut] == [row.ids[:28] for row in rows]
 
 
 def test_a_cache_of_other_rows_or_weights_is_not_reused(tmp_path):
@@ -139,9 +146,18 @@ def test_a_cache_of_other_rows_or_weights_is_not_reused(tmp_path):
     manifest, written = path.read_text(), path.stat().st_mtime_ns
     FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
     assert path.stat().st_mtime_ns == written
+    first = rows[0]
+    for changed in (
+        first._replace(ids=[*first.ids[:-1], 1 + first.ids[-1] % 90]),
+        first._replace(answers=[(first.prompt_len + 1, len(first.ids))]),
+        first._replace(answers=[(first.prompt_len, 10), (12, len(first.ids))]),
+    ):
+        FrozenCache.open_or_build(tmp_path, model, [changed, rows[1]], top_k=4)
+        assert path.read_text() != manifest, changed
     FrozenCache.open_or_build(tmp_path, model, rows[:1], top_k=4)
     assert path.read_text() != manifest
     FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
+    assert path.read_text() == manifest
     with torch.no_grad():
         model.model.layers[1].self_attn.qkv_proj.weight.mul_(1.1)
     FrozenCache.open_or_build(tmp_path, model, rows, top_k=4)
@@ -166,6 +182,10 @@ def test_a_cache_of_the_same_weights_in_another_model_is_not_reused(tmp_path):
     ):  # fmt: skip
         changed, other = built(**change)
         assert changed != manifest and not torch.equal(kv, other), change
+    # from which length on the angles change
+    short, of_short = built(rope_parameters=DYNAMIC, max_position_embeddings=3)
+    long, of_long = built(rope_parameters=DYNAMIC)
+    assert short != long and not torch.equal(of_short, of_long)
     again, same = built(view_rank=2)
     assert again == manifest and torch.equal(kv, same)
 
@@ -384,6 +404,8 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path, monkeypatch):
         save_steps: 2
         num_anchors: 3
         block_size: 3
+        anchor_view: ar
+        chain_width: 8
         per_device_train_batch_size: 2
         use_cpu: true
         disable_tqdm: true
@@ -395,6 +417,7 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path, monkeypatch):
     assert done.exit_code == 0 and "the trained model" in " ".join(done.output.split())
     trained = OrthrusForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.mask_embedding and trained.block_size == 3
+    assert (trained.config.anchor_view, trained.config.chain_width) == ("ar", 8)
     for name, tensor in saved_view(tmp_path, 4).items():
         assert torch.equal(tensor, trained.state_dict()[name]), name
     save = ViewTrainer._save_checkpoint
