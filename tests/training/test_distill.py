@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,25 +136,31 @@ def test_a_killed_run_goes_on(model, tokenizer, prompts, unbroken, tmp_path, sto
     class Killed(BaseException):
         pass
 
+    def on_disk() -> int:
+        return sum(len(path.read_text().splitlines()) for name in ("*.jsonl", "*.part") for path in tmp_path.glob(name))
+
     seen = []
 
     def kill(tokens: int) -> None:
         seen.append(tokens)
-        if len(seen) == stop_after:
+        assert on_disk() == len(seen)  # whatever kills it
+        if len(seen) in (stop_after, stop_after + 1):
             raise Killed
 
-    with pytest.raises(Killed):
-        distill(model, tokenizer, prompts, tmp_path, **SETTINGS, on_row=kill)
-    assert not json.loads((tmp_path / "manifest.json").read_text())["complete"]
-    for part in tmp_path.glob("*.part") if torn else ():
-        with open(part, "a") as file:
-            file.write('{"id": "9", "domain": "co')
+    for _ in range(2):
+        with pytest.raises(Killed):
+            distill(model, tokenizer, prompts, tmp_path, **SETTINGS, on_row=kill)
+        complete = json.loads((tmp_path / "manifest.json").read_text())["complete"]
+        assert complete == (len(seen) == len(prompts))
+        for part in tmp_path.glob("*.part") if torn else ():
+            with open(part, "a") as file:
+                file.write('{"id": "9", "domain": "co')
     plan, again = [], []
     manifest = distill(
         model, tokenizer, prompts, tmp_path, **{**SETTINGS, "batch_size": 2}, on_row=again.append,
         on_plan=lambda *counts: plan.append(counts),
     )  # fmt: skip
-    assert plan == [(stop_after, len(prompts))] and len(again) == len(prompts) - stop_after  # no answer was lost
+    assert plan == [(len(seen), len(prompts))] and len(again) == len(prompts) - len(seen)  # no answer was lost
     assert manifest["complete"] and manifest["shards"] == unbroken[1]["shards"]
     assert rows_of(tmp_path) == rows_of(unbroken[0])
     assert not list(tmp_path.glob("*.part"))
@@ -171,9 +181,49 @@ def test_killed_between_a_shard_and_its_manifest(model, tokenizer, prompts, unbr
         distill(model, tokenizer, prompts, tmp_path, **SETTINGS)
     monkeypatch.undo()
     assert json.loads((tmp_path / "manifest.json").read_text())["shards"] == []
+    (tmp_path / "shard-00000.part").write_text("{}\n")  # as where its removal was what did not come to pass
     again = []
     distill(model, tokenizer, prompts, tmp_path, **SETTINGS, on_row=again.append)
+    assert not list(tmp_path.glob("*.part"))
     assert len(again) <= len(prompts) - SETTINGS["shard_rows"] and rows_of(tmp_path) == rows_of(unbroken[0])
+
+
+@pytest.mark.parametrize("change", [{"prompt_ids": [30]}, {"answer_ids": []}], ids=str)
+def test_a_row_that_answers_nothing_asked_is_not_taken_over(model, tokenizer, prompts, tmp_path, change):
+    def kill(tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, tokenizer, prompts, tmp_path, **SETTINGS, on_row=kill)
+    (part,) = tmp_path.glob("*.part")
+    part.write_text(json.dumps(json.loads(part.read_text()) | change) + "\n")
+    with pytest.raises(ValueError, match="shard-00000.part must hold answers to these prompts, but"):
+        distill(model, tokenizer, prompts, tmp_path, **SETTINGS)
+
+
+def test_killed_before_a_whole_shard_has_its_name(model, tokenizer, prompts, unbroken, tmp_path, monkeypatch):
+    """And the seconds of both runs are counted."""
+    clock = itertools.count(step=100)
+    monkeypatch.setattr("orthrus_triton.training.shards.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", interrupt_shards(Path.replace))
+        distill(model, tokenizer, prompts, tmp_path, **SETTINGS)
+    earlier = json.loads((tmp_path / "manifest.json").read_text())["seconds"]
+    assert not list(tmp_path.glob("*.jsonl")) and earlier == 100
+    kept = sum(len(part.read_text().splitlines()) for part in tmp_path.glob("*.part"))
+    again = []
+    manifest = distill(model, tokenizer, prompts, tmp_path, **SETTINGS, on_row=again.append)
+    assert len(again) == len(prompts) - kept and rows_of(tmp_path) == rows_of(unbroken[0])
+    assert manifest["seconds"] == earlier + 400  # its manifest was written four times
+
+
+def interrupt_shards(replace):
+    def rename(path, target):
+        if str(target).endswith(".jsonl"):
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    return rename
 
 
 def test_a_finished_run_is_left_as_it_is(model, tokenizer, prompts, unbroken):
@@ -198,13 +248,20 @@ def test_one_run_at_a_time_writes_into_a_folder(model, tokenizer, prompts, tmp_p
     assert distill(model, tokenizer, prompts[:4], folder, **SETTINGS)["complete"]  # the lock ended with its run
 
 
-def test_runs_are_not_mixed(model, tokenizer, prompts, unbroken, tmp_path):
+def test_runs_are_not_mixed(model, tokenizer, prompts, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     distill(model, tokenizer, prompts[:4], folder, **SETTINGS)
     with pytest.raises(ValueError, match=r"other settings \(max_new_tokens\)"):
         distill(model, tokenizer, prompts[:4], folder, **{**SETTINGS, "max_new_tokens": NEW + 1})
     with pytest.raises(ValueError, match="other settings.*prompts"):
         distill(model, tokenizer, prompts[1:5], folder, **SETTINGS)
+    with pytest.raises(ValueError, match="other settings.*prompts"):
+        distill(model, tokenizer, [dataclasses.replace(one, domain="docs") for one in prompts[:4]], folder, **SETTINGS)
+    generation = copy.deepcopy(model.generation_config)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"other settings \(stop_tokens\)"):
+        generation.eos_token_id = [2]
+        patch.setattr(model, "generation_config", generation)
+        distill(model, tokenizer, prompts[:4], folder, **SETTINGS)
     other = OrthrusForCausalLM.from_base(build_base(base_config("llama"), seed=5), block_size=4, mask_token_id=1)
     with pytest.raises(ValueError, match="other settings.*model"):
         distill(other, tokenizer, prompts[:4], folder, **SETTINGS)
@@ -224,14 +281,15 @@ def test_runs_are_not_mixed(model, tokenizer, prompts, unbroken, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ValueError, match="must be empty or hold an earlier run"):
         distill(model, tokenizer, prompts[:4], tmp_path, **SETTINGS)
+    assert {path.name for path in tmp_path.iterdir()} == {"note.txt", "run"}
 
 
 def test_long_prompts(model, tokenizer, tmp_path):
     long = " ".join(["w30"] * 20)
     mixed = [Prompt(long, chat=True), Prompt(long, chat=False), Prompt("w31", chat=True)]
-    manifest = distill(model, tokenizer, mixed, tmp_path, max_new_tokens=2, max_prompt_tokens=6)
+    manifest = distill(model, tokenizer, mixed, tmp_path, max_new_tokens=2, max_prompt_tokens=3)
     assert manifest["left_out"] == 1 and manifest["rows"] == 2
-    assert [row["prompt_ids"] for row in rows_of(tmp_path)] == [[30] * 6, [88, 31, 89]]
+    assert [row["prompt_ids"] for row in rows_of(tmp_path)] == [[30] * 3, [88, 31, 89]]
     with pytest.raises(ValueError, match="at most 6 tokens"):
         distill(model, tokenizer, mixed[:1], tmp_path / "none", max_prompt_tokens=6)
     for wrong in ("max_new_tokens", "batch_size", "shard_rows", "max_prompt_tokens"):
