@@ -126,7 +126,6 @@ class FrozenCache:
         self, model: OrthrusForCausalLM, row: TextRow, start: int, buffers: SharedKVCache, top_k: int
     ) -> None:
         length = len(row.ids)
-        buffers.context_len.zero_()
         buffers.prompt_len.fill_(row.prompt_len)
         view_pass = buffers.view_pass("ar", length, linear_impl="library")
         hidden = model.forward_view(torch.tensor([row.ids], device=model.device), buffers, view_pass)
