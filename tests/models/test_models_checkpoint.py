@@ -33,6 +33,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}  # as transformers writes it
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes
 
@@ -144,6 +145,21 @@ def test_a_folder_and_a_model_object_give_the_same_view(case: str, max_shard_siz
             assert torch.equal(tensor, base.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(("named", "expected"), [("float16", torch.float16), (None, torch.bfloat16)])
+def test_a_base_comes_in_the_dtype_its_config_names_else_in_that_of_its_weights(named, expected, tmp_path: Path):
+    build_base(base_config("llama"), torch.bfloat16).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields.pop("dtype") == "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(fields | ({"dtype": named} if named else {})))
+    assert OrthrusForCausalLM.from_base(tmp_path).dtype == expected
+
+
+def test_a_base_model_object_keeps_its_generation_config():
+    base = build_base(base_config("llama"))
+    OrthrusForCausalLM.from_base(base).generation_config.max_new_tokens = 7
+    assert base.generation_config.max_new_tokens is None
+
+
 def test_redundant_tensors_of_old_files_are_left_out(tmp_path: Path):
     base = build_base(base_config("llama biases, wide heads, tied"))
     base.save_pretrained(tmp_path)
@@ -182,12 +198,23 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_saving_over_an_earlier_checkpoint_leaves_no_stale_weights(tmp_path: Path):
     first, second = build(), build("qwen2")
     first.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
-    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    for mine in ("notes.txt", "model.safetensors.before"):
+        (tmp_path / "saved" / mine).write_text("mine")
     second.save_pretrained(tmp_path / "saved")
     assert_same_weights(OrthrusForCausalLM.from_pretrained(tmp_path / "saved"), second)
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "notes.txt",
+        "config.json", "generation_config.json", "model.safetensors", "model.safetensors.before", "notes.txt",
     }  # fmt: skip
+
+
+def test_a_tokenizer_with_several_templates_is_saved_over_itself(tmp_path: Path):
+    """transformers writes all but the first into a folder."""
+    model, tokenizer = build(), tiny_tokenizer(list(range(50)))
+    for text in ("w5", "w6"):
+        tokenizer.chat_template = {"default": "w4", "tool_use": text}
+        model.save_pretrained(tmp_path / "saved", tokenizer=tokenizer)
+        assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == tokenizer.chat_template
+    assert any(path.is_dir() for path in (tmp_path / "saved").iterdir())
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -281,6 +281,16 @@ def test_an_index_that_disagrees_with_its_files(change: dict, error: type[Except
         OrthrusForCausalLM.from_base(tmp_path)
 
 
+def test_a_tensor_in_two_files_is_named(tmp_path: Path):
+    """Which of the two is meant, nobody knows."""
+    build_base(base_config("qwen3")).save_pretrained(tmp_path, max_shard_size="40KB")
+    first, *_, last = sorted(tmp_path.glob("model-*.safetensors"))
+    repeated = next(iter(load_file(first).items()))
+    save_file(load_file(last) | dict([repeated]), last)
+    with pytest.raises(ValueError, match=f"tensor {repeated[0]!r} must be in one file, but .* repeats it"):
+        OrthrusForCausalLM.from_base(tmp_path)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_frozen_vocabulary_is_not_resized(tied: bool):
     model = OrthrusForCausalLM.from_base(build_base(base_config("llama", tie_word_embeddings=tied)), block_size=4)
