@@ -97,6 +97,18 @@ def test_a_base_is_known_in_every_dtype_and_drafts_come_with_it(tmp_path, dtype)
         load_view(fresh(trained, torch.float64), tmp_path / "v.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_view_is_rounded_once(tmp_path, dtype):
+    trained = make_model().to(dtype).float()
+    for storage in ("int8", "fp16"):
+        save_view(trained, tmp_path / "v.safetensors", storage=storage)
+        model, rounded = fresh(trained), fresh(trained, dtype)
+        load_view(model, tmp_path / "v.safetensors")
+        load_view(rounded, tmp_path / "v.safetensors")
+        for name, tensor in view_of(model).items():
+            assert torch.equal(view_of(rounded)[name], tensor.to(dtype)), name
+
+
 def test_a_view_over_a_rounded_base_goes_over_the_base_itself(tmp_path):
     base = make_model()
     over_bf16 = fresh(base, torch.bfloat16)  # as a GPU trains it
@@ -117,7 +129,7 @@ def test_another_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="other base weights"):
         load_view(make_model(seed=1), tmp_path / "v.safetensors")
     tuned = fresh(trained)  # fine-tuned by a hair
-    tuned.state_dict()["model.layers.1.mlp.down_proj.weight"].mul_(1.0001)
+    tuned.state_dict()["model.layers.1.mlp.down_proj.weight"][-8:].mul_(1.0001)  # of 64 rows
     before = {name: tensor.clone() for name, tensor in view_of(tuned).items()}
     with pytest.raises(ValueError, match="other base weights"):
         load_view(tuned, tmp_path / "v.safetensors")
@@ -137,15 +149,20 @@ def test_options_must_fit(tmp_path):
         with pytest.raises(ValueError, match=complaint):
             load_view(make_model(**wrong), path)
     load_view(make_model(block_size=K - 1), path)
+    size = sum(tensor.nbytes for tensor in load_file(path).values())
+    save_view(trained, path, max_bytes=size)
+    with pytest.raises(ValueError, match="a view file must be at most"):
+        save_view(trained, tmp_path / "w.safetensors", max_bytes=size - 1)
     with pytest.raises(ValueError, match="at most 0.01 MB.*rank=None.*int8"):
         save_view(trained, tmp_path / "w.safetensors", max_bytes=10_000)
     with pytest.raises(ValueError, match="storage"):
         save_view(trained, tmp_path / "w.safetensors", storage="int4")
     with pytest.raises(ValueError, match="rank"):
         save_view(trained, tmp_path / "w.safetensors", rank=0)
-    trained.state_dict()["model.layers.0.self_attn.k_proj_diff.weight"][0, 0] = torch.nan
-    with pytest.raises(ValueError, match="finite.*k_proj_diff"):
-        save_view(trained, tmp_path / "w.safetensors")
+    for broken in (torch.nan, torch.inf):
+        trained.state_dict()["model.layers.0.self_attn.k_proj_diff.weight"][0, 0] = broken
+        with pytest.raises(ValueError, match="finite.*k_proj_diff"):
+            save_view(trained, tmp_path / "w.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
