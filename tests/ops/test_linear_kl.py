@@ -139,6 +139,19 @@ def test_autocast_changes_no_bit(kind: str, impl: str) -> None:
     assert torch.equal(result.row_kl, same.row_kl) and torch.equal(grad, same_grad)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_a_teachers_list_may_have_any_order_and_zeros(impl: str) -> None:
+    """As where it is so sure that the others' probabilities underflow; then it is a label."""
+    hidden, weight, label, index, row_weight = make_problem(6, "labels", torch.float32)
+    others = (label.ids[:, None] + torch.arange(1, 4, device=DEVICE)) % len(weight)
+    listed = TopKTeacher(torch.cat((others, label.ids[:, None]), dim=1), torch.eye(4, device=DEVICE)[[3] * len(others)])
+    hidden = torch.where((index % 2 == 0)[:, None], 9 * weight[label.ids[index]], hidden).detach().requires_grad_()
+    (one, one_grad), (other, other_grad) = (run((hidden, weight, x, index, row_weight), impl) for x in (label, listed))
+    assert torch.equal(one.agrees, other.agrees) and one.agrees.any()
+    torch.testing.assert_close(one.row_kl, other.row_kl)
+    torch.testing.assert_close(one_grad, other_grad)
+
+
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(impl: str) -> None:
     hidden, weight, _, index, row_weight = make_problem(2, "hidden", torch.float32, rows=6)
