@@ -17,7 +17,7 @@ import torch
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.view import load_view, save_view
 from orthrus_triton.training import trainer as trainer_module
-from orthrus_triton.training.run import save_model, start_from, train_view
+from orthrus_triton.training.run import remove_checkpoints, save_model, start_from, train_view
 from orthrus_triton.training.trainer import STAGING, ViewTrainer, last_checkpoint
 from tests.models.tiny_bases import tiny_tokenizer
 from tests.training.distributed_run import MODEL
@@ -204,6 +204,14 @@ def test_only_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
     assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
+def test_a_checkpoint_takes_the_place_of_an_earlier_runs(tmp_path):
+    make_trainer(make_model(), tmp_path, 2, save_steps=2).train()
+    earlier, model = saved_view(tmp_path, 2), make_model()
+    make_trainer(model, tmp_path, 2, save_steps=2, seed=4).train()
+    assert_same(saved_view(tmp_path, 2), view_of(model))
+    assert any(not torch.equal(tensor, earlier[name]) for name, tensor in view_of(model).items())
+
+
 def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path):
     for step in (200, 1000, 800):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -235,11 +243,15 @@ def test_a_fresh_run_is_not_mistaken_for_the_one_before(tmp_path):
     old = saved_view(tmp_path, 6)
     with pytest.raises(ValueError, match="init_view must not be among the checkpoints that a fresh run removes"):
         train_view(make_args(tmp_path, 4, init_view=str(run / "checkpoint-6"), **options), resume=False)
+    with pytest.raises(ValueError, match="init_view must not be among the checkpoints"):
+        remove_checkpoints(make_args(tmp_path, 4, init_view=str(run / "checkpoint-6" / "view.safetensors"), **options))
     trainer = train_view(make_args(tmp_path, 4, save_steps=2, **options), resume=False)
     assert trainer.state.global_step == 4 and last_checkpoint(run).name == "checkpoint-4"
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-notes", "model"]
     assert any(not torch.equal(tensor, old[name]) for name, tensor in saved_view(tmp_path, 4).items())
     assert_same(view_of(OrthrusForCausalLM.from_pretrained(run / "model")), saved_view(tmp_path, 4))
+    other = make_args(tmp_path / "other", 1, init_view=str(run / "checkpoint-4"), learning_rate=0.0, **options)
+    assert_same(view_of(train_view(other).orthrus), saved_view(tmp_path, 4))
 
 
 def test_a_checkpoint_of_another_view_is_refused(tmp_path):
