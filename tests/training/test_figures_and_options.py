@@ -59,6 +59,9 @@ def test_acceptance_counts_leading_matches_and_the_free_token():
     assert metrics["tokens_per_cycle_code"] == 3 and metrics["tokens_per_cycle_prose"] == 1.5
     assert metrics["tokens_per_cycle"] == 2
     assert (metrics["match_1"], metrics["match_2"], metrics["match_3"]) == (2 / 3, 1, 0.5)
+    assert acceptance(matches[2:], np.array([1]), ["code", "prose"]) == {
+        "tokens_per_cycle": 2, "tokens_per_cycle_prose": 2, "match_1": 1, "match_2": 0, "match_3": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])

@@ -69,6 +69,7 @@ def test_rows_are_read_cut_and_counted(tmp_path):
         (b'{"prompt_ids": "ab", "answer_ids": [1, 2]}', "prompt_ids is no list of token ids"),
         (b'{"prompt_ids": [1], "answer_ids": [1.5, 2]}', "answer_ids is no list of token ids"),
         (b'{"prompt_ids": [1], "answer_ids": [1, -2]}', "answer_ids is no list of token ids"),
+        (b'{"prompt_ids": [true], "answer_ids": [1, 2]}', "prompt_ids is no list of token ids"),
         (b'{"prompt_ids": [1], "answer_ids": [1, 2], "domain": null}', "domain must be a string, not None"),
         (b'{"prompt_ids": [1], "answer_ids": [1, 2], "domain": "\xff"}', "codec can't decode byte"),
     ],
@@ -83,12 +84,13 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
 @pytest.mark.parametrize("cached", [False, True])
 def test_rows_that_cannot_be_trained_on_are_named(tmp_path, cached):
     model = make_model()
-    for rows, message in (
-        ([], "rows must not be empty"),
-        ([TextRow("all", [1, 2, 101], [(1, 3)])], r"tokens of the model's vocabulary, 0\.\.100, but one holds 101"),
-    ):
+    known, unknown = (TextRow("all", [1, 2, token], [(1, 3)]) for token in (100, 101))
+    foreign = r"tokens of the model's vocabulary, 0\.\.100, but one holds 101"
+    for rows, held_out, message in (
+        ([], [], "rows must not be empty"), ([known, unknown], [], foreign), ([known], [unknown], foreign),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            ViewTrainer(model, make_args(tmp_path, 2, cached=cached), rows)
+            ViewTrainer(model, make_args(tmp_path, 2, cached=cached), rows, held_out)
 
 
 def test_what_is_skipped_is_said_with_the_option_that_may_keep_it(tmp_path, caplog):
@@ -314,6 +316,12 @@ def test_a_disk_without_room_for_the_cache_says_so(tmp_path, monkeypatch):
         ({"cache_dir": __file__}, "cache_dir must be a folder, but got 'the file .*test_training_data.py'"),
         ({"loss": "mse"}, "loss must be 'kl' or 'ce', but got 'mse'"),
         ({"position_decay": 0.0}, "position_decay must be > 0 or null"),
+        ({"anchor_focus": 1.0}, r"anchor_focus must be in \[0, 1\), but got 1.0"),
+        ({"max_seconds": 0}, "max_seconds must be > 0 or null, but got 0"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 200},
+            "load_best_model_at_end must be false",
+        ),
         ({"domain_weights": "code"}, "domain_weights must be a share for each domain or null, but got 'code'"),
         ({"frozen_dtype": "int8"}, "frozen_dtype must be auto, float32, bfloat16 or float16"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing must be off"),
@@ -353,7 +361,8 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
     path.write_text(
         f"output_dir: {tmp_path}\nmax_steps: 3\ndomain_weights: {{code: 0.5}}\nuse_cpu: true\nsave_strategy: no"
     )
-    args = read_config(path, max_steps=7)
+    args = read_config(path, max_steps=7, remove_unused_columns=True)
+    assert not args.remove_unused_columns  # a batch has none
     assert args.save_strategy == "no"  # which YAML reads as false
     assert not args.dataloader_pin_memory  # of which torch would warn on a CPU
     assert args.max_steps == 7 and args.domain_weights == {"code": 0.5} and args.learning_rate == 1e-3
@@ -413,8 +422,12 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path, monkeypatch):
     command = ["train", "--config", str(config)]
     done = CliRunner().invoke(app, [*command, "--set", "max_steps=2"])
     assert done.exit_code == 0, done.output
-    done = CliRunner().invoke(app, command)
+    step, steps = ViewTrainer.training_step, []
+    with monkeypatch.context() as patch:
+        patch.setattr(ViewTrainer, "training_step", lambda *all, **options: steps.append(1) or step(*all, **options))
+        done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and "the trained model" in " ".join(done.output.split())
+    assert len(steps) == 2  # it went on
     trained = OrthrusForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.mask_embedding and trained.block_size == 3
     assert (trained.config.anchor_view, trained.config.chain_width) == ("ar", 8)
