@@ -45,6 +45,7 @@ def test_a_base_config_may_name_its_mask_token():
     [
         (list(range(90)), {"pad_token_id": 5}, 90),  # the first row behind the tokenizer
         ([i for i in range(101) if i != 40], {"pad_token_id": 5}, 40),  # a hole in it
+        (list(range(1, 101)), {"pad_token_id": 5}, 0),
         (list(range(101)), {"pad_token_id": 5}, 5),  # no free row: padding
         (list(range(101)), {"pad_token_id": 2}, 100),  # which must not end sequences
         (list(range(101)), {"pad_token_id": 5, "eos_token_id": [2, 5]}, 100),

@@ -103,8 +103,10 @@ def test_overlap_sees_the_same_task_in_other_words():
         "Write a Python function that",
     ]
     found = {(overlap.held_out, overlap.training): overlap.share for overlap in find_overlaps(held_out, training)}
-    assert found[0, 20] >= 0.5 and found[2, 3] == 1.0
+    assert found[0, 20] == 1.0 and found[2, 3] == 1.0  # but for phrasing, which does not count
     assert {pair[0] for pair in found} == {0, 2}
+    # one 4-gram of two, the last
+    assert find_overlaps(["Count red birds in trees"], ["Draw red birds in trees", "Red birds in"]) == [(0, 0, 0.5)]
 
 
 def test_held_out_prompts_are_not_among_our_templates():

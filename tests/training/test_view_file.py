@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from orthrus_triton.cli import app
-from orthrus_triton.models import OrthrusForCausalLM, demo
+from orthrus_triton.models import OrthrusForCausalLM, demo, view
 from orthrus_triton.models.view import load_view, merge_view, read_view_config, save_view
 from orthrus_triton.models.view_checkpoint import load_checkpoint_view, read_checkpoint_metadata
 from orthrus_triton.modules import ConsensusDecoder
@@ -164,6 +164,21 @@ def test_options_must_fit(tmp_path):
         with pytest.raises(ValueError, match="finite.*k_proj_diff"):
             save_view(trained, tmp_path / "w.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "v.safetensors"
+    save_view(make_model(), path)
+    before = path.read_bytes()
+
+    def no_room(staged, *_):
+        staged.write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(view, "write_safetensors", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        save_view(make_model(), path, rank=2)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
 
 
 def test_damaged_and_foreign_files(tmp_path):
