@@ -40,6 +40,10 @@ def test_candidates(op: str, key: dict, family: str):
         assert found == space.candidates(dtype, family, key)  # the same everywhere, the same again
         for config in found:
             assert space.problem_with(config, dtype, family, key) is None
+        # those that promise most, and the most promising first
+        ranks = [space.rank(config, dtype, family, key) for config in found[1:]]
+        every = [config for config in space._allowed(dtype, family, key) if config != found[0]]
+        assert ranks == sorted(ranks) and ranks[:1] == sorted(space.rank(c, dtype, family, key) for c in every)[:1]
         for config in found[1:]:
             assert space.shared_bytes(config, dtype, family, key) < SHARED_MEMORY_LIMIT[family]
             assert set(config.constants) == set(found[0].constants)
@@ -179,6 +183,15 @@ def test_near_winners_are_timed_again_and_the_second_look_decides():
     assert (choice.winner.index, choice.timed, choice.behind) == (1, 4, 0.0)
 
 
+def test_what_was_there_is_timed_again_however_it_fared_and_so_are_six_others():
+    first = {n: 100.0 + n / 10 for n in range(9)} | {9: 130.0}  # the last one met a busy moment
+    order = [8, 7, 6, 5, 4, 3, 2, 1, 0, 9]
+    for previous, again in ((9, [5, 4, 3, 2, 1, 0, 9]), (7, [7, 5, 4, 3, 2, 1, 0]), (None, [5, 4, 3, 2, 1, 0])):
+        timer, calls = timer_of(first, dict.fromkeys(first, 100.0))
+        assert choose(order, timer, previous).winner.index == (5 if previous is None else previous)
+        assert calls == [order, again]
+
+
 def test_what_cannot_be_told_apart_is_decided_by_order_or_by_what_was_there():
     times = {0: 100.5, 1: 100.0, 2: 100.9}
     assert choose([0, 1, 2], timer_of(times)[0]).winner.index == 0
@@ -188,6 +201,19 @@ def test_what_cannot_be_told_apart_is_decided_by_order_or_by_what_was_there():
     assert choose([0, 1], timer_of({0: 103.0, 1: 100.0})[0]).winner.index == 1
     assert choose([0, 1], timer_of({0: 103.0, 1: 100.0}, noise=0.04)[0]).winner.index == 0
     assert choose([0, 1], timer_of({0: 120.0, 1: 100.0})[0], previous=0).winner.index == 1
+
+
+def test_a_long_load_does_not_outweigh_a_short_one():
+    """And the larger spread of the two is what cannot be told apart."""
+    nbytes = {"short": 1_000, "long": 100_000}
+
+    def timer(indices, closely):
+        seconds = {0: (1.0, 100.0), 1: (1.2, 95.0), 2: (1.03, 103.0)}
+        spreads = {0: (0.0, 0.04), 1: (0.0, 0.0), 2: (0.0, 0.0)}
+        return [Timed(i, dict(zip(nbytes, seconds[i])), dict(zip(nbytes, spreads[i]))) for i in indices], nbytes
+
+    assert choose([1, 0], timer).winner.index == 0
+    assert choose([2, 0], timer).winner.index == 2
 
 
 def test_candidates_that_fail_while_they_are_timed_are_left_out():
