@@ -69,16 +69,30 @@ def test_the_variable_is_read_at_look_up(folder, on_gpu, tmp_path, monkeypatch):
     assert find().config["BLOCK_N"] == 64
 
 
+def test_the_users_folder_is_the_platforms_cache(monkeypatch):
+    monkeypatch.delenv(files.CONFIG_DIR_VARIABLE)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(files.sys, "platform", "linux")
+    for chosen, folder in (("", "/home/me/.cache"), ("/caches", "/caches")):
+        monkeypatch.setenv("XDG_CACHE_HOME", chosen)
+        assert files.user_folder() == Path(folder) / "orthrus_triton"
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    assert files.user_folder() == Path("/home/me/Library/Caches/orthrus_triton")
+
+
 def test_a_configuration_stays_for_the_life_of_the_process(folder, on_gpu):
     write(folder, entry(16))
     assert find().config["BLOCK_N"] == 16
     files.merge_entries(folder / NAME, GPU.name, GPU.family, GPU.capability, [entry(64)])
+    # what another process wrote is for the tuner alone to see
+    assert store.on_file(Problem.of("linear", "bf16", **KEY), GPU, folder).config["BLOCK_N"] == 64
     assert find().config["BLOCK_N"] == 16
     store.forget()
     assert find().config["BLOCK_N"] == 64
 
 
-def test_a_miss_logs_one_line_with_the_command(caplog, folder, on_gpu):
+def test_a_miss_logs_one_line_with_the_command(caplog, folder, packaged, on_gpu):
+    write(packaged, entry(16, key={"N": 64, "K": 512}), name=f"{GPU.family}.json", gpu=None)
     caplog.set_level(logging.INFO, "orthrus_triton.autotune")
     for _ in range(3):
         find()
@@ -86,8 +100,10 @@ def test_a_miss_logs_one_line_with_the_command(caplog, folder, on_gpu):
     assert record.levelno == logging.WARNING
     assert "orthrus-triton autotune --key linear:K=512,N=512 --dtype bf16" in record.message
     assert GPU.name in record.message
-    store.find("linear", torch.bfloat16, CPU, N=64, K=512)  # the next one does not shout
+    # the next one does not shout; and what a model chose for the GPU's family was not measured on it
+    store.find("linear", torch.bfloat16, CPU, N=64, K=512)
     assert [r.levelno for r in caplog.records] == [logging.WARNING, logging.INFO]
+    assert store.FAMILY in caplog.records[1].message
 
 
 def test_without_a_gpu_nothing_is_said_and_no_folder_is_looked_at(caplog, monkeypatch):
@@ -143,6 +159,18 @@ def test_a_file_that_is_none_is_one_warning_and_the_default(content, caplog, fol
     assert (folder / f"{NAME}.invalid").read_bytes() == content
 
 
+def test_a_file_of_another_gpu_lends_nothing(caplog, folder, on_gpu):
+    path = write(folder, entry(64))
+    theirs = path.read_text().replace(GPU.name, "RTX")
+    path.write_text(theirs)
+    store.forget()
+    assert find().place == store.BUILT_IN and "it is for 'RTX'" in caplog.text
+    # nor to the file that takes its place
+    write(folder, entry(32, key={"N": 256, "K": 256}))
+    assert find().place == store.BUILT_IN
+    assert (folder / f"{NAME}.invalid").read_text() == theirs
+
+
 def test_a_truncated_file_is_one_warning_and_the_default(caplog, folder, on_gpu):
     path = write(folder, entry(64))
     whole = path.read_bytes()
@@ -179,10 +207,12 @@ FIELDS = [
     ({"constants": {"BLOCK_M": "16", "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT_K": 1}}, "integers in"),
     ({"constants": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 256, "SPLIT_K": 1},
       "launch": {"num_warps": 8, "num_stages": 5}}, "shared memory"),
+    ({"constants": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT_K": 8}}, "leaves less than two tiles"),
     ({"launch": {"num_warps": -4, "num_stages": 3}}, "integers in"),
     ({"launch": [4, 3]}, "must be an object"),
     ({"launch": {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": 1}}, "must hold BLOCK_M"),
     ({"us": {"rows=1": -1}}, "numbers in 0..1e12"),
+    ({"us": dict.fromkeys(map(str, range(33)), 1.0)}, "at most 32 fields"),
     ({"origin": 7}, "`origin`"),
     ({"op": "../../etc"}, "`op`"),
     ({"version": "1"}, "`version`"),
@@ -246,6 +276,14 @@ def test_a_writer_that_dies_leaves_the_old_file(folder, monkeypatch):
         write(folder, entry(32))
     assert path.read_bytes() == before
     assert sorted(p.name for p in folder.iterdir() if "lock" not in p.name) == [NAME]
+
+
+def test_what_could_not_be_read_again_is_not_written(folder):
+    before = write(folder, entry(64)).read_bytes()
+    for wrong in ({"constants": {"BLOCK": 0}}, {"us": {"rows=1": float("inf")}}, {"key": {"a name": 1}}):
+        with pytest.raises(ValueError, match=f"`{min(wrong)}`"):
+            write(folder, entry(**wrong))
+    assert (folder / NAME).read_bytes() == before
 
 
 def test_describe_says_which_and_why(folder, on_gpu):
