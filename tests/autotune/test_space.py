@@ -152,14 +152,17 @@ def test_fingerprints_are_of_the_kernels():
 
 
 def test_the_estimate_knows_bandwidth_bytes_in_flight_and_idle_units():
-    def seconds(programs: int, flight: int, shared: int = 32_768) -> float:
-        return estimate("sm90", Work(2**28, 0, programs, flight), shared, num_warps=4)
+    def seconds(programs: int, flight: int, shared: int = 32_768, **usage: int) -> float:
+        return estimate("sm90", Work(2**28, 0, programs, flight), shared, **({"num_warps": 4} | usage))
 
     floor = 2**28 / 4.8e12
     assert floor < seconds(4096, 2**16) < 1.2 * floor
     assert seconds(4096, 2**10) > 2 * seconds(4096, 2**16)  # too little in flight
     assert seconds(16, 2**20) > 3 * seconds(4096, 2**16)  # too few units
     assert seconds(4096, 2**13, 200_000) > 1.5 * seconds(4096, 2**13, 20_000)  # one program a unit
+    # or no more than two, for want of registers or of warps
+    assert seconds(4096, 2**13, 20_000, registers=255) > 1.5 * seconds(4096, 2**13, 20_000, registers=64)
+    assert seconds(4096, 2**13, 0, num_warps=32, registers=8) > 1.5 * seconds(4096, 2**13, 0, registers=8)
 
 
 # --- choosing

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from orthrus_triton.autotune import KernelConfig, files, run, store, tune
 from orthrus_triton.autotune.config import Problem
 from orthrus_triton.autotune.gate import Gate
 from orthrus_triton.autotune.run import Result
-from orthrus_triton.autotune.tunable_op import OPS
+from orthrus_triton.autotune.tunable_op import OPS, Variant
 from orthrus_triton.autotune.tuner import tune_dry
 from orthrus_triton.autotune.worker import NOT_RUN, Worker, ask_all, compiler_environment
 from tests.autotune import planted
@@ -53,6 +55,17 @@ def test_a_configuration_whose_bits_depend_on_the_row_count_is_rejected():
     torch.testing.assert_close(planted.product(x, weight, config=bad), x @ weight.T, atol=1e-4, rtol=0)
 
 
+def test_a_result_that_does_not_repeat_or_is_not_the_unfused_one_is_rejected():
+    x, again = torch.ones(4, 2), itertools.count()
+    cut = lambda inputs, start, stop: (inputs[0][start:stop],)  # noqa: E731
+    fickle = Variant("fickle", (x,), lambda inputs, config: inputs[0] + (next(again) == 1), cut, [(0, 1)])
+    same = Variant("same", (x,), lambda inputs, config: inputs[0], cut, [(0, 1)], same_as=lambda inputs, config: x)
+    other = Variant("other", (x,), lambda inputs, config: inputs[0], cut, [(0, 1)], same_as=lambda inputs, config: -x)
+    assert Gate(SCALE, [fickle, same, other], [None] * 3).problems(KernelConfig()) == [
+        "fickle: other bits when it runs again", "other: other bits than the ops it stands for",
+    ]  # fmt: skip
+
+
 @interpreted
 def test_a_wrong_result_is_rejected():
     gate = Gate.of(OPS["planted_product"], PRODUCT, CPU)
@@ -87,6 +100,14 @@ def test_counts_below_one_are_refused_and_not_waited_for(name: str):
     if name != "repeats":
         with pytest.raises(ValueError, match=f"{name} must be >= 1, but got -1"):
             tune_dry(PRODUCT, "sm_90", **{name: -1})
+
+
+def test_a_dry_run_compiles_what_compiles_to_the_same_once(fakes):
+    """What is fused behind a product is compiled with it, and may need more registers."""
+    log, plain = fakes(), [Problem.of("linear", "bf16", N=64 * n, K=4096) for n in (16, 32)]
+    fused = Problem.of("linear", "bf16", ("gate_up",), N=64 * 48, K=4096)
+    outcomes = tune_dry([*plain, fused], "sm_90", handler=HANDLER, jobs=1, candidates=1)
+    assert [outcome.pick for outcome in outcomes] and stages(log) == ["compile"] * 2
 
 
 @interpreted
@@ -203,6 +224,46 @@ def test_an_interrupted_run_goes_on_where_it_was(fakes, folder):
     assert not list(folder.glob("*.journal.jsonl"))
 
 
+@pytest.mark.parametrize("changed", ["kernels", "compiler"])
+def test_answers_about_other_kernels_or_by_another_compiler_are_asked_for_again(changed, fakes, monkeypatch):
+    log, many = fakes(), len(configs_of("planted_scale"))
+
+    def interrupt(done: int, total: int, text: str) -> None:
+        if "timing" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tune(SCALE, advance=interrupt)
+    if changed == "kernels":
+        monkeypatch.setattr(planted.scale.space, "_source", "another")
+    else:
+        monkeypatch.setattr(run, "versions", lambda: {"torch": "9.9", "triton": "9.9"})
+    (outcome,) = run_tune(SCALE).outcomes
+    assert outcome.entry is not None
+    assert stages(log).count("compile") == stages(log).count("gate") == 2 * many
+
+
+@pytest.mark.parametrize("file", ["there", "gone"])
+def test_a_run_that_is_out_of_time_keeps_what_it_found_out(file, fakes, folder, monkeypatch):
+    """Also where what it had written is gone by then: that is tuned again."""
+    log, hours = fakes(), [0.0]
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 3600 * hours[0]))
+
+    def late(done: int, total: int, text: str) -> None:
+        hours[0] = max(hours[0], float(text == f"{SCALE}: timed"))
+
+    first = run_tune(SCALE, PRODUCT, budget=60.0, advance=late)
+    assert [outcome.problem for outcome in first.outcomes] == [SCALE] and first.unfinished == [PRODUCT]
+    hours[0] = 0.0
+    if file == "gone":
+        first.path.unlink()
+    result = run_tune(SCALE, PRODUCT)
+    assert {entry.problem for entry in files.read_table(result.path).entries} == {SCALE, PRODUCT}
+    total = len(configs_of("planted_scale")) + len(configs_of("planted_product"))
+    assert result.unfinished == [] and stages(log).count("gate") == total
+    assert stages(log).count("time") == (6 if file == "gone" else 4)
+
+
 def test_a_compilation_that_the_end_of_the_budget_kills_is_tried_again(fakes):
     fakes(compile=dict.fromkeys(configs_of("planted_scale"), "hang"))
     result = run_tune(SCALE, budget=3.0)
@@ -242,6 +303,14 @@ def test_tuning_again_keeps_the_winner_within_noise_and_says_when_it_changed(fak
     fakes(us={names[3]: 90.0, names[1]: 50.0})
     (third,) = run_tune(SCALE).outcomes
     assert str(third.entry.config) == names[1] and third.changed and str(third.previous) == names[3]
+
+
+def test_what_was_chosen_among_more_candidates_is_among_fewer(fakes):
+    names = list(configs_of("planted_scale"))
+    fakes(us={names[-1]: 50.0})
+    (first,) = run_tune(SCALE).outcomes
+    (second,) = run_tune(SCALE, candidates=2).outcomes
+    assert str(first.entry.config) == str(second.entry.config) == names[-1] and second.tried == 3
 
 
 def test_without_a_gpu_it_says_what_can_be_done(folder):
