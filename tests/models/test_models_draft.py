@@ -76,14 +76,20 @@ class NaiveOrthrus:
         return self.norm(hidden, "model.norm.weight") @ head.T, kept
 
 
-def draft_logits(model: OrthrusForCausalLM, ids: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Prefill all of `ids` [B, L], roll back to CONTEXT_LENS, draft one block per sequence."""
+def draft_logits(
+    model: OrthrusForCausalLM, ids: torch.Tensor, block: torch.Tensor, anchor_rows: int | None
+) -> torch.Tensor:  # fmt: skip
+    """Prefill all of `ids` [B, L], roll back to CONTEXT_LENS, draft one block per sequence: as any rows of the view are
+    read, or, with `anchor_rows`, as a decoder drafts."""
     cache = model.new_cache(len(CONTEXT_LENS), 32, BLOCK)
     cache.prompt_len.copy_(torch.tensor(CONTEXT_LENS))
     model.forward_view(ids, cache, cache.view_pass("ar", ids.shape[1], impl="torch"))
     cache.context_len.copy_(torch.tensor(CONTEXT_LENS))
-    hidden = model.forward_view(block, cache, cache.view_pass("diffusion", BLOCK, impl="torch"))
-    return model.compute_logits(hidden, "torch")
+    if anchor_rows is None:
+        view_pass = cache.view_pass("diffusion", BLOCK, impl="torch")
+    else:
+        view_pass = cache.draft_pass(BLOCK, anchor_rows, impl="torch")
+    return model.compute_logits(model.forward_view(block, cache, view_pass), "torch")
 
 
 @pytest.mark.parametrize("view_rank", [None, 3])
@@ -105,13 +111,19 @@ def test_draft_logits_are_what_the_definition_gives(case: str, view_rank: int | 
     ids = random_ids(16, batch=2)
     block = torch.full((2, BLOCK), model.mask_token_id)
     block[:, 0] = torch.tensor([3, 5])
-    got = draft_logits(model, ids, block)
+    got = {anchor_rows: draft_logits(model, ids, block, anchor_rows) for anchor_rows in (None, 0, 1)}
     naive = NaiveOrthrus(model)
     for b, context_len in enumerate(CONTEXT_LENS):
         _, cached = naive.run(ids[b, :context_len], 0, None, "")
-        expected, _ = naive.run(block[b], context_len, cached, "_diff")
-        # rotary angles and logits are fp32 in the model
-        torch.testing.assert_close(got[b].double(), expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+        alone, _ = naive.run(block[b], context_len, cached, "_diff")
+        # the frozen view reads the anchor, which is then one more token that the masks see
+        anchor, own = naive.run(block[b, :1], context_len, cached, "")
+        cached = [tuple(torch.cat(pair) for pair in zip(*of_layer)) for of_layer in zip(cached, own)]
+        masks, _ = naive.run(block[b, 1:], context_len + 1, cached, "_diff")
+        for anchor_rows, expected in ((None, alone), (0, alone), (1, torch.cat((anchor, masks)))):
+            # rotary angles and logits are fp32 in the model
+            near = {"atol": 2e-5 * expected.abs().max().item(), "rtol": 0}
+            torch.testing.assert_close(got[anchor_rows][b].double(), expected, **near)
 
 
 @pytest.mark.parametrize("view_rank", [None, 2])

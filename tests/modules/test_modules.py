@@ -22,6 +22,8 @@ from orthrus_triton.modules import (
 from orthrus_triton.modules.decoder_layer import SwiGLU
 from orthrus_triton.testing import TinyDualViewModel
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 class PostNormModel(nn.Module):
     """A user's own architecture: learned positions beside rotary ones, one shared layer applied twice, no MLP."""
@@ -210,6 +212,36 @@ def test_a_residual_is_added_with_and_without_a_norm(options: dict, anchor_rows:
         attention(hidden, *where, None, norm)
     with pytest.raises(ValueError, match="residual must be given with next_norm"):
         SwiGLU(32, 48)(hidden, None, norm)
+
+
+@pytest.mark.parametrize(
+    ("options", "anchor_rows"), [({}, 1), ({"qk_norm": True}, 1), ({"window": 3}, 1), ({"view_rank": 2}, 0)], ids=str
+)
+@torch.no_grad()
+def test_kernels_draft_what_torch_drafts(options: dict, anchor_rows: int) -> None:
+    """What goes wrong in a draft costs time, and no text would tell. Where the frozen view reads the anchor, this row
+    knows nothing of int8 copies."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
+    model = TinyDualViewModel(**sizes, **options).to(DEVICE)
+    for name, parameter in model.named_parameters():
+        if ".up." in name:  # or a view of low rank would be the frozen one
+            parameter.normal_(std=0.3)
+
+    def draft(impl: str) -> torch.Tensor:
+        cache = model.new_cache(1, 16, 3)
+        prompt, block = (torch.tensor([ids], device=DEVICE) for ids in ([1, 2, 3, 4, 9], [5, 60, 60]))
+        model.forward_view(prompt, cache, cache.view_pass("ar", 5, impl="torch"))
+        cache.context_len.fill_(4)
+        return model.forward_view(block, cache, cache.draft_pass(3, anchor_rows, impl=impl))
+
+    drafted = draft("torch")
+    torch.testing.assert_close(draft("triton"), drafted, rtol=1e-3, atol=1e-4)
+    model.layers[0].self_attn.quantize_for_drafts()
+    model.layers[0].mlp.quantize_for_drafts()
+    quantized = draft("torch")
+    assert torch.equal(quantized[:, :anchor_rows], drafted[:, :anchor_rows])
+    assert not torch.equal(quantized[:, anchor_rows:], drafted[:, anchor_rows:])
 
 
 def test_rotary_stays_fp32_and_follows_the_length() -> None:
