@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks import attention, common, linear
 from orthrus_triton import ops
+from orthrus_triton.autotune import timing
 
 OPTIONS = {
     linear: ("--rows", "1,9"),
@@ -146,13 +148,27 @@ def test_percentiles_and_slug() -> None:
     assert common.slug("NVIDIA H100 80GB HBM3 (SXM)") == "NVIDIA_H100_80GB_HBM3_SXM"
 
 
-def test_steps_of_one_sample_are_averaged_and_taken_in_turns() -> None:
-    log: list[str] = []
-    timings = common.measure(
-        {"a": [lambda: log.append("a")] * 3, "b": [lambda: log.append("b")]}, torch.device("cpu"), samples=5
-    )
-    assert timings["a"].samples == timings["b"].samples == 5
+def test_steps_of_one_sample_are_averaged_and_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, now = [], [0.0]
+
+    def step(name: str, seconds: float) -> None:
+        log.append(name)
+        now[0] += seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    steps = {"a": [lambda: step("a", 0.25)] * 3, "b": [lambda: step("b", 0.5)]}
+    timings = timing.measure(steps, torch.device("cpu"), samples=8, seconds=2.0)
+    # five samples whatever they cost
+    assert timings == {"a": timing.Timing(0.25, 0.25, 0.25, 5), "b": timing.Timing(0.5, 0.5, 0.5, 5)}
     assert "".join(log[-20:]) == "aaab" * 5
+    for most, samples in ((50, 16), (8, 8), (3, 3)):
+        timings = timing.measure({"c": [lambda: step("c", 0.125)]}, torch.device("cpu"), samples=most, seconds=2.0)
+        assert timings["c"].samples == samples
+
+
+def test_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: {"copy": timing.Timing(1.0, 2.0, 3.0, 20)})
+    assert timing.copy_bandwidth(torch.device("cpu"), 1000) == 1000.0
 
 
 @pytest.mark.gpu

@@ -65,6 +65,13 @@ def test_a_sampled_chain_draws_with_the_positions_noise() -> None:
     assert not torch.equal(found, choice)
 
 
+def test_a_correction_is_by_which_token_and_not_by_how_long_its_embedding_is() -> None:
+    chain, (hidden, embedded) = make_chain(), torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(3))
+    correction = chain.correction(hidden, embedded)
+    torch.testing.assert_close(chain.correction(hidden, 5 * embedded), correction)
+    assert not torch.allclose(chain.correction(5 * hidden, embedded), correction)
+
+
 def test_an_untrained_chain_changes_nothing() -> None:
     chain, hidden = make_chain(), torch.randn(2, 4, 24)
     chain.reset()

@@ -249,8 +249,9 @@ def test_rotary_stays_fp32_and_follows_the_length() -> None:
     assert rotary.inv_freq.dtype == torch.float32
     positions, prompt_len = torch.tensor([[0, 7, 8]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     short, long = torch.full((8,), 0.5), torch.full((8,), 0.25)
-    rotary = RotaryEmbedding(short, long_inv_freq=long, original_max_len=8)
+    rotary = RotaryEmbedding(short.double(), long_inv_freq=long.double(), original_max_len=8)
     cos, _ = rotary(positions, prompt_len)
+    assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[0, :, 0], torch.tensor([0.0, 3.5, 2.0]).cos())
     # a prompt that is already long uses the long frequencies from its first token
     cos, _ = rotary(positions, torch.tensor([9], dtype=torch.int32))
