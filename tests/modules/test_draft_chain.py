@@ -9,7 +9,7 @@ from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.view import load_view, read_view_config, save_view
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.draft_chain import CANDIDATES, DraftChain, DraftNoise, _top
-from orthrus_triton.ops import SamplingTensors, sample_choice
+from orthrus_triton.ops import VOID, SamplingTensors, sample_choice
 from orthrus_triton.ops.gumbel import CHOICE, gumbel_torch, row_key_torch
 from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
 
@@ -63,6 +63,18 @@ def test_a_sampled_chain_draws_with_the_positions_noise() -> None:
                 token = max(among, key=lambda i, scores=scores: float(scores[i]))
                 assert int(found[b, t]) == token, (b, t)
     assert not torch.equal(found, choice)
+
+
+def test_a_row_that_would_draw_no_token_drafts_some_token() -> None:
+    chain, (T, V), head = make_chain(), (3, 60), torch.randn(60, 24)
+    one = {"temperature": torch.ones(1), "top_k": torch.zeros(1, dtype=torch.int32), "top_p": torch.ones(1)}
+    one |= {"min_p": torch.zeros(1), "seed": torch.tensor([3]), "sequence": torch.zeros(1, dtype=torch.int32)}
+    how, positions = SamplingTensors(**one), torch.arange(T, dtype=torch.int32)[None]
+    logits = torch.full((1, T, V), torch.nan)
+    noise = DraftNoise(sample_choice(logits, positions, how, impl="torch"), positions, how)
+    assert noise.choice.tolist() == [[VOID] * T]
+    found = chain.choose(torch.full((1, T, 24), torch.nan), logits, torch.tensor([4]), head, head, noise)
+    assert ((found >= 0) & (found < V)).all()
 
 
 def test_a_correction_is_by_which_token_and_not_by_how_long_its_embedding_is() -> None:

@@ -34,6 +34,17 @@ def test_the_chain_follows_what_it_recalls_as_long_as_it_does() -> None:
         )
 
 
+def test_a_recalled_token_has_its_own_logit_and_the_bonus() -> None:
+    chain, (T, V) = DraftChain(24, 10), (3, 100)
+    chain.reset()
+    logits = torch.arange(V) / -1000 - 10.0 * (torch.arange(V) >= 40)  # the last sixty are ten behind the others
+    hidden, weight, said = torch.zeros(1, T, 24), torch.zeros(V, 24), torch.tensor([[70, 80, 90]])
+    for bonus, drafted in ((5.0, [0, 0, 0]), (11.0, [70, 80, 90])):
+        recalled = Recalled(said, torch.full((1, T), bonus))
+        found = chain.choose(hidden, logits.expand(1, T, V), torch.tensor([7]), weight, weight, None, recalled)
+        assert found[0].tolist() == drafted
+
+
 @pytest.mark.parametrize("together", [False, True], ids=["one_by_one", "together"])
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
 def test_a_decoder_looks_back_at_prompt_and_output(
