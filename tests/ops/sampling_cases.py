@@ -29,6 +29,7 @@ def mixed_sampling(seed: int = 0) -> SamplingTensors:
         top_p=[1.0, 0.9, 1.0, 0.5, 0.05, 0.7, 0.95, 1e-6],
         min_p=[0.0, 0.0, 0.1, 0.0, 0.0, 0.05, 0.3, 1.0],
         seed=[seed, 1, -7, 2**40 + 5, 4, 5, 6, 2**63 - 1],
+        sequence=[0, 1, 2, 300, 70_000, 2**31 - 1, 6, 7],
     )
 
 
@@ -42,5 +43,5 @@ def make_logits(seed: int, *shape: int, scale: float = 3.0) -> torch.Tensor:
     return logits.to(DEVICE)
 
 
-def positions_of(batch: int, rows: int, start: int = 5) -> torch.Tensor:
+def positions_of(batch: int, rows: int, start: int = 65_533) -> torch.Tensor:
     return (torch.arange(rows, dtype=torch.int32, device=DEVICE) + start).expand(batch, rows).contiguous()
