@@ -4,6 +4,7 @@ depends on that row alone; and its distribution is softmax's."""
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.ops import (
     VOID,
     SamplingTensors,
@@ -27,7 +29,16 @@ from orthrus_triton.ops import (
     sample_torch,
     sampling,
 )
-from orthrus_triton.ops.gumbel import CHOICE, DRAFT, gumbel_torch, philox_torch, row_key_torch
+from orthrus_triton.ops.gumbel import (
+    CHOICE,
+    DRAFT,
+    SMALL,
+    exponential,
+    exponential_torch,
+    gumbel_torch,
+    philox_torch,
+    row_key_torch,
+)
 from orthrus_triton.ops.logits_filter import kept_reference
 from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
 from tests.ops.sampling_cases import DEVICE, make_logits, mixed_sampling, positions_of, sampling_of
@@ -196,6 +207,28 @@ def test_noise_is_gumbel_and_streams_are_independent() -> None:
         grid = (torch.arange(u.numel(), dtype=torch.float64) + 0.5) / u.numel()
         assert float((u - grid).abs().max()) * u.numel() ** 0.5 < 1.95  # Kolmogorov-Smirnov, 99.9 %
     assert abs(float(torch.corrcoef(torch.stack((first.flatten(), second.flatten())))[0, 1])) < 0.0075
+
+
+@triton.jit
+def exponential_kernel(high_ptr, low_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    high, low = tl.load(high_ptr + at).to(tl.uint32), tl.load(low_ptr + at).to(tl.uint32)
+    tl.store(out_ptr + at, exponential(high, low))
+
+
+def test_noise_is_precise_at_both_ends() -> None:
+    """Noise words are a fraction of 64 bits, and of its least and of its largest values none is lost."""
+    highs, lows = (0, 1, SMALL - 1, SMALL, 2**31, 2**32 - 2, 2**32 - 1, 12345678), (0, 2**20, 2**32 - 2**20, 2**32 - 1)
+    words = [(high, low) for high in highs for low in lows]
+    high, low = torch.tensor(words, device=DEVICE).T.contiguous()
+    found = torch.empty(len(words), device=DEVICE)
+    exponential_kernel[(1,)](high, low, found, BLOCK=len(words), **EXACT_LAUNCH)
+    assert torch.equal(found, exponential_torch(high, low))
+    for (h, l), noise in zip(words, found.tolist()):
+        twice = 2 * (h * 2**32 + l) + 1  # of 2**65
+        near = twice / 2**65
+        expected = -math.log1p(-near) if near < 0.5 else -math.log((2**65 - twice) / 2**65)
+        assert noise == pytest.approx(expected, rel=4e-7), (h, l)
 
 
 def test_known_noise_stays_as_it_is() -> None:
