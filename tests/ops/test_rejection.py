@@ -230,6 +230,9 @@ def test_processors_know_each_rows_history(block: int, monkeypatch: pytest.Monke
         if 9 + t < 12:
             expected[3] = -torch.inf
         torch.testing.assert_close(out["torch"][0, t], expected, rtol=1e-6, atol=1e-6)
+    for rows, impl in itertools.product((1, 2), out):  # of a shorter block
+        few = (tensor[:, :rows] for tensor in (logits, positions_of(1, 5, 9), candidate))
+        assert torch.equal(process_logits(*few, eos, processors, impl=impl), out[impl][:, :rows])
     without = process_logits(logits, positions_of(1, 5, 9), None, eos, processors, impl="triton")
     assert torch.equal(without, process_logits(logits, positions_of(1, 5, 9), None, eos, processors, impl="torch"))
     assert torch.equal(without[:, 0], out["torch"][:, 0])

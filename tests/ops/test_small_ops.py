@@ -88,12 +88,14 @@ def test_a_part_of_every_sequence_s_rows_is_taken_where_it_lies(rows: slice) -> 
     qkv, angles = randn(7, 3, 6, 4 * 16, dtype=torch.float32), randn(8, 3, 6, 8, dtype=torch.float32)
     slots = torch.arange(6, dtype=torch.int32, device=DEVICE).repeat(3, 1)[:, rows]
     found = []
-    for lay in (lambda tensor: tensor, torch.Tensor.contiguous):
+    for whole in ((), ("cos",), ("cos", "sin")):
         cache = torch.zeros(2, 3, 1, 9, 16, device=DEVICE)
-        cos, sin = lay(angles.cos()[:, rows]), lay(angles.sin()[:, rows])
+        parts = {"cos": angles.cos()[:, rows], "sin": angles.sin()[:, rows]}
+        cos, sin = (part.contiguous() if name in whole else part for name, part in parts.items())
         q = ops.rope_cache(qkv[:, rows], cos, sin, cache[0], cache[1], slots, impl="triton")
         found.append((q, cache))
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+    for again in found[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(again, found[2]))
 
 
 @given(seed=seeds, dtype=dtypes, norm=st.booleans(), head_dim=st.sampled_from([64, 80, 96]), batch=st.integers(1, 2))
@@ -119,6 +121,18 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
     written = (reference[1] != 7.0).any(-1).any(2).any(0)
     expected_rows = [{s for s in row if 0 <= s < capacity} for row in slots.tolist()]
     assert [set(row.nonzero().flatten().tolist()) for row in written] == expected_rows
+
+
+@pytest.mark.parametrize("at", [0, 15], ids=["first", "last"])
+@pytest.mark.parametrize("number", [torch.inf, torch.nan], ids=str)
+def test_a_value_that_is_not_finite_makes_its_key_one_and_harms_no_other(number: float, at: int) -> None:
+    qkv, angles = randn(3, 1, 2, 3 * 16, dtype=torch.float32), torch.ones(2, 1, 2, 8, device=DEVICE)
+    qkv[0, 1, 32 + at] = number
+    cache = torch.zeros(2, 1, 1, 4, 16, device=DEVICE)
+    ops.rope_cache(qkv, *angles, *cache, torch.tensor([[0, 2]], dtype=torch.int32, device=DEVICE), impl="triton")
+    k, v = cache[:, 0, 0]
+    assert k[2].isnan().all() and k[[0, 1, 3]].isfinite().all() and v.isfinite().all()
+    assert v[2, at] == 0 and v[2].count_nonzero() == 15
 
 
 def test_rope_cache_in_torch_rounds_products_before_their_sum() -> None:
