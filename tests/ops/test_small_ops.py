@@ -123,6 +123,19 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
     assert [set(row.nonzero().flatten().tolist()) for row in written] == expected_rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_rope_cache_in_torch_rounds_norms_as_the_norm_itself_does(dtype: torch.dtype) -> None:
+    qkv, weights = randn(0, 1, 9, 4 * 64, dtype=dtype), [randn(seed, 64, dtype=dtype) for seed in (1, 2)]
+    cos, sin = torch.ones(1, 9, 32, device=DEVICE), torch.zeros(1, 9, 32, device=DEVICE)
+    k_out, v_out = torch.zeros(2, 1, 1, 9, 64, device=DEVICE, dtype=dtype)
+    slots = torch.arange(9, dtype=torch.int32, device=DEVICE)[None]
+    q = ops.rope_cache(qkv, cos, sin, k_out, v_out, slots, *weights, impl="torch")
+    heads = qkv.view(1, 9, 4, 64)
+    assert torch.equal(q, ops.rms_norm(heads[:, :, :2], weights[0], 1e-6, impl="torch"))
+    assert torch.equal(k_out[:, 0], ops.rms_norm(heads[:, :, 2], weights[1], 1e-6, impl="torch"))
+
+
 @pytest.mark.parametrize("at", [0, 15], ids=["first", "last"])
 @pytest.mark.parametrize("number", [torch.inf, torch.nan], ids=str)
 def test_a_value_that_is_not_finite_makes_its_key_one_and_harms_no_other(number: float, at: int) -> None:
