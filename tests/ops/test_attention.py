@@ -135,6 +135,17 @@ def test_window_sees_exactly_its_keys(device: torch.device) -> None:
         assert out[0, 0, 0, 0].item() == pytest.approx(37.0), impl
 
 
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize(("rows", "block_size"), [(70, None), (60, 12), (40, 40)])
+def test_torch_takes_whole_blocks_at_a_time(rows: int, block_size: int | None, window: int | None) -> None:
+    """With four heads in a group a piece has 32 tokens, which neither block divides."""
+    case = make_case(2, torch.float32, torch.device("cpu"), rows=rows, group=4, block_size=block_size, window=window)
+    expected = dual_view_attention(*case.args(torch.float64), impl="reference")
+    for impl in ("torch", "library"):
+        out = dual_view_attention(*case.args(), impl=impl)
+        torch.testing.assert_close(out.double(), expected.double(), rtol=0, atol=1e-5)
+
+
 def test_long_calls_are_cut_without_moving_bits(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     from orthrus_triton.ops.dual_view_attention import launch
 
