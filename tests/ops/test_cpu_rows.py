@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orthrus_triton import ops
-from orthrus_triton.ops import _cpu_product
+from orthrus_triton.ops import _cpu_packing, _cpu_product
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
@@ -84,22 +84,34 @@ def test_no_rows_give_no_rows(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_taller_products_are_taken_only_where_they_have_the_bits_of_tiles(dtype, monkeypatch):
+@pytest.mark.parametrize("product", ["_plain", "_onednn"])
+@torch.no_grad()
+def test_taller_products_are_taken_only_where_they_have_the_bits_of_tiles(product, dtype, monkeypatch):
     x, weight = torch.randn(40, 96).to(dtype), torch.randn(64, 96).to(dtype)
+    if product == "_onednn":
+        if not _cpu_packing.has_onednn():
+            pytest.skip("this torch has no oneDNN")
+        weight = torch.nn.Parameter(weight)  # such are packed
     tiles = torch.cat([ops.linear(tile, weight, impl="torch") for tile in x.split(8)])
-    shapes = []
+    shapes, multiply = [], getattr(_cpu_product, product)
 
     def uneven(x, weight, bias):
         """A library that rounds otherwise for more than eight rows."""
         shapes.append(len(x))
-        out = torch.nn.functional.linear(x, weight, bias)
+        out = multiply(x, weight, bias)
         return out if len(x) == 8 else out * (1 + 2**-6)
 
     assert torch.equal(ops.linear(x, weight, impl="torch"), tiles)
     _cpu_product.has_tile_bits.cache_clear()
-    monkeypatch.setattr(_cpu_product, "_plain", uneven)
+    monkeypatch.setattr(_cpu_product, product, uneven)
     together = ops.linear(x, weight, impl="torch")
     alone = torch.cat([ops.linear(row, weight, impl="torch") for row in x.split(1)])
-    _cpu_product.has_tile_bits.cache_clear()
     assert torch.equal(together, alone)
-    assert shapes.count(40) == 1  # the bit test itself, and never again
+    tests = 2 if product == "_onednn" else 1  # of the packed weight, and of the weight as it is
+    assert shapes.count(40) == tests  # and never again, unless there are other threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    ops.linear(x, weight, impl="torch")
+    torch.set_num_threads(threads)
+    _cpu_product.has_tile_bits.cache_clear()
+    assert shapes.count(40) == 2 * tests

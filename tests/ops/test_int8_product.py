@@ -36,8 +36,17 @@ def test_values_are_the_nearest_multiples_of_their_rows_scale(seed, rows, width,
     assert values.dtype == torch.int8 and scale.dtype == torch.float32 and values.abs().max() <= 127
     error = (dequantize_rows(values, scale, torch.float64) - weight.double()).abs()
     assert (error <= 0.5001 * scale.double()[:, None]).all()
+    # rounded once
+    assert torch.equal(dequantize_rows(values, scale, dtype), dequantize_rows(values, scale, torch.float32).to(dtype))
     largest = weight.abs().amax(dim=1).float()
     torch.testing.assert_close(scale * values.abs().amax(dim=1), largest)
+
+
+def test_a_head_of_many_rows_is_its_rows() -> None:
+    weight = randn(4, 8200, 3)
+    values, scale = ops.quantize_rows(weight)
+    few = [ops.quantize_rows(rows) for rows in weight.split(100)]
+    assert all(torch.equal(ours, torch.cat(of)) for ours, of in zip((values, scale), zip(*few)))
 
 
 def test_a_weight_may_lie_as_it_will_and_there_may_be_no_rows() -> None:
