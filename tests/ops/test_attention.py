@@ -135,6 +135,18 @@ def test_window_sees_exactly_its_keys(device: torch.device) -> None:
         assert out[0, 0, 0, 0].item() == pytest.approx(37.0), impl
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_key_behind_a_rows_window_harms_no_row_of_its_block(impl: str, device: torch.device) -> None:
+    """The first row of a block sees key 31, which is NaN, and the others do not."""
+    case = make_case(4, torch.float32, device, group=2, context=0, block_size=4, window=10, poison=False)
+    case.key_limit.fill_(40)
+    expected = dual_view_attention(*case.args(), impl=impl)
+    case.k_cache[:, :, 31] = torch.nan
+    out = dual_view_attention(*case.args(), impl=impl)
+    assert out[:, 0].isnan().all()
+    torch.testing.assert_close(out[:, 1:], expected[:, 1:])
+
+
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize(("rows", "block_size"), [(70, None), (60, 12), (40, 40)])
 def test_torch_takes_whole_blocks_at_a_time(rows: int, block_size: int | None, window: int | None) -> None:

@@ -85,6 +85,8 @@ def test_a_part_of_every_sequence_s_rows_is_taken_where_it_lies(rows: slice) -> 
     assert not part.is_contiguous()
     expected = ops.linear(part.contiguous(), weight, None, added, impl="triton")
     assert torch.equal(ops.linear(part, weight, None, added, impl="triton"), expected)
+    odd = torch.cat((part.flatten(1), x[:, 0, :5]), dim=1)[:, :-5].view(part.shape)  # sequences begin between rows
+    assert torch.equal(ops.linear(odd, weight, None, added, impl="triton"), expected)
     qkv, angles = randn(7, 3, 6, 4 * 16, dtype=torch.float32), randn(8, 3, 6, 8, dtype=torch.float32)
     slots = torch.arange(6, dtype=torch.int32, device=DEVICE).repeat(3, 1)[:, rows]
     found = []
@@ -121,6 +123,25 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
     written = (reference[1] != 7.0).any(-1).any(2).any(0)
     expected_rows = [{s for s in row if 0 <= s < capacity} for row in slots.tolist()]
     assert [set(row.nonzero().flatten().tolist()) for row in written] == expected_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_norms_are_rounded_before_their_weight(dtype: torch.dtype) -> None:
+    x, weight = randn(0, 9, 64, dtype=dtype), randn(1, 64, dtype=dtype)
+    qkv, angles = randn(2, 1, 9, 3 * 64, dtype=dtype), torch.tensor([1.0, 0.0], device=DEVICE)
+    cos, sin = angles.view(2, 1, 1, 1).expand(2, 1, 9, 32)
+    slots = torch.arange(9, dtype=torch.int32, device=DEVICE)[None]
+
+    def heads(weight: torch.Tensor) -> torch.Tensor:
+        cache = torch.zeros(2, 1, 1, 9, 64, device=DEVICE, dtype=dtype)
+        q = ops.rope_cache(qkv, cos, sin, *cache, slots, weight, weight, impl="triton")
+        return torch.stack((q[:, :, 0], cache[0, :, 0]))
+
+    ones = torch.ones_like(weight)
+    for impl in ("triton", "torch"):
+        normed = ops.rms_norm(x, ones, 1e-6, impl=impl)
+        assert torch.equal(ops.rms_norm(x, weight, 1e-6, impl=impl), normed * weight)
+    assert torch.equal(heads(weight), heads(ones) * weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
