@@ -70,7 +70,7 @@ def test_spans_keep_what_the_filters_keep(scale: float, shift: float, monkeypatc
     logits = make_logits(9, 8, 1, 60, scale=scale) + shift
     how = sampling_of(
         8, temperature=[1.0, 1.0, 1.0, 0.7, 2.0, 1.0, 1.0, 1.0], top_k=[0, 0, 0, 20, 0, 9, 1, 0],
-        top_p=[0.3, 0.6, 0.9, 0.95, 1 - 2**-24, 1.0, 0.5, 1e-60], min_p=[0, 0, 0, 0, 0, 0.05, 0, 0],
+        top_p=[0.3, 0.6, 0.9, 0.95, 1 - 2**-24, 1.0, 0.5, 1e-60], min_p=[0, 0, 0, 0, 0, 0.05, 1, 0],
     )  # fmt: skip
     use_spans(monkeypatch, 32, 16)
     kept = launch_kept_spans(logits, *how[:4])

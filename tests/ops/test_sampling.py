@@ -116,6 +116,15 @@ def test_top_p_drops_what_has_exactly_its_share_above_it() -> None:
         assert set(ids[::2].tolist()) == {5} and set(ids[1::2].tolist()) == {5, 2}
 
 
+def test_top_p_is_a_share_of_what_top_k_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_spans(monkeypatch, 64, 32)
+    logits = torch.full((12, 1, 60), -1.0, device=DEVICE)  # together far likelier than the three that are kept
+    logits[..., [7, 40, 3]] = torch.tensor([0.0, -0.1, -0.2], device=DEVICE)
+    for impl in ("triton", "torch"):
+        ids = sample_choice(logits, positions_of(12, 1), sampling_of(12, top_k=3, top_p=[0.6, 0.8] * 6), impl=impl)
+        assert set(ids[::2].flatten().tolist()) == {7, 40} and set(ids[1::2].flatten().tolist()) == {7, 40, 3}
+
+
 def test_a_top_p_too_small_for_fp32_keeps_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_torch, "LISTED", 3)
     logits = torch.zeros(30, 1, 9, device=DEVICE)
