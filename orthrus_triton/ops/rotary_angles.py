@@ -70,7 +70,7 @@ def _stretched(length: torch.Tensor, half: int, theta: float, factor: float, ori
     """Frequencies [..., D // 2] of dynamic NTK for lengths [..., 1]."""
     head_dim = 2 * half
     stretch = factor * length.float() / original_max_len - (factor - 1)
-    base = theta * stretch.clamp(min=1.0) ** (head_dim / (head_dim - 2))
+    base = theta * stretch ** (head_dim / (head_dim - 2))
     exponents = torch.arange(0, head_dim, 2, device=length.device, dtype=torch.float32) / head_dim
     return base**-exponents
 
