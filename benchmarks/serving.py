@@ -172,8 +172,6 @@ def problems(
     block_size: BlockSize | None,
 ) -> Iterator[str]:  # fmt: skip
     """Where an answer under the heaviest load is not the text of AR decoding of that prompt alone."""
-    # the cycle's own prefill: else a prompt that begins like another in its slot may find K/V that were rounded
-    # otherwise, see docs/serving.md
     shared = ConsensusDecoder(network, block_size=block_size, batch_invariant_prefill=True)
     alone = ConsensusDecoder(network, mode="ar", batch_invariant_prefill=True)
     answers, _ = timed_load(shared, tokenizer, prompts, GATE_TOKENS, clients, slots)
@@ -255,7 +253,7 @@ def main(
     try:
         for level in levels:
             asked = questions[: max(requests, level)]
-            decoder = ConsensusDecoder(network, block_size=block_size)
+            decoder = ConsensusDecoder(network, block_size=block_size, batch_invariant_prefill=True)
             answers, seconds = timed_load(decoder, tokenizer, asked, tokens, level, slots)
             report.add(**fixed, clients=level, slots=slots, max_tokens=tokens, **figures(answers, seconds))
             print(f"{level} clients: {report.rows[-1]['tokens_s']} tokens/s", file=sys.stderr, flush=True)

@@ -157,12 +157,14 @@ def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest
     made = decoders_made(monkeypatch)
     result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", port)
     assert result.exit_code == 0, result.output
-    assert made == [{"block_size": "auto"}]
+    assert made == [{"block_size": "auto", "batch_invariant_prefill": True, "prefill_chunk": 256}]
     config = seen[0].config
     assert (config.host, config.port, config.timeout_graceful_shutdown) == ("127.0.0.1", port, 5)
     assert f"http://127.0.0.1:{port}/v1" in result.stderr
     monkeypatch.setattr(serve, "_require_free", lambda *_: None)  # not every machine has ::1
-    result = run("serve", folder, "--device", "cpu", "--slots", 2, "--max-len", 64, "--port", port, "--host", "::1")
+    options = ("--slots", 2, "--max-len", 64, "--port", port, "--host", "::1", "--fast-prefill")
+    result = run("serve", folder, "--device", "cpu", *options)
+    assert made[1]["batch_invariant_prefill"] is False
     assert f"http://[::1]:{port}/v1" in result.stderr
     hosts = {"localhost": True, "::1": True, "0.0.0.0": False, "example.org": False}
     assert {host: serve._is_loopback(host) for host in hosts} == hosts
