@@ -144,6 +144,7 @@ class RunSlots:
             raise ValueError(f"source must be another slot than b, but both are {b}")
         self._require_current()
         tokens = self.cached_prefix(source, prompt)
+        self.slots[b] = Slot(born=self._posted)  # a copy that fails leaves rows of both
         self.cache.copy_sequence(source, b, tokens)
         self.slots[b] = Slot(prompt[: tokens + 1], born=self._posted)
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, SharedKVCache
 from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.testing import TinyDualViewModel
@@ -80,6 +80,25 @@ def test_buffers_that_could_not_be_made_do_not_break_the_next_call(monkeypatch: 
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU can capture")
+def test_a_slot_that_was_half_copied_is_nobodys_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = ConsensusDecoder(make_model(), impl="torch")
+    run = decoder.open(2, 40, eos_token_id=[])
+    for b, prompt in enumerate(PROMPTS):
+        run.admit(b, prompt, 1)
+    run.advance()
+    copied = SharedKVCache.copy_sequence
+
+    def copy_and_fail(*arguments) -> None:
+        copied(*arguments)
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="device lost"):
+        patch.setattr(SharedKVCache, "copy_sequence", copy_and_fail)
+        run.copy_prefix(0, 1, PROMPTS[0])
+    run = decoder.open(2, 40, eos_token_id=[])  # it takes over what the slots are said to hold
+    assert [run.cached_prefix(b, prompt) for b, prompt in enumerate(PROMPTS)] == [PROMPTS[0].numel() - 1, 0]
+
+
 def test_a_graph_that_cannot_be_is_refused_each_time() -> None:
     decoder = ConsensusDecoder(make_model(), cuda_graph=True)
     for _ in range(2):
