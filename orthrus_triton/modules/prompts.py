@@ -11,7 +11,7 @@ import torch
 def split_prompts(
     input_ids: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None, vocab_size: int
 ) -> list[torch.Tensor]:
-    """One 1-D LongTensor per sequence, padding removed.
+    """One 1-D LongTensor of its own per sequence, padding removed.
 
     Args:
         input_ids: [B, L] integers, or a list of 1-D tensors (or lists) of any lengths.
@@ -50,7 +50,8 @@ def split_prompts(
             raise ValueError(
                 f"input_ids: prompt {b} must hold ids in 0..{vocab_size - 1}, but got {low if low < 0 else high}"
             )
-    return [row.long() for row in rows]
+    # copies: slots remember what they hold by them, and the caller may write other prompts into the same tensor
+    return [row.to(torch.int64, copy=True) for row in rows]
 
 
 def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:

@@ -146,7 +146,7 @@ class RunSlots:
         tokens = self.cached_prefix(source, prompt)
         self.slots[b] = Slot(born=self._posted)  # a copy that fails leaves rows of both
         self.cache.copy_sequence(source, b, tokens)
-        self.slots[b] = Slot(prompt[: tokens + 1], born=self._posted)
+        self.slots[b] = Slot(prompt[: tokens + 1].clone(), born=self._posted)
 
     @device_work
     def prefill_ahead(self, b: int, prompt: torch.Tensor, cached: int) -> int:

@@ -80,6 +80,16 @@ def test_buffers_that_could_not_be_made_do_not_break_the_next_call(monkeypatch: 
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU can capture")
+def test_a_prompt_written_over_by_the_caller_is_not_taken_for_what_a_slot_holds() -> None:
+    decoder, ids = ConsensusDecoder(make_model(), impl="torch"), PROMPTS[0].clone()
+    run = decoder.open(2, 40, eos_token_id=[])
+    run.admit(0, ids, 1)
+    run.copy_prefix(0, 1, ids)
+    run.advance()
+    ids.copy_(PROMPTS[0].flip(0))
+    assert [run.cached_prefix(b, PROMPTS[0]) for b in range(2)] == [PROMPTS[0].numel() - 1] * 2
+
+
 def test_a_slot_that_was_half_copied_is_nobodys_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = ConsensusDecoder(make_model(), impl="torch")
     run = decoder.open(2, 40, eos_token_id=[])
