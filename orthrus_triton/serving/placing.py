@@ -30,7 +30,7 @@ def find_place(run: DecodeRun, free: Sequence[int], prompt: torch.Tensor) -> Pla
     if going_on:
         slot = max(going_on, key=held.__getitem__)
     else:
-        slot = min(near, key=lambda b: (run.slots[b].prompt is not None, run.slots[b].born))  # one never used first
+        slot = min(near, key=lambda b: (bool(run.slots[b].cached), run.slots[b].born))  # one that holds nothing first
     source = max(range(len(held)), key=held.__getitem__)
     return Place(slot, source if held[source] > held[slot] else slot)
 

@@ -54,6 +54,9 @@ class Request:
     delivered: int = field(default=0, init=False)
     cached: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        self.prompt = self.prompt.clone()  # it is read in parts, while its owner may use the tensor for the next one
+
 
 class _Entering(NamedTuple):
     """A request whose prompt is being read into its slot, and how many of its tokens the slot holds."""

@@ -52,6 +52,8 @@ def test_a_new_one_leaves_conversations_alone_and_copies_what_all_begin_with() -
     assert place(run, turn(5)) == (1, 1)  # all were used; 1 longest ago, and it holds as much as the others
     assert place(run, [*turn(2)[:27], 5, 5]) == (2, 2)
     assert place(run, [*turn(2)[:20], 5, 5]) == (1, 1)
+    run.prefill_ahead(3, torch.tensor(turn(6)), 0)  # somebody who left while the prompt was read: it holds nothing
+    assert place(run, turn(7)) == (3, 0)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -148,9 +148,9 @@ def test_work_done_apart_gives_its_result_or_its_error() -> None:
 class Watched:
     """A request, and what its listener heard: [(tokens, reason, error)]."""
 
-    def __init__(self, prompt: list[int], tokens: int, heard: list[tuple[Watched, list[int]]] | None = None) -> None:
+    def __init__(self, prompt: list[int] | torch.Tensor, tokens: int, heard: list | None = None) -> None:
         self.parts, self.heard = [], heard if heard is not None else []
-        self.request = Request(torch.tensor(prompt), tokens, SamplingParams(), self._deliver)
+        self.request = Request(torch.as_tensor(prompt), tokens, SamplingParams(), self._deliver)
 
     def _deliver(self, tokens: list[int], reason: str | None, error: str) -> None:
         self.parts.append((list(tokens), reason, error))
@@ -183,7 +183,10 @@ def test_others_go_on_while_a_long_prompt_is_read(monkeypatch: pytest.MonkeyPatc
     chunks_read(monkeypatch, heard)
     decoder = ConsensusDecoder(LedgerModel(VOCAB), impl="torch", mode="ar", prefill_chunk=10)
     scheduler = Scheduler(decoder, slots=2, max_len=200)
-    short, long = Watched([1], 150, heard), Watched(list(range(16)) * 3, 9, heard)
+    short = Watched([1], 150, heard)
+    prompt = torch.tensor(list(range(16)) * 3)
+    long = Watched(prompt, 9, heard)
+    prompt.fill_(0)  # its owner's, for something else
     scheduler.submit(short.request)
     wait_for(lambda: short.parts)
     scheduler.submit(long.request)
