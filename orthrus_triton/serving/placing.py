@@ -14,10 +14,11 @@ TEMPLATE_TAIL = 8  # tokens at a prompt's end that the next turn may lack: a tem
 
 
 class Place(NamedTuple):
-    """A free slot, and the slot whose cache holds most of the prompt's beginning."""
+    """A free slot, the slot whose cache holds most of the prompt's beginning, and how many tokens those are."""
 
     slot: int
     source: int
+    cached: int
 
 
 def find_place(run: DecodeRun, free: Sequence[int], prompt: torch.Tensor) -> Place:
@@ -25,14 +26,15 @@ def find_place(run: DecodeRun, free: Sequence[int], prompt: torch.Tensor) -> Pla
     the text admitted longest ago lies. On a CPU, near those that decode: a step is of all slots between them."""
     held = [run.cached_prefix(b, prompt) for b in range(len(run.slots))]
     widths = {b: run.width_with(b) for b in free}
-    near = [b for b in free if widths[b] == min(widths.values())]
+    narrowest = min(widths.values())
+    near = [b for b in free if widths[b] == narrowest]
     going_on = [b for b in near if _goes_on(run, b, held[b])]
     if going_on:
         slot = max(going_on, key=held.__getitem__)
     else:
         slot = min(near, key=lambda b: (bool(run.slots[b].cached), run.slots[b].born))  # one that holds nothing first
     source = max(range(len(held)), key=held.__getitem__)
-    return Place(slot, source if held[source] > held[slot] else slot)
+    return Place(slot, source if held[source] > held[slot] else slot, held[source])
 
 
 def _goes_on(run: DecodeRun, b: int, held: int) -> bool:

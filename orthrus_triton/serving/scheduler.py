@@ -231,8 +231,8 @@ class Scheduler:
             self._slots[place.slot] = request
         if place.source != place.slot:
             self._run.copy_prefix(place.source, place.slot, request.prompt)
-        request.cached = self._run.cached_prefix(place.slot, request.prompt)
-        return _Entering(place.slot, request, request.cached)
+        request.cached = place.cached
+        return _Entering(place.slot, request, place.cached)
 
     def _hand_out(self, part: Progress, request: Request) -> None:
         tokens, slot = part.tokens, self._run.slots[part.slot]

@@ -29,7 +29,9 @@ def answered(slots: int, prompts: dict[int, list[int]], live: tuple[int, ...] = 
 
 def place(run: DecodeRun, prompt: list[int]) -> tuple[int, int]:
     free = [b for b, slot in enumerate(run.slots) if slot.finished]
-    return tuple(find_place(run, free, torch.tensor(prompt)))
+    found = find_place(run, free, torch.tensor(prompt))
+    assert found.cached == run.cached_prefix(found.source, torch.tensor(prompt))
+    return found.slot, found.source
 
 
 def test_a_conversation_goes_on_where_it_was() -> None:
