@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -127,15 +129,13 @@ def main(
     length, prompts = shared_tokens + OWN_TOKENS, Prompts(network.vocab_size)
     try:
         for chunk in sizes:
-            scheduler = open_scheduler(network, where, chunk, max(2 * long_tokens, 4096), slots=2)
-            figures = behind_a_long_prompt(scheduler, prompts, long_tokens)
-            scheduler.close()
+            with warm_scheduler(network, where, chunk, max(2 * long_tokens, 4096), slots=2) as scheduler:
+                figures = behind_a_long_prompt(scheduler, prompts, long_tokens)
             report.add(**fixed, chunk=chunk, prompt_tokens=long_tokens, shared_tokens=0, clients=1, **rounded(figures))
             print(f"chunks of {chunk}: {figures['other_longest_s']:.2f} s at most", file=sys.stderr, flush=True)
         for shared in (0, shared_tokens):
-            scheduler = open_scheduler(network, where, sizes[0], length + ANSWER_TOKENS, slots=clients + 1)
-            figures = {"first_text_s": alike(scheduler, prompts, shared, length, clients)}
-            scheduler.close()
+            with warm_scheduler(network, where, sizes[0], length + ANSWER_TOKENS, slots=clients + 1) as scheduler:
+                figures = {"first_text_s": alike(scheduler, prompts, shared, length, clients)}
             report.add(
                 **fixed, chunk=sizes[0], prompt_tokens=length, shared_tokens=shared, clients=clients,
                 **rounded(figures | {"other_median_s": "", "other_longest_s": ""}),
@@ -146,14 +146,20 @@ def main(
             report.publish(f"{name}, {fixed['dtype']}\n\n{report.markdown(SHOWN)}")
 
 
-def open_scheduler(network: DualViewModel, where: torch.device, chunk: int, max_len: int, slots: int) -> Scheduler:
-    """As `serve` makes it, warmed up by one request."""
+@contextmanager
+def warm_scheduler(
+    network: DualViewModel, where: torch.device, chunk: int, max_len: int, slots: int
+) -> Iterator[Scheduler]:  # fmt: skip
+    """As `serve` makes it, after a first request; its thread ends however the block does."""
     decoder = ConsensusDecoder(
         network, block_size=fast_block(None, where), batch_invariant_prefill=True, prefill_chunk=chunk
     )
     scheduler = Scheduler(decoder, slots=slots, max_len=max_len)
-    Client(scheduler, torch.zeros(OWN_TOKENS, dtype=torch.int64), ANSWER_TOKENS).first()
-    return scheduler
+    try:
+        Client(scheduler, torch.zeros(OWN_TOKENS, dtype=torch.int64), ANSWER_TOKENS).first()
+        yield scheduler
+    finally:
+        scheduler.close()
 
 
 def rounded(figures: dict[str, float | str]) -> dict[str, float | str]:
