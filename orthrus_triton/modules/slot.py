@@ -34,17 +34,16 @@ class Slot:
     born: int = 0  # reports posted before this one are about the slot's previous sequence
 
     @property
-    def cached(self) -> list[int]:
-        """Tokens whose K/V the slot's cache surely holds, from its first row on: all but the newest."""
+    def cached(self) -> torch.Tensor:
+        """Tokens [n] int64 whose K/V the slot's cache surely holds, from its first row on: all but the newest."""
         if self.prompt is None or self.failed:
-            return []
-        return [*self.prompt.tolist(), *self.tokens][:-1]
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        generated = torch.tensor(self.tokens, dtype=torch.int64, device="cpu")
+        return torch.cat((self.prompt.cpu(), generated))[:-1]
 
     def holds_beginning_of(self, prompt: torch.Tensor) -> int:
         """How many of `prompt`'s first tokens are `cached`: at most all but the last."""
-        length = 0
-        for held, token in zip(self.cached, prompt[:-1].tolist()):
-            if held != token:
-                break
-            length += 1
-        return length
+        cached = self.cached
+        held, asked = (tokens[: min(len(cached), len(prompt) - 1)] for tokens in (cached, prompt.cpu()))
+        differs = (held != asked).nonzero()
+        return int(differs[0]) if len(differs) else len(held)

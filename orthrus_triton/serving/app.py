@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from orthrus_triton.serving.errors import error_response
@@ -43,9 +43,10 @@ def create_app(
     app.add_exception_handler(StarletteHTTPException, _say_why_refused)  # FastAPI's own among them
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
+    async def health() -> Response:
         counts = {name: getattr(scheduler, name) for name in ("running", "waiting", "tokens", "cycles")}
-        return {"status": "ok", **counts}
+        why = scheduler.why_closed
+        return JSONResponse({"status": why or "ok", **counts}, 503 if why else 200)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

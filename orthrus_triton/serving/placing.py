@@ -31,8 +31,8 @@ def find_place(run: DecodeRun, free: Sequence[int], prompt: torch.Tensor) -> Pla
     going_on = [b for b in near if _goes_on(run, b, held[b])]
     if going_on:
         slot = max(going_on, key=held.__getitem__)
-    else:
-        slot = min(near, key=lambda b: (bool(run.slots[b].cached), run.slots[b].born))  # one that holds nothing first
+    else:  # one that holds nothing first
+        slot = min(near, key=lambda b: (len(run.slots[b].cached) > 0, run.slots[b].born))
     source = max(range(len(held)), key=held.__getitem__)
     return Place(slot, source if held[source] > held[slot] else slot, held[source])
 

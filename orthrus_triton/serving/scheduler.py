@@ -78,6 +78,7 @@ class Scheduler:
 
     Attributes:
         running, waiting: sequences in slots, and requests without one.
+        why_closed: why it takes no requests any more, as after the loss of a device; None while it does.
         tokens, cycles: of all that were in a slot and left it; the first token of each, which no cycle gave, not
             counted. Tokens per cycle that fall are the first sign of a view that does not fit the model or the text.
     """
@@ -112,6 +113,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Requests without a slot yet."""
         return len(self._waiting)
+
+    @property
+    def why_closed(self) -> str | None:
+        """Why it takes no requests any more; None while it does."""
+        return self._why_closed if self._closing else None
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -189,10 +195,7 @@ class Scheduler:
         for b, request in enumerate(self._slots):
             if request is not None and request.cancelled:
                 self._run.release(b)
-                if self._entering is not None and self._entering.slot == b:
-                    self._slots[b] = self._entering = None
-                else:
-                    self._leave(b)
+                self._leave(b)
         self._let_in()
         if not self.running:
             return
@@ -216,7 +219,7 @@ class Scheduler:
             self._run.admit(b, request.prompt, request.max_new_tokens, request.params, cached)
         except ValueError as error:  # about this request alone
             self._run.release(b)
-            self._slots[b] = None
+            self._leave(b)
             _deliver(request, [], "error", str(error))
         self._entering = None
 
@@ -254,10 +257,13 @@ class Scheduler:
             _deliver(request, tokens, reason, error)
 
     def _leave(self, b: int) -> None:
+        self._slots[b] = None
+        if self._entering is not None and self._entering.slot == b:  # what the run's slot says is not about it yet
+            self._entering = None
+            return
         slot = self._run.slots[b]
         self.tokens += max(len(slot.tokens) - 1, 0)
         self.cycles += sum(slot.cycles.values())
-        self._slots[b] = None
 
     def _ending(self, slot: Slot) -> tuple[FinishReason, str]:
         """Why a sequence ended by itself, and what went wrong."""
@@ -272,7 +278,9 @@ class Scheduler:
             if self._closing:
                 ended += self._waiting
                 self._waiting.clear()
-            self._slots, self._entering = [None] * len(self._slots), None
+            for b, request in enumerate(self._slots):
+                if request is not None:
+                    self._leave(b)
         for request in ended:
             _deliver(request, [], "error", error)
 

@@ -101,7 +101,7 @@ def test_text_and_cache_are_those_of_ar_alone(
         b, act = rng.randrange(SLOTS), rng.choice(acts)
         if act == "enter" and b not in seated and b not in entering:
             source = rng.randrange(SLOTS)
-            drawn = draw(rng, alone, number, run.slots[source].cached)
+            drawn = draw(rng, alone, number, run.slots[source].cached.tolist())
             prompt = torch.tensor(drawn[0].prompt)
             if source != b:
                 copied = run.cached_prefix(source, prompt)

@@ -82,7 +82,7 @@ def test_sequences_join_and_leave(
     while finished < 60:
         for b in range(SLOTS):
             if b not in seated and started < 60 and rng.random() < 0.8:
-                seat = seated[b] = draw(rng, model, started, run.slots[b].cached, hosts)
+                seat = seated[b] = draw(rng, model, started, run.slots[b].cached.tolist(), hosts)
                 started += 1
                 prompt = torch.tensor(seat.prompt)
                 cached = run.cached_prefix(b, prompt)

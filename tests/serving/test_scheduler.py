@@ -102,6 +102,7 @@ def test_a_lost_device_is_said_to_all_who_wait_and_come(monkeypatch: pytest.Monk
         time.sleep(0.1)  # until both have come
         raise RuntimeError("device lost")
 
+    assert scheduler.why_closed is None
     monkeypatch.setattr(LedgerModel, "forward_view", lost)
     monkeypatch.setattr(ConsensusDecoder, "open", lost)
     for _ in range(2):
@@ -110,7 +111,30 @@ def test_a_lost_device_is_said_to_all_who_wait_and_come(monkeypatch: pytest.Monk
     assert heard == ["RuntimeError: device lost", "the model cannot run any more: RuntimeError: device lost"]
     with pytest.raises(RuntimeError, match="cannot run any more: RuntimeError: device lost"):
         scheduler.submit(Request(torch.tensor([1]), 6, SamplingParams(), print))
+    assert scheduler.why_closed == heard[1]
     scheduler.close()
+
+
+def test_what_an_error_ended_counts_with_its_tokens_and_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not what was still being read into a slot, which holds another's tokens."""
+    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch", mode="ar"), slots=1, max_len=64)
+    first = Watched([1], 9)
+    scheduler.submit(first.request)
+    wait_for(lambda: first.ended)
+    forward, passes = LedgerModel.forward_view, []
+
+    def break_down(*arguments):
+        passes.append(1)
+        return forward(*arguments) if len(passes) <= 4 else 1 / 0
+
+    monkeypatch.setattr(LedgerModel, "forward_view", break_down)
+    running, entering = Watched([2], 40), Watched([3], 40)
+    for watched in (running, entering):
+        scheduler.submit(watched.request)
+        wait_for(lambda watched=watched: watched.ended == "error")
+    scheduler.close()
+    assert len(running.tokens) == 4 and not entering.tokens
+    assert scheduler.tokens == scheduler.cycles == 8 + 3
 
 
 def test_the_caller_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

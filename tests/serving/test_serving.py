@@ -468,6 +468,14 @@ def test_health_needs_no_key_where_the_application_is_mounted_in_another(server:
     assert client.get("/model/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
+def test_health_says_that_no_request_can_be_served_any_more(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "the model cannot run any more: RuntimeError: device lost"
+    monkeypatch.setattr(server.scheduler, "_why_closed", why)
+    monkeypatch.setattr(server.scheduler, "_closing", True)
+    health = httpx.get(f"{server.url}/health")
+    assert health.status_code == 503 and health.json()["status"] == why
+
+
 def test_keys_and_limits(server: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
         server.client(api_key="secreu").models.list()
