@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from orthrus_triton.modules.decode_state import DecodeState
-from orthrus_triton.modules.dual_view_model import DualViewModel
+from orthrus_triton.modules.dual_view_model import DualViewModel, run_view
 from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.prefill import GPU_CHUNK
 
@@ -72,7 +72,7 @@ class BatchPrefill:
         buffers.prompt_len.fill_(1)
         buffers.prompt_len[: len(slots)] = length
         view_pass = buffers.view_pass("ar", rows, impl=impl, linear_impl="library")
-        self.model.forward_view(ids, buffers, view_pass)
+        run_view(self.model, ids, buffers, view_pass)
         kept = min(rows, cache.capacity)
         for filled, layer in zip(buffers.layers, cache.layers):
             layer.k[where, :, :kept] = filled.k[: len(slots), :, :kept]

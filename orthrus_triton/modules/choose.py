@@ -34,15 +34,7 @@ def choose_tokens(
         choosing: what the run is open for.
         candidate: [B, T], the block these rows read, or None in a draft, whose tokens are not known yet.
         stream: which of the independent draws at a position.
-
-    Raises:
-        ValueError: `hidden` is not [B, T, H], or of no row.
     """
-    if hidden.dim() != 3 or hidden.shape[1] == 0:
-        raise ValueError(
-            "model.forward_view must return hidden states [B, T, H] of all its T tokens, but those to choose from "
-            f"have shape {tuple(hidden.shape)}"
-        )
     impl = view_pass.impl
     choose = getattr(model, "choose", None)
     if choosing == Choosing() and choose is not None and view_pass.linear_impl == impl:

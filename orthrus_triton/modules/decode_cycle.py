@@ -9,7 +9,7 @@ from orthrus_triton import ops
 from orthrus_triton.modules.adaptive_block import AR
 from orthrus_triton.modules.choose import choose_drafts, choose_logits, choose_tokens
 from orthrus_triton.modules.decode_state import DecodeState
-from orthrus_triton.modules.dual_view_model import DualViewModel
+from orthrus_triton.modules.dual_view_model import DualViewModel, run_view
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill, prefill_chunk
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams
@@ -67,7 +67,7 @@ class DecodeCycle:
     ) -> torch.Tensor:  # fmt: skip
         """One causal pass over the block -> the AR view's own choice in every row, [B, K]. Writes its K/V in place."""
         view_pass = cache.view_pass("ar", candidate.shape[1], impl=impl, linear_impl=linear_impl)
-        hidden = self.model.forward_view(candidate, cache, view_pass)
+        hidden = run_view(self.model, candidate, cache, view_pass)
         return ops.void_rows(self.choose(hidden, state, view_pass, candidate), hidden, impl=impl)
 
     def draft_and_judge(
@@ -81,7 +81,7 @@ class DecodeCycle:
         candidate = self.block_to_verify(block, drafted, hidden, cache, state, impl)
         draft_logits = draft_logits[:, self.anchor_rows :].contiguous()
         view_pass = cache.view_pass("ar", block_size, impl=impl)
-        hidden = self.model.forward_view(candidate, cache, view_pass)
+        hidden = run_view(self.model, candidate, cache, view_pass)
         logits = choose_logits(self.model, hidden, state, view_pass, self.choosing, candidate)
         choice = ops.rejection_choice(
             logits, draft_logits, candidate, view_pass.positions + 1, state.sampling.sampling, impl=impl
@@ -94,7 +94,7 @@ class DecodeCycle:
         """The block [B, K], the hidden states of its rows that have something to propose, and the pass."""
         view_pass = cache.draft_pass(block_size, self.anchor_rows, impl=impl)
         block = state.next_block(block_size)
-        hidden = self.model.forward_view(block, cache, view_pass)
+        hidden = run_view(self.model, block, cache, view_pass)
         return block, hidden[:, : block_size - 1 + self.anchor_rows], view_pass
 
     def choose(

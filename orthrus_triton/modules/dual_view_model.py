@@ -1,4 +1,5 @@
-"""The protocol a model follows to be decoded: seven members, no base class."""
+"""The protocol a model follows to be decoded: seven members, no base class.
+And the one place where its hidden states are looked at before they are used."""
 
 from __future__ import annotations
 
@@ -42,3 +43,17 @@ class DualViewModel(Protocol):
     def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
         """hidden [B, T, H] -> logits [B, T, V], fp32."""
         ...
+
+
+def run_view(
+    model: DualViewModel, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass
+) -> torch.Tensor:  # fmt: skip
+    """`model.forward_view`; a ValueError if what it returns is not [B, T, H] for the tokens [B, T]."""
+    hidden = model.forward_view(input_ids, cache, view_pass)
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
+        got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, torch.Tensor) else f"a {type(hidden).__name__}"
+        raise ValueError(
+            "model.forward_view must return hidden states [B, T, H], one for each of its tokens of shape "
+            f"{tuple(input_ids.shape)}, but got {got}"
+        )
+    return hidden

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from orthrus_triton.modules.dual_view_model import DualViewModel
+from orthrus_triton.modules.dual_view_model import DualViewModel, run_view
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 
 CPU_CHUNK, GPU_CHUNK = 512, 4096  # prompt tokens per pass: enough rows to be bound by arithmetic
@@ -54,6 +54,6 @@ def prefill_chunk(
     cache.context_len.fill_(start)
     view_pass = cache.view_pass("ar", rows, impl=impl, linear_impl=linear_impl)
     # attention makes room for what a cache can hold, and the host knows that nobody looks further than this yet
-    hidden = model.forward_view(ids, cache.prefix(start + rows), view_pass)[:, tokens - 1 : tokens]
+    hidden = run_view(model, ids, cache.prefix(start + rows), view_pass)[:, tokens - 1 : tokens]
     cache.context_len.fill_(start + tokens)
     return hidden

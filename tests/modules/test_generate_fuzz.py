@@ -258,13 +258,18 @@ def test_stop_tokens_of_a_model_that_are_no_list_of_ids_are_named(ids: object) -
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}])
 @pytest.mark.parametrize(
-    ("wrong", "shape"), [(lambda hidden: hidden.flatten(0, 1), r"\(8, "), (lambda hidden: hidden[:, -1:], r"\(1, 0, ")]
+    ("wrong", "got"),
+    [
+        (lambda hidden: hidden.flatten(0, 1), r"shape \(8, "),
+        (lambda hidden: hidden[:, -1:], r"shape \(1, 1, "),
+        (lambda hidden: (hidden, None), "a tuple"),
+    ],
 )
-def test_hidden_states_that_are_not_one_per_token_are_named(wrong, shape: str, options: dict) -> None:
+def test_hidden_states_that_are_not_one_per_token_are_named(wrong, got: str, options: dict) -> None:
     model = tiny()
     right = model.forward_view
     model.forward_view = lambda *arguments: wrong(right(*arguments))
-    with pytest.raises(ValueError, match=rf"forward_view must return .* \[B, T, H\] of all its T tokens, .* {shape}"):
+    with pytest.raises(ValueError, match=rf"must return .* \[B, T, H\], one for each .* \(1, 8\), but got {got}"):
         ConsensusDecoder(model, impl="torch").generate([torch.tensor([1, 2])], max_new_tokens=5, **options)
 
 
