@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from orthrus_triton.models.convert import eos_token_ids
 from orthrus_triton.models.generation_settings import GenerationSettings, merged_config
 from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.modules import ConsensusDecoder, DecodeStats
@@ -73,8 +74,10 @@ class OrthrusGenerationMixin:
         """Generate tokens.
 
         Args:
-            inputs: [B, L] prompts, or `input_ids=`; padding on the left or right, with `attention_mask=`.
-            generation_config: by default the model's own; its fields may be passed as keywords too.
+            inputs: [B, L] prompts, or `input_ids=`; padding on the left or right, with `attention_mask=`. Without, it
+                is where the padding token is, unless that ends sequences, too.
+            generation_config: by default the model's own; its fields may be passed as keywords too. With no length
+                named anywhere, there are 20 new tokens; with eos_token_id=None, no stop token.
             logits_processor: run on the host, row by row with the row's own history. Each must be a function of
                 (input_ids, scores) alone.
             stopping_criteria: asked after every token, sequence by sequence, with the prompt as it came (padding
@@ -113,10 +116,13 @@ class OrthrusGenerationMixin:
         if not isinstance(inputs, torch.Tensor):
             raise ValueError(f"input_ids must be a tensor [B, L], but got {type(inputs).__name__}")
         inputs = inputs[None] if inputs.dim() == 1 else inputs
+        if attention_mask is None:
+            attention_mask = _mask_of_padding(inputs, config, self.eos_token_ids)
         prompts = split_prompts(inputs, attention_mask, self.vocab_size)
         settings = GenerationSettings.of(
             config, inputs.shape[1], [len(prompt) for prompt in prompts], seed=seed, default_eos=self.eos_token_ids,
-            processors=logits_processor, prefix_allowed=prefix_allowed_tokens_fn,
+            positions=getattr(self.config, "max_position_embeddings", None), processors=logits_processor,
+            prefix_allowed=prefix_allowed_tokens_fn, criteria=stopping_criteria,
         )  # fmt: skip
         prompts = [prompt for prompt in prompts for _ in range(settings.num_return_sequences)]
         rows = inputs.long().repeat_interleave(settings.num_return_sequences, dim=0)
@@ -137,6 +143,23 @@ class OrthrusGenerationMixin:
         new = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=settings.pad_token_id)
         sequences = torch.cat((rows, new.to(rows)), dim=1)
         return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict else sequences
+
+
+def _mask_of_padding(inputs: torch.Tensor, config: GenerationConfig, default_eos: list[int]) -> torch.Tensor | None:
+    """Where `inputs` [B, L] are text, by the padding token; None where that does not tell."""
+    pad_id = config.pad_token_id
+    if pad_id is None or pad_id in (default_eos if config.eos_token_id is None else eos_token_ids(config)):
+        return None
+    text = inputs != pad_id
+    if bool(text.all()):
+        return None
+    before, behind = text.cumsum(dim=1) > 0, text.flip(1).cumsum(dim=1).flip(1) > 0
+    if bool((before & behind & ~text).any()) or not bool(text.any(dim=1).all()):
+        raise ValueError(
+            f"attention_mask must be given where pad_token_id={pad_id} is part of a prompt, but got None: it stands "
+            "between other tokens, or alone"
+        )
+    return text
 
 
 class _PromptAsItCame:

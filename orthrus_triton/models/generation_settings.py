@@ -11,20 +11,26 @@ import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+from transformers.generation import EosTokenCriteria
 
 from orthrus_triton.models.convert import eos_token_ids
 from orthrus_triton.modules import SamplingParams
 
-# with do_sample and nothing said, as in transformers
-DEFAULT_MAX_LENGTH, DEFAULT_TOP_K = 20, 50
+# with nothing said, as in transformers; the latter with do_sample
+DEFAULT_NEW_TOKENS, DEFAULT_TOP_K = 20, 50
 # fields that must be as if they had not been set, and what to do instead
 UNSUPPORTED = {
     "num_beams": "one sequence of tokens is verified at a time: num_return_sequences with do_sample gives several",
@@ -49,8 +55,13 @@ REPLACED = {
     RepetitionPenaltyLogitsProcessor: "repetition_penalty", NoRepeatNGramLogitsProcessor: "no_repeat_ngram_size",
     SequenceBiasLogitsProcessor: "sequence_bias", NoBadWordsLogitsProcessor: "bad_words_ids",
     SuppressTokensLogitsProcessor: "suppress_tokens", SuppressTokensAtBeginLogitsProcessor: "begin_suppress_tokens",
+    MinLengthLogitsProcessor: "min_length", MaxTimeCriteria: "max_time", StopStringCriteria: "stop_strings",
 }  # fmt: skip
-NEUTRAL = (None, False, 0, 0.0, 1, 1.0)
+# what asks for nothing, besides None and False: in most fields 0, which names a token in others
+NEUTRAL = {
+    "num_beams": 1, "num_beam_groups": 1, "typical_p": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "speculation_type": "none",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,8 @@ class GenerationSettings:
     @classmethod
     def of(
         cls, config: GenerationConfig, prompt_length: int, lengths: list[int], *, seed: int | None = None,
-        default_eos: list[int], processors: LogitsProcessorList | None = None, prefix_allowed: Any = None,
+        default_eos: list[int], positions: int | None = None, processors: LogitsProcessorList | None = None,
+        prefix_allowed: Any = None, criteria: StoppingCriteriaList | None = None,
     ) -> GenerationSettings:  # fmt: skip
         """Read `config`.
 
@@ -79,28 +91,23 @@ class GenerationSettings:
             lengths: of the prompts without padding; with num_return_sequences > 1 each is decoded that often.
             seed: of sampling; None draws one from torch's global generator.
             default_eos: stop tokens when the config has none.
+            positions: of the model, the most that a text of no named length may have.
             processors: the caller's own, run on the host, in place of what `config` asks for by the same class.
             prefix_allowed: transformers' `prefix_allowed_tokens_fn`.
+            criteria: the caller's own; they, too, stand in for what `config` asks for by the same class.
 
         Raises:
             ValueError: a field that asks for what this library does not do.
         """
         for name, instead in UNSUPPORTED.items():
             value = getattr(config, name, None)
-            if (value is True or value not in NEUTRAL) and not (name == "speculation_type" and value == "none"):
+            if value is not None and value is not False and value != NEUTRAL.get(name, 0):
                 raise ValueError(f"{name} must be left at its default, but got {value!r}: {instead}")
         config = copy.copy(config)
-        for one in processors or []:
+        for one in [*(processors or []), *(criteria or [])]:
             if type(one) in REPLACED:
                 setattr(config, REPLACED[type(one)], None)
-        max_new = config.max_new_tokens
-        if max_new is None:
-            max_new = (config.max_length or DEFAULT_MAX_LENGTH) - prompt_length
-            if max_new < 1:
-                raise ValueError(
-                    f"max_length must exceed the prompt's {prompt_length} tokens, but is "
-                    f"{config.max_length or DEFAULT_MAX_LENGTH}: pass max_new_tokens"
-                )
+        max_new = _max_new_tokens(config, prompt_length, positions)
         eos_ids = default_eos if config.eos_token_id is None else eos_token_ids(config)
         pad_id = config.pad_token_id
         if pad_id is None:
@@ -119,10 +126,28 @@ class GenerationSettings:
             _host_processors(config, length, processors, prefix_allowed, row)
             for row, length in enumerate(lengths) for _ in range(copies)
         ]  # fmt: skip
+        if longest := [one.max_length for one in criteria or [] if type(one) is MaxLengthCriteria]:
+            max_new = max(min(longest) - prompt_length, 1)
+        if ends := [one.eos_token_id.flatten().tolist() for one in criteria or [] if type(one) is EosTokenCriteria]:
+            eos_ids = sorted({token for ids in ends for token in ids})
         return cls(
             max_new, eos_ids, pad_id, copies, bool(config.return_dict_in_generate), strings, config.max_time,
             [SamplingParams(**shared, sequence=b, logits_processor=host or None) for b, host in enumerate(hosts)],
         )  # fmt: skip
+
+
+def _max_new_tokens(config: GenerationConfig, prompt_length: int, positions: int | None) -> int:
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    longest = config.max_length
+    if longest is None:
+        longest = prompt_length + DEFAULT_NEW_TOKENS
+        longest = longest if positions is None else min(longest, positions)
+    if longest <= prompt_length:
+        raise ValueError(
+            f"max_length must exceed the prompt's {prompt_length} tokens, but is {longest}: pass max_new_tokens"
+        )
+    return longest - prompt_length
 
 
 def _shared_params(config: GenerationConfig, prompt_length: int, seed: int, eos_ids: list[int]) -> dict[str, Any]:
@@ -130,10 +155,13 @@ def _shared_params(config: GenerationConfig, prompt_length: int, seed: int, eos_
     for words in config.bad_words_ids or []:
         if len(words) == 1 and words[0] not in eos_ids:
             bias[words[0]] = -torch.inf
+    min_new = config.min_new_tokens
+    if min_new is None:  # it is the stronger
+        min_new = max((config.min_length or 0) - prompt_length, 0)
     params = {
         "seed": seed,
         "repetition_penalty": 1.0 if config.sequence_bias else _repetition_penalty(config),
-        "min_new_tokens": max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length),
+        "min_new_tokens": min_new,
         "logit_bias": bias,
     }
     if config.do_sample:
@@ -181,4 +209,6 @@ def merged_config(own: GenerationConfig | None, given: GenerationConfig | None, 
         config.update(**{name: value for name, value in given.to_dict().items() if value is not None})
     if options.get("max_new_tokens") is None and options.get("max_length") is not None:
         config.max_new_tokens = None  # a length the caller names is stronger than one the checkpoint came with
+    if options.get("eos_token_id", ()) is None:
+        options = options | {"eos_token_id": []}  # said by name, None is no stop token
     return config, config.update(**options)
