@@ -92,7 +92,7 @@ class OrthrusGenerationMixin:
             reuse_cache: go on from the cache of the last call where the prompt begins as that text did. Its K/V have
                 the bits of a fresh prefill only with `consensus_decoder(mode).batch_invariant_prefill = True`: by
                 default a prompt is read by the library's product, which may round differently from decoding.
-            tokenizer: needed with stop_strings.
+            tokenizer: needed with stop_strings, which may begin in the prompt and end in what is generated.
 
         Returns:
             [B * num_return_sequences, L + new] int64: the prompts as they came, what was generated, then pad tokens;
@@ -130,7 +130,7 @@ class OrthrusGenerationMixin:
         if settings.stop_strings:
             if tokenizer is None:
                 raise ValueError("tokenizer must be given with stop_strings, but got None")
-            strings = [StopStrings(tokenizer, settings.stop_strings) for _ in prompts]
+            strings = [StopStrings(tokenizer, settings.stop_strings, prompt.tolist()) for prompt in prompts]
         if streamer is not None:
             streamer = _PromptAsItCame(streamer, rows)
         output = self.consensus_decoder("consensus" if use_diffusion_mode else "ar").generate(

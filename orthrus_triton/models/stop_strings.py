@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from orthrus_triton.models.token_text import TokenText
+from orthrus_triton.models.token_text import LONGEST_CHARACTER, TokenText
 
 MOST_STRINGS, MOST_CHARACTERS = 64, 1000
 
@@ -16,12 +16,13 @@ class StopStrings:
     Args:
         tokenizer: of transformers; only `decode` is used.
         strings: one or more, not empty.
+        prompt: tokens before the first new one, in whose text a string may begin; none where only new text counts.
 
     Raises:
         ValueError: no strings, an empty one, or too many.
     """
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, strings: Sequence[str], prompt: Sequence[int] = ()) -> None:
         if not strings or len(strings) > MOST_STRINGS:
             raise ValueError(f"stop_strings must be 1..{MOST_STRINGS} strings, but got {len(strings)}")
         for string in strings:
@@ -31,15 +32,21 @@ class StopStrings:
         self._longest = max(map(len, strings))
         self._text, self._seen = TokenText(tokenizer), 0
         self._tail = ""  # final text in which a stop string may have begun
+        if prompt:
+            self._look([], prompt[-self._longest - LONGEST_CHARACTER :])
 
     def __call__(self, new: Sequence[int]) -> bool:
         """Whether one of the strings is in the text that came with the tokens since the last call."""
-        final, unsure = self._text.push(list(new[self._seen :]))
-        self._seen = len(new)
+        came, self._seen = new[self._seen :], len(new)
+        return self._look(self.strings, came)
+
+    def _look(self, strings: Sequence[str], tokens: Sequence[int]) -> bool:
+        final, unsure = self._text.push(list(tokens))
+        known = len(self._tail)
         self._tail += final
         text = self._tail + unsure
         self._tail = self._tail[max(len(self._tail) - self._longest + 1, 0) :]
-        return any(string in text for string in self.strings)
+        return any(text.find(string, max(known - len(string) + 1, 0)) >= 0 for string in strings)
 
     def cut(self, text: str) -> str:
         """`text` up to the first stop string in it."""

@@ -7,11 +7,13 @@ import copy
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
     MinLengthLogitsProcessor,
+    PreTrainedTokenizerFast,
     StoppingCriteriaList,
 )
 from transformers.generation import EosTokenCriteria
@@ -73,3 +75,18 @@ def test_without_a_mask_the_padding_token_tells_where_the_text_is(pair) -> None:
         with pytest.raises(ValueError, match="attention_mask must be given where pad_token_id=0 is part of a prompt"):
             model.generate(unclear, max_new_tokens=2)
         assert model.generate(unclear, attention_mask=torch.ones_like(unclear), max_new_tokens=2).dim() == 2
+
+
+@pytest.mark.parametrize(("first", "last"), [(5, 7), (4, 8), (3, 5)])
+def test_a_stop_string_may_begin_in_the_prompt(pair, first: int, last: int) -> None:
+    """One that ends in it (the last of these) does not stop anything."""
+    base, model = pair
+    letters = Tokenizer(models.BPE({chr(40 + token): token for token in range(101)}, []))
+    letters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, clean_up_tokenization_spaces=False)
+    ids, options = random_ids(6, seed=4).clamp(min=3), {"max_new_tokens": 5, "tokenizer": tokenizer}
+    text = base.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()
+    options["stop_strings"] = ["".join(chr(40 + token) for token in text[first:last])]
+    expected = base.generate(ids, do_sample=False, **options)
+    assert expected.shape[1] == (last if last > 6 else 11)
+    assert model.generate(ids, **options).tolist() == expected.tolist()

@@ -139,3 +139,16 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
 def test_the_first_of_several_stop_strings_ends_the_text() -> None:
     stream = TextStream(ByteTokenizer(), StopStrings(ByteTokenizer(), ["cd", "ab", "e"]))
     assert stream.push(list(b"xyabcde")) == "xy" and stream.stopped
+
+
+def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there() -> None:
+    def stops(strings: list[str], prompt: str, new: str) -> list[bool]:
+        stop, tokens = StopStrings(ByteTokenizer(), strings, list(prompt.encode())), list(new.encode())
+        return [stop(tokens[: count + 1]) for count in range(len(tokens))]
+
+    assert stops(["abc"], "xxab", "cd") == [True, False]
+    assert stops(["ab", "abcdef"], "xxab", "cab") == [False, False, True]  # the first is whole in the prompt
+    assert stops(["🙂!"], "a" * 50 + "🙂", "!") == [True]
+    assert stops(["é!"], "🙂" * 9 + "é", "?!") == [False, False]
+    blanks = byte_fallback_tokenizer()  # the first blank of new text is not the first of the whole text
+    assert StopStrings(blanks, [" a"], [258])([257]) and not StopStrings(blanks, [" a"])([257])
