@@ -122,14 +122,19 @@ class GenerationSettings:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ())) if config.do_sample else 0
         shared = _shared_params(config, prompt_length, seed, eos_ids)
+        if ends := [one.eos_token_id.flatten().tolist() for one in criteria or [] if type(one) is EosTokenCriteria]:
+            options_eos, eos_ids = eos_ids, sorted({token for ids in ends for token in ids})
+            if shared["min_new_tokens"] and set(eos_ids) != set(options_eos):
+                raise ValueError(
+                    f"min_new_tokens and min_length are about eos_token_id={options_eos}, but stopping_criteria has an "
+                    f"EosTokenCriteria of {eos_ids}: name the same"
+                )
         hosts = [
             _host_processors(config, length, processors, prefix_allowed, row)
             for row, length in enumerate(lengths) for _ in range(copies)
         ]  # fmt: skip
         if longest := [one.max_length for one in criteria or [] if type(one) is MaxLengthCriteria]:
             max_new = max(min(longest) - prompt_length, 1)
-        if ends := [one.eos_token_id.flatten().tolist() for one in criteria or [] if type(one) is EosTokenCriteria]:
-            eos_ids = sorted({token for ids in ends for token in ids})
         return cls(
             max_new, eos_ids, pad_id, copies, bool(config.return_dict_in_generate), strings, config.max_time,
             [SamplingParams(**shared, sequence=b, logits_processor=host or None) for b, host in enumerate(hosts)],

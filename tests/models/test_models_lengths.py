@@ -90,3 +90,15 @@ def test_a_stop_string_may_begin_in_the_prompt(pair, first: int, last: int) -> N
     expected = base.generate(ids, do_sample=False, **options)
     assert expected.shape[1] == (last if last > 6 else 11)
     assert model.generate(ids, **options).tolist() == expected.tolist()
+
+
+def test_a_least_length_of_other_stop_tokens_than_the_criteria_s_is_refused(pair) -> None:
+    options = {
+        "max_new_tokens": 9,
+        "min_new_tokens": 4,
+        "stopping_criteria": StoppingCriteriaList([EosTokenCriteria(31)]),
+    }
+    ids = random_ids(6, seed=4).clamp(min=3)
+    with pytest.raises(ValueError, match=r"about eos_token_id=\[2\], but stopping_criteria has .* of \[31\]"):
+        pair[1].generate(ids, **options)
+    assert pair[1].generate(ids, eos_token_id=31, **options).shape[1] > 10
