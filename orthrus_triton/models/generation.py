@@ -77,7 +77,7 @@ class OrthrusGenerationMixin:
             inputs: [B, L] prompts, or `input_ids=`; padding on the left or right, with `attention_mask=`. Without, it
                 is where the padding token is, unless that ends sequences, too.
             generation_config: by default the model's own; its fields may be passed as keywords too. With no length
-                named anywhere, there are 20 new tokens; with eos_token_id=None, no stop token.
+                named anywhere, there are 20 new tokens; eos_token_id=None is no stop token, top_k=None no limit.
             logits_processor: run on the host, row by row with the row's own history. Each must be a function of
                 (input_ids, scores) alone.
             stopping_criteria: asked after every token, sequence by sequence, with the prompt as it came (padding

@@ -214,6 +214,7 @@ def merged_config(own: GenerationConfig | None, given: GenerationConfig | None, 
         config.update(**{name: value for name, value in given.to_dict().items() if value is not None})
     if options.get("max_new_tokens") is None and options.get("max_length") is not None:
         config.max_new_tokens = None  # a length the caller names is stronger than one the checkpoint came with
-    if options.get("eos_token_id", ()) is None:
-        options = options | {"eos_token_id": []}  # said by name, None is no stop token
+    # said by name, None is none, and not the default
+    none = {"eos_token_id": [], "top_k": 0}
+    options = options | {name: none[name] for name in none.keys() & options if options[name] is None}
     return config, config.update(**options)

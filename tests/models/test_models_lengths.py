@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation import EosTokenCriteria
 
 from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.generation_settings import GenerationSettings, merged_config
 from tests.models.test_models_generation import EOS, PAD, padded
 from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
 
@@ -102,3 +103,16 @@ def test_a_least_length_of_other_stop_tokens_than_the_criteria_s_is_refused(pair
     with pytest.raises(ValueError, match=r"about eos_token_id=\[2\], but stopping_criteria has .* of \[31\]"):
         pair[1].generate(ids, **options)
     assert pair[1].generate(ids, eos_token_id=31, **options).shape[1] > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "left"), [({}, 50), ({"top_k": None}, 101), ({"top_k": 0}, 101), ({"top_k": 3}, 3)]
+)
+def test_sampling_is_from_as_many_tokens_as_in_transformers(pair, options: dict, left: int) -> None:
+    base, model = pair
+    config = merged_config(model.generation_config, None, {"do_sample": True, **options})[0]
+    (params,) = GenerationSettings.of(config, 6, [6], default_eos=[EOS]).params
+    assert (params.top_k or 101) == left
+    theirs = base._prepare_generation_config(None, do_sample=True, **options)[0]
+    scores = base._get_logits_processor(theirs, 6)(torch.ones(1, 6).long(), torch.randn(1, 101))
+    assert int((scores > -torch.inf).sum()) == left
