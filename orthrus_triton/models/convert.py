@@ -101,6 +101,8 @@ def choose_mask_token_id(base: BaseModel) -> int:
 def eos_token_ids(config: Any) -> list[int]:
     """`eos_token_id` of a configuration, one, several or none, as a list."""
     ids = getattr(config, "eos_token_id", None)
+    if isinstance(ids, torch.Tensor):  # as transformers takes them, too
+        return ids.flatten().tolist()
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)

@@ -210,10 +210,10 @@ def _repetition_penalty(config: GenerationConfig) -> float:
 def merged_config(own: GenerationConfig | None, given: GenerationConfig | None, options: dict[str, Any]) -> tuple:
     """(config, options that are no fields of it): the model's config, then the caller's, then the keywords."""
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
-    if given is not None:
-        config.update(**{name: value for name, value in given.to_dict().items() if value is not None})
     if options.get("max_new_tokens") is None and options.get("max_length") is not None:
         config.max_new_tokens = None  # a length the caller names is stronger than one the checkpoint came with
+    if given is not None:
+        config.update(**{name: value for name, value in given.to_dict().items() if value is not None})
     # said by name, None is none, and not the default
     none = {"eos_token_id": [], "top_k": 0}
     options = options | {name: none[name] for name in none.keys() & options if options[name] is None}

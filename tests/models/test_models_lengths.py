@@ -47,6 +47,9 @@ def test_with_no_length_named_there_are_twenty_new_tokens(pair, length: int) -> 
     [
         {"min_length": 14, "min_new_tokens": 2, "eos_token_id": 31},  # the latter is the stronger
         {"eos_token_id": None},
+        {"eos_token_id": torch.tensor([82, 95])},
+        {"eos_token_id": torch.tensor(82)},
+        {"generation_config": GenerationConfig(max_new_tokens=2), "max_length": 12},
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(13), MaxLengthCriteria(30)])},
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(2)])},
         {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(82)]), "eos_token_id": 31},
@@ -57,7 +60,8 @@ def test_the_stronger_of_two_says_where_a_text_ends(pair, options: dict) -> None
     """The free text is 80, 38, 95, 31, 44, 82, 4, ...; criteria and processors are stronger than options like them."""
     base, model = copy.copy(pair[0]), copy.copy(pair[1])
     base.generation_config = model.generation_config = GenerationConfig(pad_token_id=PAD, eos_token_id=31)
-    ids, options = random_ids(6, seed=4).clamp(min=3), {"max_new_tokens": 9} | options
+    ids = random_ids(6, seed=4).clamp(min=3)
+    options = options if "generation_config" in options else {"max_new_tokens": 9} | options
     expected = base.generate(ids, do_sample=False, **options)
     assert model.generate(ids, **options).tolist() == expected.tolist()
 
