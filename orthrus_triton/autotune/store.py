@@ -71,7 +71,7 @@ def gpu_of(device: torch.device) -> Gpu | None:
     return Gpu(properties.name, device_family(device), capability)
 
 
-def lookup(op: str, dtype: torch.dtype, device: torch.device, **key: Any) -> KernelConfig:
+def lookup(op: str, dtype: torch.dtype, device: torch.device | str, **key: Any) -> KernelConfig:
     """The configuration of `op` for this dtype, GPU and weight or head shape.
 
     Asked in this order: the user's file for this GPU in $ORTHRUS_TRITON_CONFIG_DIR or the user's cache folder; the
@@ -86,7 +86,10 @@ def lookup(op: str, dtype: torch.dtype, device: torch.device, **key: Any) -> Ker
 
     Raises:
         KeyError: no op has this name.
+        ValueError: a dtype that no kernel takes, or a key that is not the op's.
     """
+    if isinstance(device, str):
+        device = torch.device(device)
     return find(op, dtype, device, **key).config
 
 
@@ -125,6 +128,8 @@ def _find(op: str, dtype: str, gpu: Gpu | None, family: str, folder: Path | None
     if op not in SPACES:
         raise KeyError(f"op must be one of {', '.join(SPACES)}, but got {op!r}")
     problem = Problem(op, dtype, key)
+    if wrong := SPACES[op].problem_with_key(dtype, problem.shape):
+        raise ValueError(f"{op}: {wrong}")
     found = _from_files(problem, gpu, family, folder)
     if found is None:
         found = Found(SPACES[op].default(dtype, family, problem.shape), BUILT_IN)

@@ -312,6 +312,23 @@ def test_an_unknown_op_is_named():
         lookup("nonsense", torch.bfloat16, CPU, N=1)
 
 
+@pytest.mark.parametrize(
+    "dtype, key, said",
+    [
+        (torch.bfloat16, {"N": 512}, "linear: the key must hold N, K, but holds N"),
+        (torch.bfloat16, {"N": 512, "K": -1}, "linear: K must be in 1"),
+        (torch.float64, KEY, "linear: dtype must be one of bf16, fp16, fp32, but is 'float64'"),
+    ],
+)
+def test_what_is_no_key_is_named(dtype, key, said):
+    with pytest.raises(ValueError, match=said):
+        lookup("linear", dtype, "cpu", **key)
+
+
+def test_a_device_may_be_a_name():
+    assert lookup("linear", torch.bfloat16, "cpu", **KEY) == lookup("linear", torch.bfloat16, CPU, **KEY)
+
+
 def test_config_reads_and_writes_nothing_at_import(tmp_path):
     """With a home that cannot be entered, and a variable that points nowhere, importing is silent."""
     source = """
