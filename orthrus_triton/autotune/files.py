@@ -4,6 +4,7 @@ A file is data from anywhere: whatever is wrong with it becomes a sentence, neve
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import stat
@@ -22,6 +23,8 @@ MOST_BYTES = 4 * 2**20  # of a file that is read at all
 MOST_ENTRIES = 20_000
 NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 NOTES = ("origin", "date", "driver", "torch", "triton")
+
+logger = logging.getLogger("orthrus_triton.autotune")
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def _require_map(name: str, value: Any, good: Any, what: str, labels: bool = Fal
 
 def merge_entries(path: Path, gpu: str | None, family: str, capability: str, entries: list[Entry]) -> Table:
     """Put entries into a file beside those it has, under a lock, atomically: readers see the old file or the new one.
-    A file that is not valid is moved aside to `<name>.invalid` first.
+    A file that is not valid, or is for another GPU or family, is moved aside to `<name>.invalid` first.
 
     Raises:
         OSError: the folder cannot be written.
@@ -193,9 +196,12 @@ def merge_entries(path: Path, gpu: str | None, family: str, capability: str, ent
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         known = read_table(path)
-        if known is not None and (known.problems or known.gpu != gpu):
+        foreign = known is not None and (known.gpu, known.family) != (gpu, family)
+        if foreign or (known is not None and known.problems):
             os.replace(path, f"{path}.invalid")
-            if known.gpu != gpu:
+            why = f"it is for {known.gpu or known.family!r}" if not known.problems else known.problems[0]
+            logger.warning(f"{path}: {why}; what it was is now {path.name}.invalid")
+            if foreign:
                 known = None
         merged = {entry.identity(): entry for entry in (known.entries if known else [])}
         merged |= {entry.identity(): entry for entry in entries}

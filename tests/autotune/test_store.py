@@ -329,6 +329,15 @@ def test_a_device_may_be_a_name():
     assert lookup("linear", torch.bfloat16, "cpu", **KEY) == lookup("linear", torch.bfloat16, CPU, **KEY)
 
 
+def test_entries_of_another_family_do_not_join_a_file(tmp_path, caplog):
+    path = tmp_path / "mine.json"
+    files.merge_entries(path, None, "gfx942", "gfx942", [entry(16, dtype="fp16")])
+    merged = files.merge_entries(path, None, "sm90", "sm_90", [entry(32)])
+    assert [e.dtype for e in merged.entries] == [e.dtype for e in files.read_table(path).entries] == ["bf16"]
+    assert files.read_table(tmp_path / "mine.json.invalid").family == "gfx942"
+    assert "it is for 'gfx942'; what it was is now mine.json.invalid" in caplog.text
+
+
 def test_config_reads_and_writes_nothing_at_import(tmp_path):
     """With a home that cannot be entered, and a variable that points nowhere, importing is silent."""
     source = """
