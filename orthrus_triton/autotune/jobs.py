@@ -69,9 +69,12 @@ def _compile(op: TunableOp, problem: Problem, config: KernelConfig, family: str,
 
     with record_launches() as launches:
         op.launch_all(problem, config, torch.device("meta"), every)
+    if not launches:
+        raise ValueError(f"the launch function of {problem.op!r} must launch a kernel of Triton, but launched none")
     reports = [compile_launch(launch, family) for launch in launches]
+    problems = [f"{report.kernel} {problem}" for report in reports for problem in report.problems()]
     return {
-        "problems": [f"{report.kernel} {problem}" for report in reports for problem in report.problems()],
+        "problems": list(dict.fromkeys(problems)),  # a kernel may be launched in several ways that spill alike
         "shared": max(report.shared for report in reports), "registers": max(report.registers for report in reports),
         "kernels": len(reports),
     }  # fmt: skip

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from orthrus_triton.cli.common import (
     DeviceOption,
@@ -44,7 +43,7 @@ def autotune(
         Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="auto: each model's own, else bf16.")
     ] = "auto",
     device: DeviceOption = "auto",
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for the whole run: 300s, 5m, 1h, or none.")] = "5m",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for a run on a GPU: 300s, 5m, 1h, or none.")] = "5m",
     jobs: Annotated[int | None, typer.Option(help="Compiling processes; by default one per core.")] = None,
     candidates: Annotated[int, typer.Option(help="Most configurations to try per key.")] = 32,
     repeat: Annotated[int, typer.Option(help="Time and choose this many times; report differing winners.")] = 1,
@@ -79,6 +78,8 @@ def autotune(
                 raise ValueError(f"{option} must be >= 1, but got {value}")
         if export is not None and (export.suffix != ".json" or export.is_dir()):
             raise ValueError(f"--export must be a .json file, but got {str(export)!r}")
+        if show and (dry_run or export is not None):
+            raise ValueError("--show writes and compiles nothing: leave out --export and --dry-run")
         seconds = parse_seconds(budget)
         if target is not None and not dry_run:
             raise ValueError("--target goes with --dry-run: only the GPU that is here can be timed")
@@ -98,6 +99,8 @@ def autotune(
             _print_dry(dry, goal)
             if export is not None:
                 _export(export, None, goal.replace("_", ""), goal, tuner.entries_of(dry))
+            if not all(outcome.fitting for outcome in dry):
+                raise typer.Exit(1)
             return
         with _progress() as advance:
             result = tuner.tune(
@@ -197,7 +200,9 @@ def _print_dry(outcomes: Sequence[DryOutcome], target: str) -> None:
         text = f"{outcome.problem} {outcome.problem.dtype}: {len(outcome.fitting)} of {total} candidates fit {target}"
         console.print(f"{text}; by the compile-time model: {outcome.pick or 'none'}")
         _print_rejected(console, outcome.rejected)
-    console.print("compiled only; which one is fastest takes a GPU of this kind: the same command without --dry-run")
+    console.print(
+        "compiled only; which one is fastest takes a GPU of this kind: the same command without --dry-run and --target"
+    )
 
 
 def _print_rejected(console: Console, rejected: dict[str, str]) -> None:
@@ -215,14 +220,6 @@ def _export(path: Path, gpu: str | None, family: str, capability: str, entries: 
 def _show(problems: Sequence[Problem] | None, device: str) -> None:
     from orthrus_triton.autotune.report import describe
 
-    table = Table(box=None)
-    table.add_column("op and key", no_wrap=True)
-    for name in ("dtype", "configuration", "from", "time", "of floor"):
-        table.add_column(name, overflow="fold")
+    console = result_console(soft_wrap=True)  # a key's line stays whole for grep
     for row in describe(problems, resolve_device(device)):
-        times = "\n".join(f"{load}: {us:g} us" for load, us in row.us.items()) or "not measured"
-        share = "\n".join(f"{row.of_floor.get(load, 0):.0%}" for load in row.us)
-        origin = f"{row.place}\n{row.origin}" if row.origin else row.place
-        cells = (str(row.problem), row.problem.dtype, str(row.config), origin, times, share)
-        table.add_row(*cells)
-    result_console().print(table)
+        console.print(str(row))

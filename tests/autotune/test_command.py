@@ -14,6 +14,7 @@ from orthrus_triton._triton import HAS_TRITON
 from orthrus_triton.autotune import KernelConfig, files, store
 from orthrus_triton.autotune.config import Problem
 from orthrus_triton.autotune.run import Outcome, Result
+from orthrus_triton.autotune.tunable_op import OPS
 from orthrus_triton.autotune.tuner import MODEL_ORIGIN, DryOutcome, tune_dry
 from orthrus_triton.autotune.worker import compiler_environment
 from orthrus_triton.cli.autotune import _print
@@ -39,6 +40,7 @@ LINEAR = Problem.of("linear", "bf16", N=512, K=512)
         (["--shape", "qwen3-8b", "--target", "sm_90"], "--target goes with --dry-run"),
         (["--shape", "qwen3-8b", "--dry-run", "--target", "sm_75"], "target must be one of sm_80"),
         (["--module", "no_such_file.py", "--shape", "qwen3-8b"], "--module must be a Python file"),
+        (["--show", "--export", "mine.json"], "leave out --export"),
         (["--module", "LICENSE", "--show"], "--module must be a Python file, but LICENSE is none"),
     ],
 )  # fmt: skip
@@ -108,6 +110,24 @@ def test_a_dry_run_rejects_what_does_not_fit_and_prefers_by_the_model(monkeypatc
     assert DryOutcome(LINEAR).pick is None
 
 
+@pytest.mark.parametrize(
+    "launch, said", [("return x", "'none' must launch a kernel of Triton"), ("config['TILE']", "KeyError: 'TILE'")]
+)
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton's compiler")
+def test_a_dry_run_in_which_nothing_fits_says_why_and_fails(tmp_path, launch, said):
+    (tmp_path / "own.py").write_text(
+        "from orthrus_triton.autotune import tunable\n"
+        "@tunable('none', kernels=[], space={'BLOCK': [16]}, default={'BLOCK': 16}, key={'H': len},\n"
+        "         inputs=lambda key, rows, randn: [randn(rows)], reference=lambda x: x)\n"
+        f"def launch(x, config):\n    {launch}\n"
+    )
+    result = run(
+        "autotune", "--module", tmp_path / "own.py", "--key", "none:H=3", "--dry-run", "--target", "sm_90", "--jobs", 1
+    )
+    OPS.pop("none"), store.SPACES.pop("none")
+    assert result.exit_code == 1 and said in result.stdout, (result.stdout, result.stderr)
+
+
 def test_nothing_but_a_json_file_is_written_over(folder, tmp_path):
     for target in (tmp_path, tmp_path / "notes.txt"):
         options = ("--key", "linear:K=512,N=512", "--dry-run", "--target", "sm_90", "--export", target)
@@ -119,8 +139,8 @@ def test_nothing_but_a_json_file_is_written_over(folder, tmp_path):
 def test_show(folder):
     result = run("autotune", "--show", "--key", "linear:K=512,N=512", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    text = " ".join(result.stdout.split())
-    assert "linear:K=512,N=512 bf16 BLOCK_M=" in text and "built-in" in text and "not measured" in text
+    (line,) = result.stdout.splitlines()  # whole, however narrow the terminal
+    assert line.startswith("linear:K=512,N=512 bf16: BLOCK_M=") and line.endswith("[built-in default, not measured]")
 
 
 def test_doctor_names_the_file(folder, on_gpu):
