@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from operator import index
 from typing import Literal
 
@@ -51,9 +52,9 @@ def stop_ids(eos_token_id: int | list[int] | None, model: DualViewModel) -> list
             ) from None
     ids = list(eos_token_id) if isinstance(eos_token_id, (list, tuple, set)) else [eos_token_id]
     for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < model.vocab_size:
+        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < model.vocab_size:
             raise ValueError(f"eos_token_id must be in 0..{model.vocab_size - 1}, but got {token!r}")
-    return ids
+    return [int(token) for token in ids]
 
 
 def require_one_device(model: DualViewModel) -> None:

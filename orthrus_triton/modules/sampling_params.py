@@ -4,6 +4,7 @@ ready for: Choosing, part of what a captured cycle is looked up by."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
@@ -71,7 +72,7 @@ class SamplingParams:
         _require(isinstance(self.logit_bias, Mapping), "logit_bias", "numbers by token id", self.logit_bias)
         for token, bias in self.logit_bias.items():
             _require(_is_int(token) and token >= 0, "logit_bias", "keyed by token ids", token)
-            _require(isinstance(bias, (int, float)) and not math.isnan(bias) and bias != math.inf,
+            _require(isinstance(bias, numbers.Real) and not math.isnan(bias) and bias != math.inf,
                      "logit_bias", "finite or -inf", bias)  # fmt: skip
         _require(self.logits_processor is None or callable(self.logits_processor),
                  "logits_processor", "callable or None", self.logits_processor)  # fmt: skip
@@ -123,11 +124,12 @@ class Choosing(NamedTuple):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # by their classes in the numbers' tower, to which numpy's belong as well
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:

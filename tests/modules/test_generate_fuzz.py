@@ -7,6 +7,7 @@ import copy
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -231,6 +232,20 @@ def test_bad_input_is_named_and_harms_nothing(options: dict, message: str) -> No
         decoder.generate(prompts, **{"max_new_tokens": 5} | options)
     output = decoder.generate(prompts, max_new_tokens=5)
     assert output.sequences[1].tolist() == [3, *oracle(model, [3], 5, SamplingParams())]
+
+
+def test_numbers_may_be_numpys() -> None:
+    decoder, prompt = ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), [torch.tensor([1, 2])]
+    plain = {"temperature": 0.5, "top_k": 5, "min_new_tokens": 2, "repetition_penalty": 1.25, "seed": -(2**63)}
+    kinds = {float: np.float32, int: np.int64}
+    numpys = {name: kinds[type(value)](value) for name, value in plain.items()}
+    numpys |= {"logit_bias": {np.int64(3): np.float32(2.0)}, "eos_token_id": np.int64(4)}
+    plain |= {"logit_bias": {3: 2.0}, "eos_token_id": 4}
+    sequences = [decoder.generate(prompt, max_new_tokens=9, **options).sequences[0] for options in (plain, numpys)]
+    assert torch.equal(*sequences)
+    for wrong in ({"top_k": np.bool_(True)}, {"seed": np.float32(3)}, {"eos_token_id": np.int64(VOCAB)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            decoder.generate(prompt, max_new_tokens=3, **wrong)
 
 
 def test_a_model_on_several_devices_or_of_several_dtypes_is_named() -> None:
