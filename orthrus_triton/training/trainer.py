@@ -48,6 +48,7 @@ class ViewTrainer(Trainer):
         **options: of transformers' Trainer, such as `callbacks`.
 
     Raises:
+        TypeError: another kind of model.
         ValueError: an option that does not fit the model or the data.
 
     Source: Orthrus, arXiv 2605.12825, section 3 (training).
@@ -61,6 +62,11 @@ class ViewTrainer(Trainer):
         eval_rows: Sequence[TextRow] = (),
         **options: Any,
     ) -> None:
+        if not isinstance(model, OrthrusForCausalLM):
+            raise TypeError(
+                f"model must be an OrthrusForCausalLM, but got a {type(model).__name__}; for models of your own see "
+                "docs/training.md"
+            )
         block_size = model.block_size if args.block_size is None else args.block_size
         if not 2 <= block_size <= model.block_size:
             raise ValueError(f"block_size must be in 2..{model.block_size}, the model's, but got {block_size}")

@@ -11,6 +11,7 @@ import torch
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.testing import TinyDualViewModel
 from orthrus_triton.training.anchors import UNCHAINED, AnchorExamples, EvenAnchors
 from orthrus_triton.training.batches import BlockCollator, ViewDistillation
 from orthrus_triton.training.data import TextRow
@@ -70,6 +71,12 @@ def test_only_the_view_learns(view_rank, chain_width, tmp_path):
     trainer.train()
     for name, tensor in model.state_dict().items():
         assert ("_diff" in name) != torch.equal(tensor, before[name]), name
+
+
+def test_a_model_of_ones_own_is_sent_to_the_docs(tmp_path):
+    rows = [TextRow("all", [1, 2, 3, 4], [(1, 4)])]
+    with pytest.raises(TypeError, match="OrthrusForCausalLM, but got a TinyDualViewModel; .* docs/training.md"):
+        ViewTrainer(TinyDualViewModel(), make_args(tmp_path, 1), rows)
 
 
 def test_a_captured_pass_of_the_frozen_model_reads_the_same(tmp_path):
