@@ -68,6 +68,17 @@ def test_what_is_stored_comes_back(tmp_path, storage, rank, bound):
             assert torch.equal(model.state_dict()[name], tensor), name
 
 
+def test_a_model_for_a_view_is_made_from_its_options(tmp_path):
+    """As docs/training.md has it."""
+    more = {"mask_embedding": True, "anchor_view": "ar", "chain_width": 8}
+    trained = make_model(**more)
+    save_view(trained, tmp_path / "v.safetensors")
+    base = build_base(base_config("qwen3"))
+    model = OrthrusForCausalLM.from_base(base, **read_view_config(tmp_path / "v.safetensors"))
+    load_view(model, tmp_path / "v.safetensors")
+    assert model.config.to_dict() == trained.config.to_dict() and worst_error(model, trained) < 0.005
+
+
 def test_a_low_rank_delta_needs_no_more_than_its_rank(tmp_path):
     trained = make_model("qwen2", view_rank=3)
     save_view(trained, tmp_path / "v.safetensors", rank=3, storage="fp16")
