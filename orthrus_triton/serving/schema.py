@@ -147,3 +147,10 @@ class ChatRequest(_Common):
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     tools: None = None
     tool_choice: Literal["none", "auto"] | None = None
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_limit(cls, tokens: int | None, info: ValidationInfo) -> int | None:
+        if tokens is not None and info.data.get("max_tokens", tokens) not in (None, tokens):
+            raise ValueError("must be max_tokens, its older name, where both are given")
+        return tokens

@@ -32,3 +32,14 @@ def test_what_clients_send_passes(more: dict[str, Any]) -> None:
     body = ChatRequest.model_validate({"model": "tiny", "messages": [{"role": "user", "content": "w1"}], **more})
     body.params()
     assert all(isinstance(one, str) for one in body.stop_strings)
+
+
+def test_two_limits_must_agree() -> None:
+    from pydantic import ValidationError
+
+    from orthrus_triton.serving.schema import ChatRequest
+
+    body = {"messages": [{"role": "user", "content": "w1"}], "max_tokens": 9}
+    assert ChatRequest.model_validate({**body, "max_completion_tokens": 9}).max_completion_tokens == 9
+    with pytest.raises(ValidationError, match="must be max_tokens, its older name"):
+        ChatRequest.model_validate({**body, "max_completion_tokens": 8})
