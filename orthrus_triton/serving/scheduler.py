@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -34,7 +34,7 @@ class Request:
     """One sequence to generate.
 
     Args:
-        prompt: [L] int64.
+        prompt: [L] integers, a tensor or a list.
         max_new_tokens: most tokens to generate.
         params: how it samples.
         deliver: called from the scheduler's thread with new tokens, the reason once it has finished, and what went
@@ -45,7 +45,7 @@ class Request:
         cached: tokens of the prompt that a slot held already.
     """
 
-    prompt: torch.Tensor
+    prompt: torch.Tensor | Sequence[int]
     max_new_tokens: int
     params: SamplingParams
     deliver: Deliver
@@ -55,7 +55,8 @@ class Request:
     cached: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.prompt = self.prompt.clone()  # it is read in parts, while its owner may use the tensor for the next one
+        # a copy: it is read in parts, while its owner may use the tensor for the next one
+        self.prompt = torch.as_tensor(self.prompt).clone()
 
 
 class _Entering(NamedTuple):
@@ -129,6 +130,8 @@ class Scheduler:
         length, vocab = request.prompt.numel(), self.decoder.model.vocab_size
         if length < 1 or request.prompt.dim() != 1:
             raise ValueError(f"prompt must be 1-D with at least one token, but got {tuple(request.prompt.shape)}")
+        if request.prompt.is_floating_point() or request.prompt.dtype == torch.bool:
+            raise ValueError(f"prompt must hold integers, but got {request.prompt.dtype}")
         low, high = int(request.prompt.min()), int(request.prompt.max())
         if low < 0 or high >= vocab:
             raise ValueError(f"prompt must hold ids in 0..{vocab - 1}, but got {low if low < 0 else high}")

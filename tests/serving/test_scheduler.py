@@ -55,6 +55,22 @@ def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     assert issubclass(QueueFullError, RuntimeError)
 
 
+def test_a_prompt_is_integers_in_a_tensor_or_a_list() -> None:
+    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=2, max_len=64)
+    answers = []
+    for prompt in ([1, 2], torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int16)):
+        got, done = [], threading.Event()
+        deliver = lambda tokens, reason, _, got=got, done=done: (got.extend(tokens), reason and done.set())  # noqa: E731
+        scheduler.submit(Request(prompt, 5, SamplingParams(), deliver))
+        assert done.wait(20)
+        answers.append(got)
+    assert answers == [oracle(LedgerModel(VOCAB), [1, 2], 5, SamplingParams())] * 3
+    for wrong in ([1.0, 2.0], torch.tensor([True])):  # at once, not by an error that is delivered
+        with pytest.raises(ValueError, match="prompt must hold integers, but got torch"):
+            scheduler.submit(Request(wrong, 5, SamplingParams(), print))
+    scheduler.close()
+
+
 def wait_for(condition) -> None:
     deadline = time.monotonic() + 20
     while not condition():
