@@ -55,6 +55,11 @@ def choose_logits(
     """The logits [B, T, V] fp32 that the tokens are chosen from, processed. Arguments as in `choose_tokens`."""
     impl = view_pass.impl
     logits = model.compute_logits(hidden, view_pass.linear_impl)
+    if logits.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"model.compute_logits must return logits [B, T, V] of all rows of hidden {tuple(hidden.shape)}, but "
+            f"returned {tuple(logits.shape)}"
+        )
     positions = view_pass.positions[:, : hidden.shape[1]] + 1
     if choosing.processed:
         logits = ops.process_logits(logits, positions, candidate, state.eos_ids, state.sampling.processors, impl=impl)

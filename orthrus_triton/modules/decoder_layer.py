@@ -136,9 +136,15 @@ def run_layers(
     view_pass: ViewPass,
 ) -> torch.Tensor:
     """hidden [B, T, hidden_size] through all layers and the final norm, every norm in the kernel of the product before
-    it. A model must run its layers either so or one by one: a norm may round differently in the two."""
+    it. A model must run its layers either so or one by one: a norm may round differently in the two.
+
+    Raises:
+        ValueError: the cache is of another number of layers.
+    """
+    if len(cache.layers) != len(layers):
+        raise ValueError(f"cache must hold {len(layers)} layers, as the model does, but holds {len(cache.layers)}")
     first, *others = [layer.input_layernorm for layer in layers]
     normed = first(hidden, impl=view_pass.impl)
-    for layer, cache_layer, next_norm in zip(layers, cache.layers, [*others, norm], strict=True):
+    for layer, cache_layer, next_norm in zip(layers, cache.layers, [*others, norm]):
         normed, hidden = layer(hidden, rope, cache_layer, view_pass, normed, next_norm)
     return normed

@@ -120,6 +120,8 @@ class SharedKVCache:
             raise ValueError(f"view must be 'ar' or 'diffusion', but got {view!r}")
         if view == "diffusion" and num_rows > self.block_size:
             raise ValueError(f"num_rows must be at most block_size={self.block_size} to draft, but got {num_rows}")
+        if num_rows > self.capacity:  # rows that reach past it later are lost, for only the device knows where they are
+            raise ValueError(f"num_rows must be at most the cache's capacity={self.capacity}, but got {num_rows}")
         if start is None:
             start = self.context_len
         else:

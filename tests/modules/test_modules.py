@@ -163,6 +163,8 @@ def test_cache_says_what_is_wrong() -> None:
     assert cache.capacity == 512 and "capacity=512" in repr(cache)
     with pytest.raises(ValueError, match="at most block_size=2 to draft, but got 3"):
         cache.view_pass("diffusion", 3)
+    with pytest.raises(ValueError, match="at most the cache's capacity=512, but got 513"):
+        cache.view_pass("ar", 513)
     with pytest.raises(ValueError, match="view must be"):
         cache.view_pass("causal", 1)
     for start in (0, torch.zeros(1), torch.zeros(2, dtype=torch.int32)):
@@ -175,6 +177,17 @@ def test_cache_says_what_is_wrong() -> None:
     # scratch is one block in all, whatever the number of layers
     many = SharedKVCache(7, 1, 8, batch_size=1, max_len=5, block_size=2, dtype=torch.float32)
     assert many.nbytes() - 7 * 2 * 512 * 8 * 4 == cache.nbytes() - 2 * 512 * 8 * 4 == 2 * 2 * 8 * 4
+
+
+def test_a_model_whose_cache_or_logits_do_not_fit_is_told_so() -> None:
+    model = TinyDualViewModel()
+    new_cache, compute_logits = model.new_cache, model.compute_logits
+    model.new_cache = lambda *sizes: TinyDualViewModel(num_layers=1).new_cache(*sizes)
+    with pytest.raises(ValueError, match="cache must hold 2 layers, as the model does, but holds 1"):
+        ConsensusDecoder(model, impl="torch").generate(torch.tensor([1, 2]), max_new_tokens=3)
+    model.new_cache, model.compute_logits = new_cache, lambda *hidden: compute_logits(*hidden)[:, -1]
+    with pytest.raises(ValueError, match=r"compute_logits must return logits \[B, T, V\] .* but returned \(1, 61\)"):
+        ConsensusDecoder(model, impl="torch").generate(torch.tensor([1, 2]), max_new_tokens=3, temperature=1.0)
 
 
 @pytest.mark.parametrize(
