@@ -60,6 +60,8 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
         {"no_repeat_ngram_size": 2}, {"suppress_tokens": [11, 12]}, {"min_length": 11}, {"max_length": 14},
         {"sequence_bias": [[[5], 4.0]]}, {"begin_suppress_tokens": [4, 5, 6]},
         {"prefix_allowed_tokens_fn": lambda row, ids: [5 + row, 9, 10 + len(ids)]},
+        {"max_new_tokens": None},
+        {"min_new_tokens": 1, "min_length": 14, "eos_token_id": 38},
         {"eos_token_id": 95, "bad_words_ids": [[95], [7]]},  # a stop token is no bad word
         {"sequence_bias": [[[80], 5.0], [[38], 5.0]], "repetition_penalty": 1.8},  # the bias before the penalty
         {"repetition_penalty": 1.8, "logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)])},
@@ -239,10 +241,11 @@ def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
         ({"num_beams": 4}, ValueError, "num_beams must be left at its default, but got 4"),
         ({"output_scores": True}, ValueError, "output_scores must be left at its default"),
         ({"remove_invalid_values": True}, ValueError, "remove_invalid_values must be left"),
-        ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha must be left"),
-        ({"forced_bos_token_id": 0}, ValueError, "forced_bos_token_id must be left at its default, but got 0"),
-        ({"forced_eos_token_id": 1}, ValueError, "forced_eos_token_id must be left at its default, but got 1"),
+        ({"penalty_alpha": 1.0}, ValueError, "penalty_alpha must be left"),
+        ({"forced_eos_token_id": 0}, ValueError, "forced_eos_token_id must be left at its default, but got 0"),
+        ({"forced_bos_token_id": 1}, ValueError, "forced_bos_token_id must be left at its default, but got 1"),
         ({"encoder_no_repeat_ngram_size": 1}, ValueError, "encoder_no_repeat_ngram_size must be left"),
+        ({"guidance_scale": 0.0}, ValueError, "guidance_scale must be left"),
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences"),
         ({"do_sample": True, "num_return_sequences": 0}, ValueError, "num_return_sequences must be >= 1, but got 0"),
         ({"eos_token_id": 101}, ValueError, "eos_token_id must be in 0..100, but got 101"),
