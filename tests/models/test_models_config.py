@@ -1,4 +1,4 @@
-"""OrthrusConfig keeps the base's fields, and the default mask token is a row that nothing else uses."""
+"""OrthrusConfig keeps the base's fields; the default mask token is a row that nothing else uses; a loader is heard."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from orthrus_triton.models import OrthrusConfig, OrthrusForCausalLM
+from orthrus_triton.models.loading_options import loading_options
 from tests.models.tiny_bases import CASES, base_config, build_base, tiny_tokenizer
 
 
@@ -72,3 +74,26 @@ def test_a_tokenizer_that_cannot_be_read_asks_for_the_mask_token(tmp_path: Path)
     with pytest.raises(ValueError, match="mask_token_id must be given, because the tokenizer in"):
         OrthrusForCausalLM.from_base(tmp_path)
     assert OrthrusForCausalLM.from_base(tmp_path, mask_token_id=1).mask_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "options", "expected"),
+    [
+        (None, None, {}, (None, None)),
+        ("auto", None, {"device_map": "cpu"}, (None, "cpu")),
+        ("bfloat16", None, {"device_map": {"": "cuda:1"}}, (torch.bfloat16, "cuda:1")),
+        (torch.float16, None, {"device_map": {"": 1}}, (torch.float16, "cuda:1")),
+        (None, None, {"torch_dtype": "torch.float32", "device_map": 0}, (torch.float32, "cuda:0")),
+        (None, "cpu", {"device_map": "cuda"}, (None, "cpu")),
+    ],
+)
+def test_where_and_as_what_a_loader_wants_the_model(dtype, device, options: dict, expected: tuple):
+    assert loading_options(dtype, device, options) == expected
+
+
+def test_a_device_map_of_the_loader(monkeypatch: pytest.MonkeyPatch):
+    for gpu, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert loading_options(None, None, {"device_map": "auto"}) == (None, device)
+    with pytest.raises(ValueError, match="device_map must name one device for the whole model, but got .*lm_head"):
+        loading_options(None, None, {"device_map": {"model": 0, "lm_head": 1}})

@@ -89,6 +89,9 @@ def test_padded_batches_in_and_out(pair) -> None:
     options = {"max_new_tokens": 6, "prefix_allowed_tokens_fn": lambda row, _: [5 + row, 20 + row]}
     allowed = model.generate(ids, attention_mask=mask, **options)
     assert allowed.tolist() == base.generate(ids, attention_mask=mask, do_sample=False, **options).tolist()
+    options = {"attention_mask": mask, "max_new_tokens": 6, "begin_suppress_tokens": expected[:, 6].tolist()}
+    begun = base.generate(ids, do_sample=False, **options)  # of each text, wherever it begins
+    assert model.generate(ids, **options).tolist() == begun.tolist()
     narrow = model.generate(ids.to(torch.uint8), attention_mask=mask, max_new_tokens=12)  # has no room for all ids
     assert narrow.dtype == torch.int64 and narrow.tolist() == expected.tolist()
     ar = model.generate(ids, attention_mask=mask, max_new_tokens=12, use_diffusion_mode=False)
@@ -120,10 +123,13 @@ def test_stopping_and_streaming(pair, tokenizer) -> None:
     stopped = model.generate(ids, max_new_tokens=12, stop_strings=[word], tokenizer=tokenizer, eos_token_id=[])
     first = min(i for i, token in enumerate(free) if word in tokenizer.decode(free[: i + 1]))
     assert stopped[0, 4:].tolist() == free[: first + 1]
+    other = model.generate(ids.flip(1), max_new_tokens=12, eos_token_id=[])[0, 4:].tolist()
     both = model.generate(  # each sequence of a batch has its own text
-        torch.cat((ids, ids.flip(1))), max_new_tokens=12, stop_strings=[word], tokenizer=tokenizer, eos_token_id=[]
+        torch.cat((ids.flip(1), ids)), max_new_tokens=12, stop_strings=word, tokenizer=tokenizer, eos_token_id=[]
     )
-    assert both[0, 4 : 4 + first + 1].tolist() == free[: first + 1] and (both[0, 4 + first + 1 :] == PAD).all()
+    for row, said in zip(both[:, 4:].tolist(), (other, free)):
+        end = 1 + min(i for i in range(12) if word in tokenizer.decode(said[: i + 1]))
+        assert row == said[:end] + [PAD] * (len(row) - end)
     criteria = StoppingCriteriaList([MaxLengthCriteria(7)])
     assert model.generate(ids, max_new_tokens=12, stopping_criteria=criteria).shape[1] == 7
     batch, mask = padded()  # as in transformers, padding counts
@@ -131,6 +137,7 @@ def test_stopping_and_streaming(pair, tokenizer) -> None:
     stopped = model.generate(batch, attention_mask=mask, max_new_tokens=12, eos_token_id=[], stopping_criteria=criteria)
     assert stopped.shape[1] == 9 and (stopped[:, 6:] == PAD).sum() == 0
     assert model.generate(ids, max_new_tokens=12, max_time=0.0).shape[1] == 5
+    assert model.generate(ids, max_new_tokens=12, max_time=300.0, eos_token_id=[])[0, 4:].tolist() == free
     with pytest.raises(ValueError, match="tokenizer must be given with stop_strings"):
         model.generate(ids, stop_strings=["w5"])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
