@@ -119,6 +119,14 @@ def test_ar_replays_several_passes() -> None:
     assert decoder.replays == 2 + 3 and stats.cycles == 2 * AR_STEPS + 3
 
 
+def test_a_function_on_the_host_is_not_captured() -> None:
+    model, prompts, heard = make_model(), prompts_of(1, [4]), []
+    decoder = StandInGraphs(model, impl="torch")
+    options = {"max_new_tokens": 6, "logits_processor": lambda ids, scores: heard.append(ids) or scores}
+    assert torch.equal(decoder.generate(prompts, **options).sequences[0][4:], ar_answer(model, prompts[0], 6))
+    assert heard and decoder.captures == decoder.run.lag == 0
+
+
 def test_what_needs_a_new_capture_and_what_does_not() -> None:
     model, prompts = make_model(), prompts_of(2, [5, 9])
     decoder = StandInGraphs(model, impl="torch")

@@ -79,7 +79,20 @@ def test_buffers_that_could_not_be_made_do_not_break_the_next_call(monkeypatch: 
     assert len(decoder.generate(PROMPTS, max_new_tokens=5).sequences) == 2
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU can capture")
+def test_buffers_are_of_the_size_that_the_decoder_may_need() -> None:
+    """Not of the call's own: larger ones would hold nothing of the conversation that goes on."""
+    decoder = ConsensusDecoder(make_model(), impl="torch", max_cache_len=1000)
+    decoder.open(1, 8, block_size=2)
+    buffers = decoder.cache
+    assert buffers.capacity == 1024
+    decoder.open(1, 1000)
+    assert decoder.cache is buffers
+    sized = ConsensusDecoder(decoder.model, impl="torch")
+    for longest, capacity in ((512, 512), (513, 1024), (1024, 1024), (1025, 1536)):
+        sized.open(1, longest)
+        assert sized.cache.capacity == capacity
+
+
 def test_a_prompt_written_over_by_the_caller_is_not_taken_for_what_a_slot_holds() -> None:
     decoder, ids = ConsensusDecoder(make_model(), impl="torch"), PROMPTS[0].clone()
     run = decoder.open(2, 40, eos_token_id=[])
@@ -109,6 +122,7 @@ def test_a_slot_that_was_half_copied_is_nobodys_prefix(monkeypatch: pytest.Monke
     assert [run.cached_prefix(b, prompt) for b, prompt in enumerate(PROMPTS)] == [PROMPTS[0].numel() - 1, 0]
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU can capture")
 def test_a_graph_that_cannot_be_is_refused_each_time() -> None:
     decoder = ConsensusDecoder(make_model(), cuda_graph=True)
     for _ in range(2):
@@ -143,6 +157,17 @@ def test_a_cache_is_not_used_again_when_the_weights_were_written(by: str) -> Non
     said = decoder.generate([turn], max_new_tokens=8, reuse_cache=True).sequences[0]
     assert torch.equal(said[len(turn) :], ar_answer(model, turn, 8))
     assert decoder.cache is buffers
+
+
+def test_weights_written_behind_torchs_back_are_those_of_the_next_call() -> None:
+    """What a CPU packed of them is of those before, and `.data` does not tell."""
+    model = make_model()
+    decoder = ConsensusDecoder(model, impl="torch")
+    first = decoder.generate(PROMPTS[:1], max_new_tokens=5).sequences[0]
+    model.lm_head.weight.data.neg_()
+    said = decoder.generate(PROMPTS[:1], max_new_tokens=5).sequences[0]
+    expected = ConsensusDecoder(copy.deepcopy(model), impl="torch").generate(PROMPTS[:1], max_new_tokens=5).sequences[0]
+    assert torch.equal(said, expected) and not torch.equal(said, first)
 
 
 def test_calls_from_several_threads_wait_for_each_other() -> None:

@@ -61,11 +61,13 @@ class Infinite(LedgerModel):
         return hidden
 
 
+@pytest.mark.parametrize("anchor_rows", [0, 1])
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.9}, {"temperature": 0.9, "sampling": "rejection"}])
-def test_an_infinite_logit_is_no_token_by_any_rule(how: dict) -> None:
-    decoder = ConsensusDecoder(Infinite(VOCAB), impl="torch", block_size=3)
-    with pytest.raises(NonFiniteLogitsError, match=r"\[0\] after \[3\]"):
-        decoder.generate([torch.tensor([1, 2])], max_new_tokens=8, eos_token_id=[], **how)
+def test_an_infinite_logit_is_no_token_by_any_rule(how: dict, anchor_rows: int) -> None:
+    decoder = ConsensusDecoder(Infinite(VOCAB, anchor_rows=anchor_rows), impl="torch", block_size=3)
+    prompts = [torch.arange(1, last) for last in (3, 5, 6)]  # the second's first anchor is such a row
+    with pytest.raises(NonFiniteLogitsError, match=r"\[0, 1, 2\] after \[3, 1, 0\]"):
+        decoder.generate(prompts, max_new_tokens=8, eos_token_id=[], **how)
 
 
 @pytest.mark.parametrize("anchor_rows", [0, 1])
