@@ -95,6 +95,16 @@ def test_generate_samples_what_its_options_say_in_either_mode(model_folder):
     assert texts[2, "consensus"] == texts[2, "ar"] != texts[1, "ar"]
 
 
+def test_a_text_that_ends_itself_with_its_last_token_says_so(model_folder, monkeypatch):
+    options = ("--raw", "--max-new-tokens", 1, "--dtype", "fp32", "--stats", "json")
+    stopped_by = []
+    for ends in (range(270), []):  # any token, or none
+        monkeypatch.setattr(OrthrusForCausalLM, "eos_token_ids", property(lambda _, ends=ends: list(ends)))
+        result = run("generate", model_folder, "the text", *options)
+        stopped_by.append(json.loads(result.stdout.splitlines()[-1])["stopped_by"])
+    assert stopped_by == ["eos", "length"]
+
+
 def test_generate_stats_none_is_silent(model_folder):
     result = run("generate", model_folder, "the", "--raw", "--max-new-tokens", 3, "--stats", "none")
     assert result.exit_code == 0 and result.stderr == ""
@@ -183,7 +193,7 @@ def test_paths_and_domains_are_text_not_markup(model_folder, tmp_path):
 # --- dtypes, doctor, help
 
 
-def test_dtype_auto_is_bf16_only_where_the_device_has_it(monkeypatch):
+def test_what_auto_is_depends_on_the_device(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(common, "cpu_bf16_instructions", lambda: [])
     assert common.resolve_dtype("auto", cpu) == torch.float32
@@ -191,6 +201,9 @@ def test_dtype_auto_is_bf16_only_where_the_device_has_it(monkeypatch):
     monkeypatch.setattr(common, "cpu_bf16_instructions", lambda: ["amx_bf16"])
     assert common.resolve_dtype("auto", cpu) == torch.bfloat16
     assert common.resolve_dtype("fp16", cpu) == torch.float16
+    # so is the size of a block, which is the model's own where rows cost little
+    sizes = [common.fast_block(size, torch.device(kind)) for kind in ("cpu", "cuda") for size in (None, 4)]
+    assert sizes == ["auto", 4, None, 4]
 
 
 def test_doctor_says_what_runs_where_and_why(monkeypatch):

@@ -36,11 +36,11 @@ def run(*arguments: object, stdin: str | None = None):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
-def turn(decoder: ConsensusDecoder, tokenizer, messages: list[dict], said: str) -> str:
+def turn(decoder: ConsensusDecoder, tokenizer, messages: list[dict], said: str, **sampling) -> str:
     messages.append({"role": "user", "content": said})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    new = decoder.generate(ids, max_new_tokens=12, reuse_cache=True).sequences[0][ids.shape[1] :]
+    new = decoder.generate(ids, max_new_tokens=12, reuse_cache=True, **sampling).sequences[0][ids.shape[1] :]
     messages.append({"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)})
     return messages[-1]["content"]
 
@@ -53,20 +53,64 @@ def decoders_made(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return made
 
 
-def test_a_piped_conversation_is_the_librarys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = decoders_made(monkeypatch)
+def asked_of_decoders(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The options of each call of a decoder."""
+    asked: list[dict] = []
+    generate = ConsensusDecoder.generate
+    noted = lambda self, ids, **how: asked.append({"ids": ids} | how) or generate(self, ids, **how)  # noqa: E731
+    monkeypatch.setattr(ConsensusDecoder, "generate", noted)
+    return asked
+
+
+PLAIN = ("--device", "cpu", "--dtype", "fp32")
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 1e-3, "seed": 3}])
+def test_a_piped_conversation_is_the_librarys(
+    folder: Path, sampling: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    made, asked = decoders_made(monkeypatch), asked_of_decoders(monkeypatch)
+    options = [part for name, value in sampling.items() for part in (f"--{name.replace('_', '-')}", value)]
     result = run(
-        "chat", folder, "--max-new-tokens", 12, "--device", "cpu", "--dtype", "fp32", "--system", "Be brief.",
-        stdin="hello\nand then?\n/clear\nhello\n",
+        "chat", folder, "--max-new-tokens", 12, *PLAIN, "--system", "Be brief.", *options,
+        stdin="hello\nand then?\n/clear\nhello\n /exit \nnobody hears this\n",
     )  # fmt: skip
+    assert [call["reuse_cache"] for call in asked] == [True] * 3
     assert result.exit_code == 0, result.output
     assert made == [{"mode": "consensus", "block_size": "auto", "max_cache_len": 4096}]
     model, tokenizer = OrthrusForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     decoder = ConsensusDecoder(model, max_cache_len=4096)
     messages = [{"role": "system", "content": "Be brief."}]
-    expected = [turn(decoder, tokenizer, messages, said) for said in ("hello", "and then?")]
-    expected.append(turn(decoder, tokenizer, messages[:1], "hello"))
+    expected = [turn(decoder, tokenizer, messages, said, **sampling) for said in ("hello", "and then?")]
+    expected.append(turn(decoder, tokenizer, messages[:1], "hello", **sampling))
     assert result.stdout == "".join(f"{reply}\n" for reply in expected)
+
+
+def test_a_reply_ends_where_the_conversation_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its newest token is never cached, and so has room behind the last row."""
+    asked = asked_of_decoders(monkeypatch)
+    run("chat", folder, *PLAIN, "--max-new-tokens", 1, stdin="hello\n")
+    longest = asked[0]["ids"].shape[1] + 3
+    result = run("chat", folder, *PLAIN, "--max-len", longest, "--max-new-tokens", 12, stdin="hello\n")
+    assert result.exit_code == 0 and asked[-1]["max_new_tokens"] == 4
+    run("chat", folder, *PLAIN, "--max-len", longest, "--max-new-tokens", 3, stdin="hello\n")
+    assert asked[-1]["max_new_tokens"] == 3
+
+
+def test_an_interrupted_turn_is_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run("chat", folder, *PLAIN, "--max-new-tokens", 6, stdin="hello\nand then?\n")
+    generate = ConsensusDecoder.generate
+
+    def interrupted(self, ids, **how):
+        if calls.pop():
+            generate(self, ids, **how | {"max_new_tokens": 3, "streamer": None})
+            raise KeyboardInterrupt
+        return generate(self, ids, **how)
+
+    monkeypatch.setattr(ConsensusDecoder, "generate", interrupted)
+    calls = [False, True, False]
+    result = run("chat", folder, *PLAIN, "--max-new-tokens", 6, stdin="hello\nstop this\nand then?\n")
+    assert result.exit_code == 0 and result.stdout == expected.stdout and "(interrupted" in result.stderr
 
 
 def test_drafted_and_bonus_tokens_have_their_colours() -> None:
@@ -82,6 +126,7 @@ def test_drafted_and_bonus_tokens_have_their_colours() -> None:
     assert view.text == "pabc\nd"
     # the token of the prefill belongs to no cycle
     assert shown.rstrip().count(f"{(len(two) + len(three)) / 2:.2f} tokens/cycle") >= 1
+    assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).splitlines()[-2] == "d"  # a line begins anew
     spans = re.findall(r"\x1b\[([0-9;]+)m([^\x1b]+)\x1b\[0m", shown)
     styles = {text: code for code, text in spans}
     assert styles["p"] == "1;33" and styles["a"] == "36" and styles["d"] == "1;33"
@@ -106,6 +151,16 @@ def test_a_stop_token_is_no_part_of_a_reply() -> None:
         view.put(torch.tensor(tokens))
     view.end()
     assert view.text == "pab"
+
+
+def test_a_reply_that_ends_within_a_character_is_shown_to_its_end(capsys: pytest.CaptureFixture) -> None:
+    tokenizer = make_tokenizer()
+    ids = [*tokenizer("p")["input_ids"], *tokenizer("🙂")["input_ids"][:2]]
+    view = PlainView(tokenizer)
+    for tokens in ([1, 2], ids[:1], ids[1:]):
+        view.put(torch.tensor(tokens))
+    view.end()
+    assert view.text == tokenizer.decode(ids) != "p" and capsys.readouterr().out == view.text + "\n"
 
 
 def test_a_template_that_refuses_the_messages_is_one_line(folder: Path, tmp_path: Path) -> None:
@@ -135,8 +190,11 @@ def test_bad_options_are_one_line(folder: Path) -> None:
 
 
 def test_what_only_runs_can_show_is_one_line_too() -> None:
-    for raised, code in ((RuntimeError("can't allocate memory: you tried"), 2), (RuntimeError("a bug"), None)):
-        with pytest.raises((typer.Exit, RuntimeError)) as caught, one_line_errors():
+    for raised, code in (
+        (RuntimeError("can't allocate memory: you tried"), 2), (torch.OutOfMemoryError("CUDA out of memory"), 2),
+        (RuntimeError("a bug"), None), (BrokenPipeError(), None),  # the reader of stdout has gone: click ends it
+    ):  # fmt: skip
+        with pytest.raises((typer.Exit, RuntimeError, BrokenPipeError)) as caught, one_line_errors():
             raise raised
         assert getattr(caught.value, "exit_code", None) == code
     with pytest.raises(ValueError, match="stdin must be UTF-8"):
@@ -147,8 +205,19 @@ def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest
     server = pytest.importorskip(
         "orthrus_triton.serving.server", reason="needs the extra [serve]", exc_type=ImportError
     )
-    seen = []
+    from orthrus_triton.serving import Scheduler
+    from orthrus_triton.serving.app import create_app
+
+    seen, heard, closed = [], [], []
     monkeypatch.setattr(server.Server, "run", lambda server: seen.append(server))
+    noted = lambda decoder, **how: heard.append((decoder.model, how)) or Scheduler(decoder, **how)  # noqa: E731
+    monkeypatch.setattr("orthrus_triton.serving.Scheduler", noted)
+    close = Scheduler.close
+    monkeypatch.setattr(Scheduler, "close", lambda scheduler: closed.append(scheduler) or close(scheduler))
+    monkeypatch.setattr(
+        "orthrus_triton.serving.app.create_app",
+        lambda *all, **how: heard.append((all[2], how)) or create_app(*all, **how),
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert_bad_input(
@@ -161,10 +230,19 @@ def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest
     config = seen[0].config
     assert (config.host, config.port, config.timeout_graceful_shutdown) == ("127.0.0.1", port, 5)
     assert f"http://127.0.0.1:{port}/v1" in result.stderr
+    (_, limits), (name, guard) = heard
+    assert limits == {"slots": 2, "max_len": 64, "max_waiting": 64, "sampling": "coupled"}
+    assert (name, guard) == (folder.name, {"api_key": None, "max_body_bytes": 1 << 20}) and len(closed) == 1
     monkeypatch.setattr(serve, "_require_free", lambda *_: None)  # not every machine has ::1
-    options = ("--slots", 2, "--max-len", 64, "--port", port, "--host", "::1", "--fast-prefill")
-    result = run("serve", folder, "--device", "cpu", *options)
-    assert made[1]["batch_invariant_prefill"] is False
+    options = ("--slots", 3, "--max-len", 96, "--port", port, "--host", "::1", "--fast-prefill", "--dtype", "fp16")
+    options += ("--max-waiting", 5, "--sampling", "rejection", "--max-body-bytes", 99, "--api-key", "a key")
+    result = run("serve", folder, "--device", "cpu", *options, "--name", "mine", "--int8-drafts", "--block-size", 3)
+    assert (made[1]["batch_invariant_prefill"], made[1]["block_size"]) == (False, 3)
+    (network, limits), (name, guard) = heard[2:]
+    assert limits == {"slots": 3, "max_len": 96, "max_waiting": 5, "sampling": "rejection"}
+    assert (name, guard) == ("mine", {"api_key": "a key", "max_body_bytes": 99}) and len(closed) == 2
+    assert network.dtype == torch.float16
+    assert all(layer.mlp.down_proj.draft_weight is not None for layer in network.model.layers)
     assert f"http://[::1]:{port}/v1" in result.stderr
     hosts = {"localhost": True, "::1": True, "0.0.0.0": False, "example.org": False}
     assert {host: serve._is_loopback(host) for host in hosts} == hosts

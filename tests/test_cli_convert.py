@@ -29,12 +29,12 @@ def test_convert_keeps_the_ar_weights_and_copies_them_into_the_view(base_folder,
 
 def test_convert_options_reach_the_model(base_folder, tmp_path):
     target = tmp_path / "light"
-    options = ("--view-rank", 3, "--mask-token-id", 7, "--dtype", "bf16", "--block-size", 6)
+    options = ("--view-rank", 3, "--mask-token-id", 0, "--dtype", "bf16", "--block-size", 6)
     result = run("convert", base_folder, target, *options)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == "" and "mask token 7" in result.stderr
+    assert result.stdout == "" and "mask token 0" in result.stderr
     model = OrthrusForCausalLM.from_pretrained(target)
-    assert (model.config.view_rank, model.mask_token_id, model.block_size) == (3, 7, 6)
+    assert (model.config.view_rank, model.mask_token_id, model.block_size) == (3, 0, 6)
     assert model.dtype == torch.bfloat16
 
 
@@ -54,7 +54,8 @@ def test_convert_bad_input(base_folder, model_folder, tmp_path):
     assert_bad_input(run("convert", tmp_path / "missing", target), "missing")
     assert_bad_input(run("convert", tmp_path / "missing.gguf", target), "missing.gguf")
     assert_bad_input(run("convert", base_folder, file), "TARGET", "is a file")
-    assert_bad_input(run("convert", base_folder, base_folder, "--force"), "TARGET must not be SOURCE")
+    for same in (base_folder, f"{base_folder}/../{base_folder.name}"):
+        assert_bad_input(run("convert", base_folder, same, "--force"), "TARGET must not be SOURCE")
     assert_bad_input(run("convert", model_folder, target), "second view")
     assert_bad_input(run("convert", base_folder, target, "--block-size", 1), "block_size")
     assert_bad_input(run("convert", base_folder, target, "--view-rank", 0), "view_rank")

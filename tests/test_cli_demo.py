@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from orthrus_triton.cli import demo
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
 from tests.cli_models import (
@@ -61,6 +63,16 @@ def test_demo_fails_when_the_tokens_differ(tiny_demo, monkeypatch):
     result = run("demo", "the text", "--max-new-tokens", 5)
     assert result.exit_code == 1
     assert "DIFFERS from generated token 2 on" in result.stdout
+
+
+def test_a_speedup_is_over_the_cheapest_of_both_ways_of_ar(tiny_demo, monkeypatch):
+    runs = [SimpleNamespace(tokens_per_cycle=2.5, tokens_per_second=rate) for rate in (30.0, 10.0, 20.0)]
+    assert "2.50 tokens per cycle, 1.50x the tokens/s of one-row AR" in demo._verdict("a model", runs)
+    made = []
+    noted = lambda model, **how: made.append(how) or ConsensusDecoder(model, **how)  # noqa: E731
+    monkeypatch.setattr("orthrus_triton.modules.ConsensusDecoder", noted)
+    assert run("demo", "the", "--max-new-tokens", 3, "--dtype", "fp32", "--block-size", 3).exit_code == 0
+    assert made == [{"block_size": 3}, {"mode": "ar"}, {"mode": "ar", "exact": False}]
 
 
 def test_demo_names_the_missing_package(monkeypatch):

@@ -143,8 +143,10 @@ def test_a_file_that_is_no_whole_gguf_is_named(content: bytes, tmp_path: Path):
         load_gguf(tmp_path / "model.gguf")
 
 
-def small_gguf(path: Path, without: str = "", weights: np.dtype = np.dtype(np.float32)) -> Path:
-    """One layer of width 32, of which one field may be missing; without those that a file need not have."""
+def small_gguf(
+    path: Path, without: str = "", weights: np.dtype = np.dtype(np.float32), whole: bool = False
+) -> Path:  # fmt: skip
+    """One layer of width 32, of which one field may be missing; a `whole` one has those that a file need not have."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     numbers = {
@@ -162,10 +164,14 @@ def small_gguf(path: Path, without: str = "", weights: np.dtype = np.dtype(np.fl
     writer.add_token_merges(["a b"])
     if without != "eos_token_id":
         writer.add_eos_token_id(0)
-    for name in ("token_embd", *(f"blk.0.{name}" for name in LAYER_NAMES), "output_norm"):
-        writer.add_tensor(
-            f"{name}.weight", np.ones(32 if "norm" in name else (4 if name[0] == "t" else 32, 32), weights)
-        )
+    if whole:
+        writer.add_bos_token_id(1)
+        writer.add_pad_token_id(2)
+        writer.add_unk_token_id(3)
+    of_tokens = ("token_embd", "output")
+    for name in (*of_tokens[: 1 + whole], *(f"blk.0.{name}" for name in LAYER_NAMES), "output_norm"):
+        shape = 32 if "norm" in name else (4 if name in of_tokens else 32, 32)
+        writer.add_tensor(f"{name}.weight", np.full(shape, 2 if name == "output" else 1, weights))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -178,7 +184,11 @@ def test_fields_that_a_file_need_not_have(tmp_path: Path):
     assert (config.num_key_value_heads, config.rope_parameters["rope_theta"]) == (1, 10_000.0)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 0, None)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", None)
-    assert len(weights) == 11 and tokenizer("ab").input_ids == [3]
+    assert len(weights) == 11 and tokenizer("ab").input_ids == [3] and config.tie_word_embeddings
+    config, weights, tokenizer = load_gguf(small_gguf(tmp_path / "whole.gguf", whole=True))
+    assert not config.tie_word_embeddings and (weights["lm_head.weight"] == 2).all() and len(weights) == 12
+    assert (config.bos_token_id, config.pad_token_id) == (1, 2)
+    assert (tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token) == ("a", "b", "ab")
 
 
 @pytest.mark.parametrize(

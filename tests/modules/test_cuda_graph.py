@@ -108,6 +108,8 @@ def test_replayed_runs_give_the_eager_tokens(mode: str, anchor_rows: int) -> Non
             expected = said[: min(tokens, said.index(eos) + 1 if eos in said else tokens)]
             assert sequence[len(prompt) :].tolist() == expected
         assert output.stats.tokens == sum(output.stats.sequence_tokens)
+        if mode == "ar":  # passes of a replay behind the end are not counted
+            assert output.stats.sequence_cycles == [n - 1 for n in output.stats.sequence_tokens]
     assert decoder.run.lag == 1
     # AR: one graph of several passes and one for the rest; consensus: one graph
     assert decoder.captures == (2 if mode == "ar" else 1)
@@ -115,8 +117,20 @@ def test_replayed_runs_give_the_eager_tokens(mode: str, anchor_rows: int) -> Non
 
 def test_ar_replays_several_passes() -> None:
     decoder = StandInGraphs(make_model(), impl="torch", mode="ar")
-    stats = decoder.generate(prompts_of(1, [4]), max_new_tokens=1 + 2 * AR_STEPS + 3).stats
-    assert decoder.replays == 2 + 3 and stats.cycles == 2 * AR_STEPS + 3
+    seconds, cycle, heard = [0.0], decoder.cycle, []
+
+    def timed(*arguments) -> None:
+        cycle(*arguments)
+        seconds[0] += 1
+
+    decoder.cycle, decoder.clock = timed, lambda: seconds[0]
+    run = decoder.open(1, 64)
+    run._rule(1).observe = lambda size, seconds, accepted: heard.append(seconds)
+    run.admit(0, prompts_of(1, [4])[0], 1 + 2 * AR_STEPS + 3)
+    while not run.done:
+        run.advance()
+    assert decoder.replays == 2 + 3 and run.slots[0].cycles == {1: 2 * AR_STEPS + 3}
+    assert run.cycles_known == 2 * AR_STEPS + 3 and heard == [1.0] * 5  # seconds of a pass, not of a replay
 
 
 def test_a_function_on_the_host_is_not_captured() -> None:

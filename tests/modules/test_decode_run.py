@@ -76,6 +76,15 @@ def test_steps_after_the_end_change_nothing() -> None:
         assert torch.equal(was, now)
 
 
+def test_idle_slots_are_given_back_as_they_were() -> None:
+    state = ConsensusDecoder(MODEL, impl="torch").open(3, 64).state
+    state.finished[1] = False
+    with pytest.raises(RuntimeError, match="in a capture"), state.idle():
+        assert state.finished.all()
+        raise RuntimeError("in a capture")
+    assert state.finished.tolist() == [True, False, True]
+
+
 def test_no_step_is_enqueued_that_cannot_be_needed() -> None:
     run = ConsensusDecoder(MODEL, impl="torch").open(1, 64)
     run.lag = 9

@@ -174,6 +174,11 @@ def test_cache_says_what_is_wrong() -> None:
         cache.draft_pass(0)
     with pytest.raises(ValueError, match="anchor_rows must be 0 or 1, but got 2"):
         cache.draft_pass(2, 2)
+    with pytest.raises(ValueError, match="num_rows must be"):
+        cache.draft_pass(1, 1)
+    long = SharedKVCache(1, 1, 8, batch_size=1, max_len=1025, block_size=2, dtype=torch.float32)
+    for rows, capacity in ((1, 512), (512, 512), (513, 1024), (1025, 1536), (9999, 1536)):
+        assert (part := long.prefix(rows)).capacity == part.layers[0].v.shape[2] == capacity
     # scratch is one block in all, whatever the number of layers
     many = SharedKVCache(7, 1, 8, batch_size=1, max_len=5, block_size=2, dtype=torch.float32)
     assert many.nbytes() - 7 * 2 * 512 * 8 * 4 == cache.nbytes() - 2 * 512 * 8 * 4 == 2 * 2 * 8 * 4
@@ -225,6 +230,25 @@ def test_a_residual_is_added_with_and_without_a_norm(options: dict, anchor_rows:
         attention(hidden, *where, None, norm)
     with pytest.raises(ValueError, match="residual must be given with next_norm"):
         SwiGLU(32, 48)(hidden, None, norm)
+
+
+@torch.no_grad()
+def test_an_anchor_that_the_frozen_view_reads_is_read_with_its_own_weights() -> None:
+    """What it says is said: int8 copies are for passes of which nothing is."""
+    torch.manual_seed(0)
+    layer, rotary = OrthrusDecoderLayer(32, 4, 2, 16, 48), RotaryEmbedding.from_theta(16)
+    cache = SharedKVCache(1, 2, 16, batch_size=1, max_len=9, block_size=4, dtype=torch.float32)
+    hidden, said = torch.randn(1, 4, 32), []
+    for anchor_rows in (0, 1):
+        view_pass = cache.draft_pass(4, anchor_rows)
+        for quantize in (False, True):
+            if quantize:
+                layer.mlp.quantize_for_drafts()
+            rope = rotary(view_pass.positions, view_pass.prompt_len)
+            said.append(layer(hidden, rope, cache.layers[0], view_pass))
+        layer.mlp.gate_up_proj.drop_draft_copy()
+        layer.mlp.down_proj.drop_draft_copy()
+    assert not torch.equal(said[0], said[1]) and torch.equal(said[2], said[3])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from orthrus_triton.cli import app
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.training import evaluate as measuring
 from orthrus_triton.training.chart import save_chart
 from orthrus_triton.training.evaluate import evaluate, repetition_share
 from orthrus_triton.training.prompts import Prompt, encode, read_prompts
@@ -212,6 +213,31 @@ def test_command_prints_a_table(folder):
     result = run(folder, "--prompts", folder / "code.txt", "--limit", 2, "--no-baseline")
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert "same token ids on all 2 prompts" in result.stdout and "tokens/s of exact AR" in result.stdout
+
+
+def test_options_arrive_and_a_difference_ends_with_1(folder, monkeypatch):
+    heard, measure = [], measuring.evaluate
+
+    def differing(network, prompts, **options):
+        heard.append(options | {"domains": [domain for domain, _ in prompts]})
+        report = measure(network, prompts, **options)
+        if report["exactness"]:
+            report["exactness"]["different"] = [{"prompt": 1, "token": 3}]
+        return report
+
+    monkeypatch.setattr(measuring, "evaluate", differing)
+    (folder / "chat.jsonl").write_text('{"prompt": "w30", "domain": "prose", "chat": true}\n' * 2)
+    files = ("--prompts", folder / "code.txt", "--prompts", folder / "chat.jsonl")
+    assert run(folder, *files).exit_code == 2  # the tokenizer has no template
+    result = run(folder, *files, "--raw", "--limit", 1, "--block-size", 3, "--no-baseline")
+    assert result.exit_code == 1 and "DIFFERS on 1 of 2 prompts, first on prompt 1 from generated token 3 on" in (
+        " ".join(result.stdout.split())
+    )
+    assert run(folder, *files, "--raw", "--no-check-exact").exit_code == 0
+    names = ("domains", "max_new_tokens", "block_size", "check_exact", "baseline")
+    assert [[call[name] for name in names] for call in heard] == [
+        [["code", "prose"], 6, 3, True, False], [["code"] * 3 + ["prose"] * 2, 6, None, False, True]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -443,6 +443,11 @@ def test_the_command_trains_resumes_and_leaves_a_model(tmp_path, monkeypatch):
         patch.setattr(ViewTrainer, "_save_checkpoint", interrupted)
         done = CliRunner().invoke(app, [*command, "--set", f"output_dir={tmp_path}/stopped"])
     assert done.exit_code == 130 and "checkpoint-2 is the last checkpoint" in " ".join(done.output.split())
+    with monkeypatch.context() as patch:
+        steps.clear()
+        patch.setattr(ViewTrainer, "training_step", lambda *all, **options: steps.append(1) or step(*all, **options))
+        done = CliRunner().invoke(app, [*command, "--fresh", "--set", "max_steps=1"])
+    assert done.exit_code == 0 and len(steps) == 1
     start = model.state_dict()
     name = "model.layers.0.self_attn.q_proj_diff.weight"
     assert not torch.equal(trained.state_dict()[name], start[name])

@@ -293,6 +293,13 @@ def export(*arguments: object):
     return CliRunner().invoke(app, ["export-view", *map(str, arguments)])
 
 
+def content_of(path) -> tuple[dict, dict]:
+    """Metadata, whose order in a file is any, and tensors."""
+    tensors = {name: (tensor.dtype, tensor.tolist()) for name, tensor in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        return file.metadata(), tensors
+
+
 def test_export_from_a_model_and_from_a_checkpoint(tmp_path, monkeypatch):
     trained = make_model("llama")
     trained.save_pretrained(tmp_path / "model")
@@ -300,6 +307,12 @@ def test_export_from_a_model_and_from_a_checkpoint(tmp_path, monkeypatch):
     result = export(tmp_path / "model", out, "--rank", 8, "--storage", "fp16")
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert f"{out.stat().st_size / 1e6:.2f} MB, rank 8, fp16" in " ".join(result.stderr.split())
+    for size, options in ((K, {"rank": 8, "storage": "fp16"}), (K - 1, {"storage": "bf16"})):
+        trained.config.block_size = size
+        save_view(trained, tmp_path / "direct.safetensors", **options)
+        named = [part for name, value in options.items() for part in (f"--{name}", value)]
+        result = export(tmp_path / "model", out, *named, "--block-size", size)
+        assert result.exit_code == 0 and content_of(out) == content_of(tmp_path / "direct.safetensors")
     # what the trainer leaves: the view alone, under a prefix
     trained = make_model("llama", mask_embedding=True)
     (tmp_path / "checkpoint-3").mkdir()
