@@ -341,6 +341,27 @@ def test_command_stopped_by_hand(model_folder, tmp_path, monkeypatch):
     assert result.exit_code == 130 and "1 new answers are kept" in result.stderr
 
 
+def test_options_of_the_command_arrive(model_folder, tmp_path, monkeypatch):
+    asked, done = [], {"finished_rows": 0, "answer_tokens": 0, "domains": {}, "left_out": 0, "complete": True}
+    monkeypatch.setattr(
+        "orthrus_triton.training.distill.distill",
+        lambda _network, _tokenizer, prompts, folder, **how: asked.append((prompts, folder, how)) or done,
+    )
+    monkeypatch.setattr(
+        "orthrus_triton.training.prompts_builtin.builtin_prompts",
+        lambda *how: asked.append(how) or [Prompt("w40 w41 w42 w43 w44"), Prompt("w30"), Prompt("w50")],
+    )
+    (tmp_path / "held.txt").write_text("W40, w41 w42 w43 w44?\n")
+    options = ("--builtin", "--seed", 5, "--corpus", tmp_path, "--package", "rich", "--phrasings", 2, "--limit", 1)
+    options += ("--held-out", tmp_path / "held.txt", "--max-prompt-tokens", 9, "--batch-size", 3, "--shard-rows", 7)
+    assert run(model_folder, tmp_path / "data", *options, "--budget", "2m").exit_code == 0
+    built, (prompts, folder, how) = asked
+    assert built == (5, tmp_path, ["rich"], 2) and folder == tmp_path / "data"
+    assert prompts == [Prompt("w30")]  # the first that is not held out
+    sizes = {"max_prompt_tokens": 9, "batch_size": 3, "shard_rows": 7, "seconds": 120.0}
+    assert {name: how[name] for name in sizes} == sizes
+
+
 def test_command_names_bad_input(model_folder, tmp_path):
     (tmp_path / "q.txt").write_text("w30\n")
     for options, complaint in (

@@ -473,7 +473,7 @@ def test_numbers_on_the_command_line_are_what_python_reads():
     }  # fmt: skip
     assert isinstance(parsed["max_steps"], int)
     # what is none stays text, which is refused by its option's name
-    odd = {"learning_rate": "nan", "max_steps": "1e-3", "num_anchors": "few", "unknown": "1e3"}
+    odd = {"learning_rate": "nan", "max_steps": "1e-3", "num_anchors": "few", "unknown": "1e3", "run_name": "a=b"}
     assert parse_changes([f"{name}={value}" for name, value in odd.items()]) == odd
 
 
