@@ -43,7 +43,7 @@ class OrthrusGenerationMixin:
 
     def consensus_decoder(self, mode: Mode = "consensus") -> ConsensusDecoder:
         """The decoder that `generate` uses for "consensus" or "ar". It keeps its cache from call to call; set its
-        attributes (impl, max_cache_len ...) to change how it runs."""
+        attributes (max_cache_len, prefill_chunk ...) to change how it runs."""
         decoders = self.__dict__.setdefault("_decoders", {})
         if mode not in decoders:
             decoders[mode] = ConsensusDecoder(self, mode=mode)

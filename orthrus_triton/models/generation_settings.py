@@ -28,6 +28,7 @@ from transformers.generation import EosTokenCriteria
 
 from orthrus_triton.models.convert import eos_token_ids
 from orthrus_triton.modules import SamplingParams
+from orthrus_triton.ops._dispatch import require_size
 
 # with nothing said, as in transformers; the latter with do_sample
 DEFAULT_NEW_TOKENS, DEFAULT_TOP_K = 20, 50
@@ -115,8 +116,7 @@ class GenerationSettings:
         strings = config.stop_strings or []
         strings = [strings] if isinstance(strings, str) else list(strings)
         copies = 1 if config.num_return_sequences is None else config.num_return_sequences
-        if copies < 1:
-            raise ValueError(f"num_return_sequences must be >= 1, but got {copies}")
+        require_size("num_return_sequences", copies)
         if copies > 1 and not config.do_sample:
             raise ValueError(f"num_return_sequences must be 1 without do_sample, but got {copies}: all would be equal")
         if seed is None:

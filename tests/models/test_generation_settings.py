@@ -54,6 +54,8 @@ def test_whose_word_counts() -> None:
     assert found == (9, False, 0.9, 0) and list(unknown) == ["beam_width"]
     longest, _ = merged_config(own, None, {"max_length": 12})  # the checkpoint's own limit was not the caller's
     assert (longest.max_new_tokens, longest.max_length) == (None, 12)
+    both, _ = merged_config(own, GenerationConfig(max_new_tokens=4), {"max_length": 12})  # as in transformers
+    assert both.max_new_tokens == 4
     assert (own.max_new_tokens, own.do_sample, own.max_length) == (9, True, None)
 
 
