@@ -172,6 +172,25 @@ def test_what_is_printed_of_a_run(capsys, tmp_path):
     assert "out of time, not done: linear:K=2,N=2. The same command goes on" in text
 
 
+def test_options_of_a_run_arrive_and_a_key_without_a_winner_ends_with_1(monkeypatch, tmp_path):
+    config, heard, outcomes = KernelConfig({"BLOCK_M": 16}, {"num_warps": 4}), [], []
+    entry = files.Entry("linear", 1, "0" * 16, "fp16", LINEAR.shape, config.constants, config.launch)
+    monkeypatch.setattr(
+        "orthrus_triton.autotune.tuner.tune",
+        lambda problems, **how: heard.append((problems, how)) or Result(tmp_path / "GPU.json", outcomes, []),
+    )
+    options = ("--key", "linear:K=512,N=512", "--dtype", "fp16", "--device", "cpu", "--budget", "90s", "--jobs", 2)
+    for code, found in enumerate((entry, None)):
+        outcomes.append(Outcome(LINEAR, found, 2, 2, {}))
+        assert run("autotune", *options, "--candidates", 3, "--repeat", 4, "--fresh").exit_code == code
+    problems, how = heard[0]
+    del how["advance"]
+    assert problems == [Problem.of("linear", "fp16", N=512, K=512)]
+    assert how == {
+        "device": torch.device("cpu"), "budget": 90.0, "jobs": 2, "candidates": 3, "repeats": 4, "fresh": True
+    }  # fmt: skip
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or not HAS_TRITON, reason="for the interpreter")
 def test_the_example(tmp_path):
     path = ROOT / "examples" / "tune_your_kernel.py"
