@@ -60,6 +60,8 @@ def test_the_diffusion_view_reads_the_copies_and_the_ar_view_does_not(case: str,
     names = set(model.state_dict())
     model.quantize_drafts()
     assert set(model.state_dict()) == names, "the copies are not saved"
+    # q, k and v are one product, as gate and up are; where the frozen view reads the anchor, the MLP's are its own too
+    assert len(copied(model)) == len(model.model.layers) * (4 if anchor_view == "diffusion" else 2)
     assert torch.equal(model(ids, "ar", impl="torch"), said)
     quantized = drafts()
     stand_in(model)
