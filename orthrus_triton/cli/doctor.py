@@ -101,9 +101,11 @@ def _configs(impl: str, device: torch.device) -> str:
     if impl != "triton":
         return "not used: they belong to the Triton kernels"
     family, name = device_family(device), files.file_name(gpu_of(device).name)
-    for path in (files.user_folder() / name, files.PACKAGED / name):
+    found = []
+    for path in (files.user_folder() / name, files.PACKAGED / name):  # in the order in which they are asked
         table = files.read_table(path)
         if table is not None:
-            wrong = f"; {table.problems[0]}" if table.problems else ""
-            return f"{len(table.entries)} in {path}{wrong}; else the defaults of family {family}"
-    return f"defaults of family {family}, not tuned on this GPU: orthrus-triton autotune"
+            found += [f"{len(table.entries)} in {path}", *table.problems[:1]]
+    if not found:
+        return f"defaults of family {family}, not tuned on this GPU: orthrus-triton autotune"
+    return "; ".join([*found, f"else the defaults of family {family}"])

@@ -143,14 +143,19 @@ def test_show(folder):
     assert line.startswith("linear:K=512,N=512 bf16: BLOCK_M=") and line.endswith("[built-in default, not measured]")
 
 
-def test_doctor_names_the_file(folder, on_gpu):
+def test_doctor_names_the_files(folder, on_gpu, monkeypatch, tmp_path):
     from orthrus_triton.cli.doctor import _configs
 
     cpu = torch.device("cpu")
     assert _configs("torch", cpu).startswith("not used")
     assert "not tuned on this GPU: orthrus-triton autotune" in _configs("triton", cpu)
     files.merge_entries(folder / files.file_name(on_gpu.name), on_gpu.name, "sm90", "9.0", [])
-    assert _configs("triton", cpu).startswith(f"0 in {folder}")
+    mine = f"0 in {folder / files.file_name(on_gpu.name)}"
+    assert _configs("triton", cpu) == f"{mine}; else the defaults of family sm90"
+    monkeypatch.setattr(files, "PACKAGED", tmp_path)  # asked for what the user's own does not have
+    packaged = tmp_path / files.file_name(on_gpu.name)
+    files.merge_entries(packaged, on_gpu.name, "sm90", "9.0", [])
+    assert _configs("triton", cpu) == f"{mine}; 0 in {packaged}; else the defaults of family sm90"
 
 
 def test_what_is_printed_of_a_run(capsys, tmp_path):
