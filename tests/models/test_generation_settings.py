@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -65,6 +68,13 @@ def test_the_decoder_is_told(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "generate", lambda prompts, **how: heard.update(how) or generate(prompts, **how))
     model.generate(random_ids(4), max_new_tokens=9, do_sample=True, sampling="rejection", block_size=3, eos_token_id=[])
     assert heard["sampling"] == "rejection" and set(model.last_stats.cycles_by_block_size) == {3}
+
+
+def test_copies_of_a_model_have_decoders_of_their_own(model) -> None:
+    model.generate(random_ids(4), max_new_tokens=2)
+    other = copy.deepcopy(model)
+    assert model.consensus_decoder().cache is not None and other.consensus_decoder().cache is None
+    assert other.consensus_decoder().model is other and pickle.loads(pickle.dumps(model)).last_stats is not None
 
 
 def test_copies_of_a_prompt_stand_together(model) -> None:

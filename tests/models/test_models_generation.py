@@ -64,6 +64,8 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
         {"min_new_tokens": 1, "min_length": 14, "eos_token_id": 38},
         {"eos_token_id": 95, "bad_words_ids": [[95], [7]]},  # a stop token is no bad word
         {"sequence_bias": [[[80], 5.0], [[38], 5.0]], "repetition_penalty": 1.8},  # the bias before the penalty
+        {"sequence_bias": [[[80], 2.0], [[38], 2.0]], "repetition_penalty": 1.8},  # which counts once
+        {"bad_words_ids": [[38, 95]]},
         {"repetition_penalty": 1.8, "logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)])},
         {"suppress_tokens": [80], "logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor([38])])},
     ],
@@ -92,6 +94,9 @@ def test_padded_batches_in_and_out(pair) -> None:
     options = {"attention_mask": mask, "max_new_tokens": 6, "begin_suppress_tokens": expected[:, 6].tolist()}
     begun = base.generate(ids, do_sample=False, **options)  # of each text, wherever it begins
     assert model.generate(ids, **options).tolist() == begun.tolist()
+    assert (
+        model.generate(ids[0], max_new_tokens=12)[0].tolist() == model.generate(ids[:1], max_new_tokens=12)[0].tolist()
+    )
     narrow = model.generate(ids.to(torch.uint8), attention_mask=mask, max_new_tokens=12)  # has no room for all ids
     assert narrow.dtype == torch.int64 and narrow.tolist() == expected.tolist()
     ar = model.generate(ids, attention_mask=mask, max_new_tokens=12, use_diffusion_mode=False)

@@ -77,7 +77,7 @@ def test_rows_of_a_head_go_back_from_pairs_to_halves():
     assert _undo_rotary_permutation(pairs, 2).equal(halves)
 
 
-def rope_of(rotated: int | None = None, **scaling: object):
+def rope_of(rotated: int | None = None, stretched: float | None = None, **scaling: object):
     fields = {
         "tokenizer.ggml.tokens": ["a"], "llama.embedding_length": 64, "llama.feed_forward_length": 64,
         "llama.block_count": 1, "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
@@ -87,6 +87,8 @@ def rope_of(rotated: int | None = None, **scaling: object):
     fields |= {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
     if rotated is not None:
         fields["llama.rope.dimension_count"] = rotated
+    if stretched is not None:
+        fields["llama.rope.scale_linear"] = stretched
     return rotary_from_config(_make_config(fields, tied=True))
 
 
@@ -95,7 +97,8 @@ def test_a_stretched_rotary_embedding_is_that_of_the_file():
     for nothing in ({"type": "none", "factor": 4.0}, {"type": "linear"}, {"factor": 1.0, "finetuned": True}):
         assert torch.equal(rope_of(**nothing).inv_freq, plain)
     torch.testing.assert_close(rope_of(type="linear", factor=4.0).inv_freq, plain / 4)
-    assert torch.equal(rope_of(factor=4.0).inv_freq, rope_of(type="linear", factor=4.0).inv_freq)
+    for named in ({"factor": 4.0}, {"stretched": 4.0}, {"factor": 4.0, "stretched": 2.0}):  # the second in old files
+        assert torch.equal(rope_of(**named).inv_freq, rope_of(type="linear", factor=4.0).inv_freq)
     yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 1024}
     ratio, scaling = rope_of(**yarn).inv_freq / plain, rope_of(**yarn).attention_scaling
     # fast pairs stay, slow ones are stretched, and the logits grow
@@ -115,16 +118,20 @@ def test_a_head_that_is_rotated_in_part_is_refused():
         rope_of(rotated=16)
 
 
-@pytest.mark.parametrize(("factor", "original", "fast"), [(4.0, 1024, 32.0), (8.0, 4096, 16.0), (40.0, 4096, 32.0)])
-def test_yarn_has_the_angles_of_llama_cpp(factor: float, original: int, fast: float):
+@pytest.mark.parametrize(
+    ("factor", "original", "fast", "slow"),
+    [(4.0, 1024, 32.0, 1.0), (8.0, 4096, 16.0, 1.0), (40.0, 4096, 32.0, 1.0), (4.0, 2048, 32.0, 3.0)],
+)
+def test_yarn_has_the_angles_of_llama_cpp(factor: float, original: int, fast: float, slow: float):
     """Its ggml_rope_yarn_corr_dims and rope_yarn, written down anew in fp64."""
     dim, base = 32, 1e4
     pairs = torch.arange(dim // 2, dtype=torch.float64)
-    low, high = (dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (fast, 1.0))
+    low, high = (dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (fast, slow))
     low, high = max(0, math.floor(low)), min(dim - 1, math.ceil(high))
     kept = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
     plain = base ** (-2 * pairs / dim)
-    got = rope_of(type="yarn", factor=factor, original_context_length=original, yarn_beta_fast=fast)
+    turns = {"yarn_beta_fast": fast} | ({} if slow == 1 else {"yarn_beta_slow": slow})
+    got = rope_of(type="yarn", factor=factor, original_context_length=original, **turns)
     torch.testing.assert_close(got.inv_freq.double(), plain * kept + plain / factor * (1 - kept), rtol=1e-6, atol=0)
     assert abs(float(got.attention_scaling) - (1 + 0.1 * math.log(factor))) < 1e-6
 

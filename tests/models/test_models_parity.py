@@ -74,9 +74,11 @@ def test_the_cases_would_notice(case: str):
     assert (transformers_logits(with_rule, ids, 14) - transformers_logits(without, ids, 14)).abs().max() > 0.05
 
 
-def test_forward_gives_the_logits_of_a_whole_batch():
-    base = build_base(base_config("qwen3"))
-    ids = random_ids(11, batch=3)
+@pytest.mark.parametrize(("case", "length"), [("qwen3", 11), ("llama longrope", 30), ("llama dynamic", 30)])
+def test_forward_gives_the_logits_of_a_whole_batch(case: str, length: int):
+    """Also where angles depend on its length, beyond 20 tokens here."""
+    base = build_base(base_config(case))
+    ids = random_ids(length, batch=3)
     logits = OrthrusForCausalLM.from_base(base)(ids, impl="torch")
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, base(ids).logits, atol=1e-4, rtol=0)

@@ -169,6 +169,8 @@ def test_what_needs_a_new_capture_and_what_does_not() -> None:
     expected = ar_answer(model, prompts[0], 12)
     assert captured(prompts[:1], max_new_tokens=12) == 1
     assert decoder.run.slots[0].tokens == expected.tolist()
+    model.layers[0].mlp.quantize_for_drafts()  # buffers of the model that a replay would read, or would have read
+    assert captured(prompts[:1], max_new_tokens=4) == 1
     assert captured(prompts, max_new_tokens=4) == 1  # another batch size: new buffers
     assert captured(prompts, max_new_tokens=CAPACITY_QUANTUM) == 1  # a larger cache: new buffers
 

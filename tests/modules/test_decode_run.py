@@ -58,14 +58,17 @@ def test_a_host_that_looks_late_trims_what_ran_too_far(lag, right, tokens, stop,
     assert len(run._ring) <= lag
 
 
-def test_steps_after_the_end_change_nothing() -> None:
-    """Overshoot: a finished slot is an exact no-op, its own K/V included, while its neighbour goes on."""
-    decoder = ScriptedDrafts(MODEL, ANSWERS[:2], [7, 0, -1, 3], impl="torch")
+@pytest.mark.parametrize("released", [False, True])
+def test_steps_after_the_end_change_nothing(released: bool) -> None:
+    """Overshoot: a slot that ended or was released is an exact no-op, its own K/V included, while another goes on."""
+    decoder = ScriptedDrafts(MODEL, ANSWERS[:2], [0] if released else [7, 0, -1, 3], impl="torch")
     run = decoder.open(2, 64)
-    run.admit(0, PROMPTS[0], 3)
+    run.admit(0, PROMPTS[0], 24 if released else 3)
     run.admit(1, PROMPTS[1], 24)
     while not run.slots[0].finished:
         run.advance()
+        if released:
+            run.release(0)
     before = frozen(run, 0)
     drain(run)
     assert run.slots[1].tokens == ANSWERS[1].tolist()

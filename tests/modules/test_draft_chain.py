@@ -12,6 +12,7 @@ from orthrus_triton.modules.draft_chain import CANDIDATES, DraftChain, DraftNois
 from orthrus_triton.ops import VOID, SamplingTensors, sample_choice
 from orthrus_triton.ops.gumbel import CHOICE, gumbel_torch, row_key_torch
 from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
+from tests.modules.ledger_model import LedgerModel
 
 
 def make_chain(hidden_size: int = 24, width: int = 10) -> DraftChain:
@@ -113,6 +114,24 @@ def test_the_text_is_the_ar_views_own(anchor_view: str, options: dict) -> None:
         said = ConsensusDecoder(model, mode="ar", impl="torch").generate(prompts, max_new_tokens=20, **how)
         output = ConsensusDecoder(model, impl="torch", **options).generate(prompts, max_new_tokens=20, **how)
         assert [ids.tolist() for ids in output.sequences] == [ids.tolist() for ids in said.sequences]
+
+
+class Knowing(LedgerModel):
+    """Its drafts are drawn from what is nearly the AR view's distribution, with the noise they are given."""
+
+    has_chain = True
+
+    def chain_drafts(self, hidden, logits, own, noise, recalled):
+        candidates = torch.arange(self.vocab_size).expand(logits.shape)
+        return noise.perturb(logits[:, :, None], candidates)[:, :, 0].argmax(-1)
+
+
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_a_chain_gets_the_noise_that_its_tokens_will_be_drawn_with(anchor_rows: int) -> None:
+    """With that of another position the text is the same, and hardly a draft accepted."""
+    model, prompts = Knowing(certainty=1000.0, anchor_rows=anchor_rows), [torch.tensor([1, 2]), torch.tensor([3])]
+    stats = ConsensusDecoder(model, impl="torch").generate(prompts, max_new_tokens=60, temperature=1e3, seed=3).stats
+    assert stats.tokens_per_cycle > 0.8 * (model.block_size + anchor_rows)
 
 
 def test_a_view_file_holds_the_chain(tmp_path) -> None:
