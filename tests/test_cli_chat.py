@@ -189,7 +189,7 @@ def test_bad_options_are_one_line(folder: Path) -> None:
     assert_bad_input(run("serve", folder, "--api-key", " "), "--api-key must not be empty")
 
 
-def test_what_only_runs_can_show_is_one_line_too() -> None:
+def test_what_only_runs_can_show_is_one_line_too(capsys: pytest.CaptureFixture) -> None:
     for raised, code in (
         (RuntimeError("can't allocate memory: you tried"), 2), (torch.OutOfMemoryError("CUDA out of memory"), 2),
         (RuntimeError("a bug"), None), (BrokenPipeError(), None),  # the reader of stdout has gone: click ends it
@@ -197,6 +197,10 @@ def test_what_only_runs_can_show_is_one_line_too() -> None:
         with pytest.raises((typer.Exit, RuntimeError, BrokenPipeError)) as caught, one_line_errors():
             raise raised
         assert getattr(caught.value, "exit_code", None) == code
+    capsys.readouterr()
+    with pytest.raises(typer.Exit), one_line_errors():
+        raise ValueError("what is wrong\n  and why")
+    assert capsys.readouterr().err == "orthrus-triton: error: what is wrong and why\n"
     with pytest.raises(ValueError, match="stdin must be UTF-8"):
         require_text("stdin", b"hi \xff".decode("utf-8", "surrogateescape"))
 

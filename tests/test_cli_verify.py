@@ -101,6 +101,8 @@ def test_a_sequence_that_ends_early_differs(model_folder, prompt_file, monkeypat
     plant(monkeypatch, 2, cut=True)
     result = verify(model_folder, prompt_file)
     assert result.exit_code == 1 and "DIFFERS from generated token 2 on: dual-view its end, AR " in result.stdout
+    said = sum(len(ar_tokens(model_folder, PROMPTS[line - 1])) for line in LINES)  # the AR view's own
+    assert f"2 of 3 prompts identical ({said} tokens)" in result.stdout
 
 
 def test_bad_input(model_folder, prompt_file, tmp_path):

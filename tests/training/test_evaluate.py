@@ -213,6 +213,11 @@ def test_command_prints_a_table(folder):
     result = run(folder, "--prompts", folder / "code.txt", "--limit", 2, "--no-baseline")
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert "same token ids on all 2 prompts" in result.stdout and "tokens/s of exact AR" in result.stdout
+    assert "together" not in result.stdout
+    prompts = ("--prompts", folder / "code.txt", "--prompts", folder / "q.jsonl")
+    lines = run(folder, *prompts, "--no-baseline", "--no-check-exact").stdout.splitlines()
+    (row,) = (line for line in lines if "together" in line)
+    assert row.replace("│", " ").split()[1] == "4"
 
 
 def test_options_arrive_and_a_difference_ends_with_1(folder, monkeypatch):
@@ -234,6 +239,11 @@ def test_options_arrive_and_a_difference_ends_with_1(folder, monkeypatch):
         " ".join(result.stdout.split())
     )
     assert run(folder, *files, "--raw", "--no-check-exact").exit_code == 0
+    monkeypatch.setattr(
+        "orthrus_triton.training.prompts_builtin.held_out_prompts", lambda n, corpus: [Prompt("w9", "docs")] * n
+    )
+    assert run(folder, *files[:2], "--builtin", 2, "--no-check-exact").exit_code == 0
+    assert heard.pop()["domains"] == ["code"] * 3 + ["docs"] * 2
     names = ("domains", "max_new_tokens", "block_size", "check_exact", "baseline")
     assert [[call[name] for name in names] for call in heard] == [
         [["code", "prose"], 6, 3, True, False], [["code"] * 3 + ["prose"] * 2, 6, None, False, True]
