@@ -238,6 +238,10 @@ def test_a_run_says_what_is_wrong() -> None:
         with pytest.raises(ValueError, match=f"a slot must be in 0..0, but got {b}"):
             run.release(b)
     assert run.done  # nothing was begun
+    biased = SamplingParams(logit_bias={10**6: 1.0})
+    with pytest.raises(ValueError, match="logit_bias must be of tokens in 0.."):
+        decoder.open(1, 64, choosing=Choosing.of([biased])).admit(0, PROMPTS[0], 2, biased)
+    run = decoder.open(1, 64)
     for sizes, message in (((0, 64), "batch_size"), ((True, 64), "batch_size"), ((1, 64.0), "max_len")):
         with pytest.raises(ValueError, match=f"{message} must be an integer >= 1"):
             decoder.open(*sizes)

@@ -354,8 +354,12 @@ def test_options_of_the_command_arrive(model_folder, tmp_path, monkeypatch):
     (tmp_path / "held.txt").write_text("W40, w41 w42 w43 w44?\n")
     options = ("--builtin", "--seed", 5, "--corpus", tmp_path, "--package", "rich", "--phrasings", 2, "--limit", 1)
     options += ("--held-out", tmp_path / "held.txt", "--max-prompt-tokens", 9, "--batch-size", 3, "--shard-rows", 7)
-    assert run(model_folder, tmp_path / "data", *options, "--budget", "2m").exit_code == 0
-    built, (prompts, folder, how) = asked
+    result = run(model_folder, tmp_path / "data", *options, "--budget", "2m")
+    assert result.exit_code == 0 and "run it again" not in result.stderr
+    done["complete"] = False
+    result = run(model_folder, tmp_path / "data", *options, "--budget", "2m")
+    assert result.exit_code == 0 and "not all shards are complete: run it again" in " ".join(result.stderr.split())
+    built, (prompts, folder, how) = asked[:2]
     assert built == (5, tmp_path, ["rich"], 2) and folder == tmp_path / "data"
     assert prompts == [Prompt("w30")]  # the first that is not held out
     sizes = {"max_prompt_tokens": 9, "batch_size": 3, "shard_rows": 7, "seconds": 120.0}
