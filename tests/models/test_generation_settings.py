@@ -80,11 +80,11 @@ def test_copies_of_a_model_have_decoders_of_their_own(model) -> None:
 def test_copies_of_a_prompt_stand_together(model) -> None:
     """Their rows are those of the prompt, and a function is told of which prompt they are."""
     batch, end = random_ids(4, batch=2).clamp(min=3), 2
-    options = {"eos_token_id": end, "pad_token_id": 77, "num_return_sequences": 2, "do_sample": True, "seed": 1}
+    options = {"eos_token_id": end, "pad_token_id": 1, "num_return_sequences": 2, "do_sample": True, "seed": 1}
     allowed = lambda row, ids: [10 + row, 20 + row] if len(ids) < 6 + row else [end]  # noqa: E731
     rows = model.generate(batch, max_new_tokens=6, prefix_allowed_tokens_fn=allowed, **options)
     assert torch.equal(rows[:, :4], batch[[0, 0, 1, 1]])
     for row, new in enumerate(rows[:, 4:].tolist()):
         said = 2 + row // 2
         assert set(new[:said]) <= {10 + row // 2, 20 + row // 2}
-        assert new[said:] == [end] + [77] * (3 - said)
+        assert new[said:] == [end] + [1] * (3 - said)
