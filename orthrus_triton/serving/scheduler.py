@@ -159,7 +159,6 @@ class Scheduler:
             request.cancelled = True
             if request in self._waiting:
                 self._waiting.remove(request)
-            self._wake.notify()
 
     def close(self) -> None:
         """Stop the thread; requests in flight end with an error."""
@@ -200,8 +199,6 @@ class Scheduler:
                 self._run.release(b)
                 self._leave(b)
         self._let_in()
-        if not self.running:
-            return
         for part in self._run.advance():
             request = self._slots[part.slot]
             if request is not None:

@@ -46,6 +46,7 @@ def test_an_error_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r"prompt must hold ids in 0\.\.16, but got -1"):
         ask([3, -1], 6)
     scheduler.close()
+    assert not scheduler._thread.is_alive()
     with pytest.raises(RuntimeError, match="the server is closing"):
         ask([1], 6)
     with pytest.raises(ValueError, match="slots must be an integer >= 1, but got 0"):
@@ -80,17 +81,18 @@ def wait_for(condition) -> None:
 
 def test_a_listener_that_fails_is_dropped_alone() -> None:
     scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch"), slots=2, max_len=64)
-    got, done = [], threading.Event()
+    got, failed, done = [], [], threading.Event()
 
     def deliver(tokens, reason, error) -> None:
         got.extend(tokens)
         if reason:
             done.set()
 
-    scheduler.submit(Request(torch.tensor([1]), 30, SamplingParams(), lambda *_: 1 / 0))
+    scheduler.submit(Request(torch.tensor([1]), 30, SamplingParams(), lambda *part: failed.append(part) or 1 / 0))
     scheduler.submit(Request(torch.tensor([2]), 30, SamplingParams(), deliver))
     assert done.wait(20) and got == oracle(LedgerModel(VOCAB), [2], 30, SamplingParams())
     wait_for(lambda: scheduler.running == 0)
+    assert len(failed) == 1
     scheduler.close()
 
 
@@ -277,10 +279,15 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -
     scheduler.submit(first.request)
     wait_for(lambda: first.parts)
     heard.clear()
+    rows, forward = [], LedgerModel.forward_view
+    monkeypatch.setattr(
+        LedgerModel, "forward_view", lambda model, ids, *rest: rows.append(ids.shape[1]) or forward(model, ids, *rest)
+    )
     for other in others:
         scheduler.submit(other.request)
     wait_for(lambda: all(other.ended for other in others))
-    assert heard == [] and not first.ended  # the one token of their own is read as they are admitted
+    assert heard == [] and not first.ended
+    assert [count for count in rows if count > 1] == [8, 8]  # the one token of their own, as they are admitted
     assert [watched.request.cached for watched in (first, *others)] == [0, 48, 48]
     wait_for(lambda: scheduler.running == 1)
     assert scheduler.tokens == scheduler.cycles == 2 * 8  # in AR mode, without the first tokens
