@@ -43,6 +43,13 @@ def test_a_conversation_goes_on_where_it_was() -> None:
         assert place(run, [*text[: 29 - TEMPLATE_TAIL], 5, 6, 7]) == (b, b)  # a template that ends prompts otherwise
 
 
+@pytest.mark.parametrize("later", [0, 1])
+def test_of_two_turns_of_a_conversation_the_later_one_goes_on(later: int) -> None:
+    text = [*turn(1), 5, 6]
+    run = answered(2, {1 - later: turn(1), later: text})
+    assert place(run, [*text, 7]) == (later, later)
+
+
 def test_a_new_one_leaves_conversations_alone_and_copies_what_all_begin_with() -> None:
     run = answered(4, {1: turn(1), 2: turn(2)})
     assert place(run, turn(3)) == (0, 1)  # 0 was never used
@@ -56,6 +63,12 @@ def test_a_new_one_leaves_conversations_alone_and_copies_what_all_begin_with() -
     assert place(run, [*turn(2)[:20], 5, 5]) == (1, 1)
     run.prefill_ahead(3, torch.tensor(turn(6)), 0)  # somebody who left while the prompt was read: it holds nothing
     assert place(run, turn(7)) == (3, 0)
+
+
+def test_short_prompts_that_only_begin_alike_are_other_conversations() -> None:
+    run = answered(3, {1: [9, 1, 1], 2: [2, 1, 1]})
+    assert place(run, [9, 3, 3]) == (0, 1) and place(run, [4, 3, 3]) == (0, 0)
+    assert place(run, [9, 1, 1]) == (1, 1)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
