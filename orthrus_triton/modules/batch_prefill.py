@@ -68,7 +68,6 @@ class BatchPrefill:
         notes = torch.tensor([slots, lengths, [int(prompt[-1]) for prompt in prompts]]).to(device)
         where, length, last = notes[0], notes[1].int(), notes[2]
         ids = ids.to(device)
-        buffers.context_len.zero_()
         buffers.prompt_len.fill_(1)
         buffers.prompt_len[: len(slots)] = length
         view_pass = buffers.view_pass("ar", rows, impl=impl, linear_impl="library")

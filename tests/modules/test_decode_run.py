@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules.adaptive_block import AdaptiveBlock
 from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.report_ring import ReportRing
 from orthrus_triton.modules.sampling_params import Choosing
@@ -90,12 +91,21 @@ def test_idle_slots_are_given_back_as_they_were() -> None:
 
 def test_no_step_is_enqueued_that_cannot_be_needed() -> None:
     run = ConsensusDecoder(MODEL, impl="torch").open(1, 64)
-    run.lag = 9
+    run.lag = 4  # the prefill's report and three more
     run.admit(0, PROMPTS[0], 4)
     assert [run.step() for _ in range(5)] == [True, True, True, False, False]  # one token of the four is the prefill's
     assert run.poll() == [] and not run.done
     heard = [token for _, tokens, _ in run.advance() for token in tokens]
     assert run.done and heard == ANSWERS[0][:4].tolist() and not run.step()
+
+
+def test_the_host_looks_at_a_step_when_the_next_one_is_enqueued() -> None:
+    run = ConsensusDecoder(MODEL, impl="torch", mode="ar").open(1, 64, eos_token_id=[])
+    run.lag = 1
+    run.admit(0, PROMPTS[0], 24)
+    for known in range(1, 4):
+        assert [tokens for _, tokens, _ in run.advance()] == [ANSWERS[0][known - 1 : known].tolist()]
+        assert len(run._ring) == 1 and len(run.slots[0].tokens) == known
 
 
 @pytest.mark.parametrize("lag", [0, 2])
@@ -156,7 +166,7 @@ def test_on_a_cpu_finished_slots_cost_no_rows(mode: str, monkeypatch: pytest.Mon
     assert compiled.needs_all_slots and not decoder.needs_all_slots
 
 
-def test_a_block_size_is_timed_for_every_number_of_slots() -> None:
+def test_a_block_size_is_timed_for_every_number_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three slots, then one, in this run and the next; on a clock by which each slot of a cycle takes a second."""
     decoder = ConsensusDecoder(MODEL, impl="torch", block_size="auto")
     seconds, cycle = [0.0], decoder.cycle
@@ -165,6 +175,8 @@ def test_a_block_size_is_timed_for_every_number_of_slots() -> None:
         cycle(cache, *rest)
         seconds[0] += cache.batch_size
 
+    starts, start = [], AdaptiveBlock.start
+    monkeypatch.setattr(AdaptiveBlock, "start", lambda rule: starts.append(rule) or start(rule))
     decoder.cycle, decoder.clock = timed, lambda: seconds[0]
     for _ in range(2):
         run = decoder.open(3, 64)
@@ -174,6 +186,8 @@ def test_a_block_size_is_timed_for_every_number_of_slots() -> None:
         assert [run.slots[b].tokens for b in (0, 2)] == [ANSWERS[0][:24].tolist(), ANSWERS[2][:10].tolist()]
     times = {width: set().union(*rule._times.values()) for width, rule in decoder._adaptive.items()}
     assert times == {1: {1.0}, 3: {3.0}}
+    rules = list(decoder._adaptive.values())
+    assert [starts.count(rule) for rule in rules] == [3, 3]  # as it is made, and for the texts of either run
 
 
 @pytest.mark.parametrize("anchor_rows", [0, 1])
@@ -274,10 +288,21 @@ def test_sequences_admitted_together() -> None:
     with pytest.raises(ValueError, match="prompts must have at most longest=4 tokens, but one has 11"):
         BatchPrefill(MODEL, 4, 2)([0, 2], PROMPTS[1:3], run.cache, run.state, 5, "torch")
     run.admit_together([2, 0], PROMPTS[1:3], 5, prefill)
+    # what rotary rules that know of lengths go by, in that pass and later
+    assert prefill.buffers.prompt_len.tolist() == [3, 11] and run.cache.prompt_len.tolist() == [11, 6, 3]
     drain(run)
     assert [slot.tokens for slot in run.slots] == [
         ANSWERS[2][:5].tolist(), ANSWERS[0][:4].tolist(), ANSWERS[1][:5].tolist()
     ]  # fmt: skip
+
+
+def test_prompts_of_any_lengths_may_be_admitted_together() -> None:
+    prompts = prompts_of(3, [5, 40, 33])
+    run = ConsensusDecoder(MODEL, impl="torch").open(3, 64, eos_token_id=[])
+    run.admit_together([2, 0, 1], prompts, 9, BatchPrefill(MODEL, 40, 2))
+    drain(run)
+    assert [run.slots[b].tokens for b in (2, 0, 1)] == [ar_answer(MODEL, prompt, 9).tolist() for prompt in prompts]
+    assert BatchPrefill(MODEL, 40_000, 2).width == 1  # one that is longer than a pass should be
 
 
 def test_sequences_admitted_together_sample_as_each_says() -> None:
@@ -294,6 +319,7 @@ def test_sequences_admitted_together_sample_as_each_says() -> None:
     drain(run)
     assert [slot.tokens for slot in run.slots] == [ids[len(p) :].tolist() for ids, p in zip(expected, PROMPTS)]
     assert [slot.tokens for slot in run.slots] != other
+    assert run.state.accepted_histogram.sum(1).tolist() == [6, 6, 6]  # cycles of the last ones alone
     run = decoder.open(1, 64, choosing=Choosing(processed=True))
     with pytest.raises(ValueError, match="runs that do not process logits"):
         run.admit_together([0], PROMPTS[1:2], 4, prefill)
