@@ -20,8 +20,16 @@ from fastapi.testclient import TestClient  # noqa: E402
 VOCAB = 17
 
 
+def no_loop_runs_here() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return True
+    return False
+
+
 class Words:
-    """A tokenizer: w3 is token 3."""
+    """A tokenizer: w3 is token 3. It takes its time, so it must not be asked in the event loop."""
 
     chat_template = "has one"
 
@@ -29,12 +37,14 @@ class Words:
         self.templated: list[tuple] = []
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert no_loop_runs_here()
         return {"input_ids": [*([9] if add_special_tokens else []), *(int(word[1:]) for word in text.split())]}
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(f"w{token} " for token in tokens)
+        return "".join(f"w{token}\u2028" for token in tokens)  # for some clients that ends a line
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        assert no_loop_runs_here()
         self.templated.append((messages, options))
         return " ".join(message["content"] for message in messages if message["content"])
 
@@ -89,12 +99,15 @@ def test_whole_replies(chat: bool, here: Here) -> None:
 @pytest.mark.parametrize("usage", [False, True])
 @pytest.mark.parametrize("chat", [False, True])
 def test_streamed_replies(chat: bool, usage: bool, here: Here) -> None:
-    body = {"stream": True, "max_tokens": 7, "stream_options": {"include_usage": usage}}
+    text = said([3] if chat else [9, 3], 7)
+    # what might become this is held back, until it cannot
+    stop = text[-3:] + "and more"
+    body = {"stream": True, "max_tokens": 7, "stream_options": {"include_usage": usage}, "stop": stop}
     if chat:
         reply = here.post("chat/completions", **body, **SAY_W3)
     else:
         reply = here.post("completions", **body, prompt="w3")
-    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert reply.headers["content-type"].startswith("text/event-stream") and reply.text.isascii()
     *events, done, end = reply.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
@@ -107,7 +120,7 @@ def test_streamed_replies(chat: bool, usage: bool, here: Here) -> None:
     assert not any("usage" in chunk for chunk in chunks)
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
     parts = [choice["delta"]["content"] if chat else choice["text"] for choice in choices]
-    assert "".join(parts) == said([3] if chat else [9, 3], 7) and all(parts[:-1])
+    assert "".join(parts) == text and all(parts[:-1])
     if chat:
         assert choices[0]["delta"]["role"] == "assistant" and not any("role" in one["delta"] for one in choices[1:])
 
@@ -139,6 +152,26 @@ def test_how_long_a_text_becomes(here: Here) -> None:
     assert tokens(chat, **SAY_W3, max_tokens=7, max_completion_tokens=3) == 3  # the newer name
     # by default 512, or what there is room for
     assert [tokens("completions", prompt=[1] * length) for length in (50, 590, 599)] == [512, 10, 1]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_nothing_of_a_stop_string_is_sent_and_nothing_behind_it_counted(here: Here, streamed: bool) -> None:
+    text = said([9, 3], 9)
+    lines = text.splitlines(keepends=True)
+    for count in range(7):
+        stop = "".join(lines[count : count + 3])  # three tokens, which may come in as many cycles
+        body = {"prompt": "w3", "max_tokens": 9, "stop": stop, "stream": streamed}
+        if streamed:
+            reply = here.post("completions", **body, stream_options={"include_usage": True})
+            chunks = [json.loads(event.removeprefix("data: ")) for event in reply.text.split("\n\n")[:-2]]
+            usage = chunks.pop()["usage"]
+        else:
+            chunks = [here.post("completions", **body).json()]
+            usage = chunks[0]["usage"]
+        choices = [chunk["choices"][0] for chunk in chunks]
+        assert "".join(choice["text"] for choice in choices) == text[: text.index(stop)]
+        assert choices[-1]["finish_reason"] == "stop"
+        assert usage["completion_tokens"] == len(text[: text.index(stop) + len(stop)].splitlines())
 
 
 def test_errors_have_the_kind_that_clients_look_for(here: Here) -> None:
@@ -194,8 +227,9 @@ def test_a_stream_that_nobody_reads_frees_its_slot() -> None:
                  "scheme": "http", "root_path": ""}  # fmt: skip
         with pytest.raises(Exception):  # noqa: B017
             await here.app(scope, receive, send)
+        # while the loop can still be told of tokens
+        await asyncio.to_thread(wait_for, lambda: here.scheduler.running == here.scheduler.waiting == 0)
 
     asyncio.run(ask())
-    wait_for(lambda: here.scheduler.running == here.scheduler.waiting == 0)
     assert len(here.scheduler._run.slots[0].tokens) < 4000
     here.scheduler.close()

@@ -43,3 +43,13 @@ def test_two_limits_must_agree() -> None:
     assert ChatRequest.model_validate({**body, "max_completion_tokens": 9}).max_completion_tokens == 9
     with pytest.raises(ValidationError, match="must be max_tokens, its older name"):
         ChatRequest.model_validate({**body, "max_completion_tokens": 8})
+
+
+def test_conversations_may_be_long() -> None:
+    from orthrus_triton.serving.schema import ChatRequest
+
+    message = {"role": "user", "content": "w1"}
+    assert len(ChatRequest.model_validate({"messages": [message] * 1000}).messages) == 1000
+    for count in (0, 1001):
+        with pytest.raises(ValueError, match="messages"):
+            ChatRequest.model_validate({"messages": [message] * count})

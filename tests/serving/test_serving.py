@@ -437,6 +437,23 @@ def test_connections_that_ask_for_nothing_are_closed(monkeypatch: pytest.MonkeyP
         server.close()
 
 
+def test_more_connections_than_may_be_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orthrus_triton.serving.server.MOST_CONNECTIONS", 3)
+    server = Running()
+    try:
+        status = []
+        for idle in range(4):
+            waiting = [socket.create_connection(server.socket.getsockname(), timeout=10) for _ in range(idle)]
+            server.wait_until(lambda idle=idle: len(server.server.server_state.connections) == idle)
+            status.append(httpx.get(f"{server.url}/health", timeout=5).status_code)
+            for connection in waiting:
+                connection.close()
+            server.wait_until(lambda: not server.server.server_state.connections)
+        assert status == [200, 200, 503, 503]  # the last one allowed is no longer served
+    finally:
+        server.close()
+
+
 def test_a_burst_may_fill_slots_and_queue() -> None:
     server = Running(slots=2, max_waiting=2)
     try:
