@@ -62,7 +62,8 @@ class LedgerModel:
         if view_pass.view == "diffusion":
             return hidden
         ledger = cache.layers[0].k[:, 0, :, 0]
-        ledger.scatter_(1, view_pass.slots.long().clamp(max=ledger.shape[1] - 1), input_ids.float())
+        inside = view_pass.slots < ledger.shape[1]  # what reaches past the cache's end is lost
+        ledger[inside.nonzero()[:, 0], view_pass.slots[inside].long()] = input_ids[inside].float()
         columns = torch.arange(ledger.shape[1])
         # what lies beyond a limit must not be looked at: a NaN there would spoil the sum
         entries = torch.where(columns < view_pass.key_limit[..., None], ledger[:, None], -1.0)
