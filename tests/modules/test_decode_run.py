@@ -125,6 +125,7 @@ def test_sequences_join_and_leave(lag: int) -> None:
     assert gone and gone == ANSWERS[0][: len(gone)].tolist()
     run.step()
     run.release(0)  # with a step in flight: its report is about a sequence that is gone
+    assert run.state.finished.tolist() == [True, False]  # on the device, too
     decoder.answers[0] = ANSWERS[2]
     run.admit(0, PROMPTS[2], 20)
     assert len(run._ring) > 0
@@ -235,8 +236,10 @@ def test_a_prompt_enters_chunk_by_chunk_behind_what_another_slot_holds(
 def test_a_run_says_what_is_wrong() -> None:
     decoder = ConsensusDecoder(MODEL, impl="torch")
     run = decoder.open(1, 64)
-    with pytest.raises(ValueError, match="at most 512, but is 515"):
-        run.admit(0, PROMPTS[0], 510)
+    with pytest.raises(ValueError, match="at most 512, but is 513"):
+        run.admit(0, PROMPTS[0], 508)
+    run.admit(0, PROMPTS[0], 507)
+    run.release(0)
     for arguments, message in (
         ((1, PROMPTS[0], 2), r"a slot must be in 0..0, but got 1"),
         ((0, PROMPTS[0][:0], 2), "at least one token"),
@@ -259,6 +262,10 @@ def test_a_run_says_what_is_wrong() -> None:
     for sizes, message in (((0, 64), "batch_size"), ((True, 64), "batch_size"), ((1, 64.0), "max_len")):
         with pytest.raises(ValueError, match=f"{message} must be an integer >= 1"):
             decoder.open(*sizes)
+    processing = decoder.open(1, 64, choosing=Choosing(processed=True))
+    with pytest.raises(ValueError, match="logit_bias must be of tokens in"):
+        processing.admit(0, PROMPTS[0], 2, SamplingParams(logit_bias={1000: 1.0}))
+    assert processing.done
     decoder.open(1, 64)
     for call in (run.step, lambda: run.admit(0, PROMPTS[0], 2), lambda: run.release(0)):
         with pytest.raises(RuntimeError, match="newer run"):
@@ -403,7 +410,8 @@ def test_ttft_and_cycles_by_block_size() -> None:
     ticks = iter(range(1000))
     decoder.clock = lambda: next(ticks)
     stats = decoder.generate(PROMPTS[:2], max_new_tokens=9).stats
-    assert stats.ttft == stats.prefill_seconds > 0
+    assert stats.ttft == stats.prefill_seconds == 5  # two ticks for each prompt, and one as they are known
+    assert stats.decode_seconds > 5 and stats.sequence_tokens == [9, 9]
     assert stats.cycles_by_block_size == {8: sum(stats.sequence_cycles)}
     stats = ConsensusDecoder(MODEL, impl="torch", mode="ar").generate(PROMPTS[:2], max_new_tokens=9).stats
     assert stats.cycles_by_block_size == {1: 16} and stats.forward_passes == 9

@@ -13,6 +13,7 @@ import torch
 from orthrus_triton.modules import ConsensusDecoder, SharedKVCache
 from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.decode_state import DecodeState
+from orthrus_triton.modules.slot import Slot
 from orthrus_triton.testing import TinyDualViewModel
 from tests.modules.test_consensus_decoder import DEVICE, ar_answer, make_model, prompts_of
 
@@ -101,6 +102,28 @@ def test_a_prompt_written_over_by_the_caller_is_not_taken_for_what_a_slot_holds(
     run.advance()
     ids.copy_(PROMPTS[0].flip(0))
     assert [run.cached_prefix(b, PROMPTS[0]) for b in range(2)] == [PROMPTS[0].numel() - 1] * 2
+
+
+@pytest.mark.parametrize(("first", "then", "kept"), [(9, 9, 8), (10, 10, 9), (10, 11, 0), (11, 10, 0), (11, 12, 0)])
+def test_rotary_angles_that_depend_on_a_prompts_length_are_not_mixed(first: int, then: int, kept: int) -> None:
+    """A model may have other angles for prompts longer than this."""
+    model = make_model()
+    model.static_rope_len = 10
+    run = ConsensusDecoder(model, impl="torch").open(1, 40, eos_token_id=[])
+    prompt = prompts_of(4, [12])[0]
+    run.admit(0, prompt[:first], 1)
+    run.advance()
+    assert run.cached_prefix(0, prompt[:then]) == kept
+
+
+@pytest.mark.parametrize(
+    ("ids", "held"), [([1, 2, 3, 4, 5, 6], 4), ([1, 2, 3, 4], 3), ([1, 2, 9, 4, 5], 2), ([9, 2, 3], 0), ([1], 0)]
+)
+def test_a_slot_holds_a_prompt_up_to_the_first_token_that_differs(ids: list[int], held: int) -> None:
+    slot = Slot(torch.tensor([1, 2, 3]), tokens=[4, 5])  # 5 is not cached yet
+    assert slot.holds_beginning_of(torch.tensor(ids)) == held
+    slot.failed = True
+    assert slot.holds_beginning_of(torch.tensor(ids)) == 0
 
 
 def test_a_slot_that_was_half_copied_is_nobodys_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
