@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.serving import Request, Scheduler
 from tests.modules.ledger_model import LedgerModel, oracle
 from tests.serving.test_scheduler import VOCAB, wait_for
@@ -202,6 +203,16 @@ def test_those_who_wait_outlive_an_error_of_those_who_run(schedulers) -> None:
     assert first.wait() == ([], "error", "RuntimeError: out of memory")
     for n, other in enumerate(others, 2):
         assert other.wait() == (oracle(model, [n], 5, GREEDY), "length", "")
+
+
+def test_one_that_fails_is_no_concern_of_the_others(schedulers) -> None:
+    """The next step is of its slot, too, and counts tokens for penalties: it has said none that could be counted."""
+    model, params = LedgerModel(VOCAB, poison=5), SamplingParams(logit_bias={5: -torch.inf}, frequency_penalty=0.5)
+    scheduler = schedulers(model, slots=3)
+    asked = [ask(scheduler, prompt, 40, params=params) for prompt in ([1], [1, 5], [2])]
+    assert asked[1].wait() == ([], "error", WHY_NO_TOKEN)
+    for prompt, one in (([1], asked[0]), ([2], asked[2])):
+        assert one.wait() == (oracle(model, prompt, 40, params), "length", "")
 
 
 @pytest.mark.parametrize("rule", ["coupled", "rejection"])
