@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
@@ -72,8 +73,7 @@ class SamplingParams:
         _require(isinstance(self.logit_bias, Mapping), "logit_bias", "numbers by token id", self.logit_bias)
         for token, bias in self.logit_bias.items():
             _require(_is_int(token) and token >= 0, "logit_bias", "keyed by token ids", token)
-            _require(isinstance(bias, numbers.Real) and not math.isnan(bias) and bias != math.inf,
-                     "logit_bias", "finite or -inf", bias)  # fmt: skip
+            _require(_is_number(bias) or bias == -math.inf, "logit_bias", "finite or -inf", bias)
         _require(self.logits_processor is None or callable(self.logits_processor),
                  "logits_processor", "callable or None", self.logits_processor)  # fmt: skip
 
@@ -125,7 +125,7 @@ class Choosing(NamedTuple):
 
 def _is_number(value: object) -> bool:
     # by their classes in the numbers' tower, to which numpy's belong as well
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_int(value: object) -> bool:

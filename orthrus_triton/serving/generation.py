@@ -13,7 +13,8 @@ import torch
 from fastapi import HTTPException
 
 from orthrus_triton.models.stop_strings import StopStrings
-from orthrus_triton.serving.scheduler import FinishReason, QueueFullError, Request, Scheduler
+from orthrus_triton.serving.request import FinishReason, Request
+from orthrus_triton.serving.scheduler import QueueFullError, Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.text_stream import TextStream
 

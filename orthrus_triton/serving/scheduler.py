@@ -6,57 +6,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from orthrus_triton.modules import Choosing, ConsensusDecoder, DecodeRun, SamplingParams
+from orthrus_triton.modules import Choosing, ConsensusDecoder, DecodeRun
 from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.modules.sampling_params import SamplingRule
 from orthrus_triton.modules.slot import Progress, Slot
 from orthrus_triton.serving.apart import run_apart
 from orthrus_triton.serving.placing import find_place
+from orthrus_triton.serving.request import FinishReason, Request
 
 logger = logging.getLogger(__name__)
-
-FinishReason = Literal["stop", "length", "error"]
-Deliver = Callable[[list[int], "FinishReason | None", str], None]
 
 
 class QueueFullError(RuntimeError):
     """As many requests wait as may."""
-
-
-@dataclass(eq=False)
-class Request:
-    """One sequence to generate.
-
-    Args:
-        prompt: [L] integers, a tensor or a list.
-        max_new_tokens: most tokens to generate.
-        params: how it samples.
-        deliver: called from the scheduler's thread with new tokens, the reason once it has finished, and what went
-            wrong if the reason is "error". Must not block.
-        stop: called after every token with all new tokens, also from that thread; True ends the sequence there.
-
-    Attributes:
-        cached: tokens of the prompt that a slot held already.
-    """
-
-    prompt: torch.Tensor | Sequence[int]
-    max_new_tokens: int
-    params: SamplingParams
-    deliver: Deliver
-    stop: Callable[[list[int]], bool] | None = None
-    cancelled: bool = field(default=False, init=False)
-    delivered: int = field(default=0, init=False)
-    cached: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        # a copy: it is read in parts, while its owner may use the tensor for the next one
-        self.prompt = torch.as_tensor(self.prompt).clone()
 
 
 class _Entering(NamedTuple):

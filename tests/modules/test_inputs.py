@@ -62,7 +62,7 @@ def test_the_newest_token_needs_no_row(prompt: int, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("name", "allowed", "refused"),
     [
-        ("temperature", [0, 1e-30, 1e4], [1e-31, 1.001e4, math.inf, True, "1"]),
+        ("temperature", [0, 1e-30, 1e4], [1e-31, 1.001e4, 10**400, math.inf, True, "1"]),
         ("top_k", [0, 2**31 - 1], [-1, 2**31, 1.0, True]),
         ("top_p", [1e-9, 1, 1.0], [0, -0.1, 1.0001, math.nan]),
         ("min_p", [0, 1, 0.5], [-1e-9, 1.0001, math.nan]),
@@ -72,7 +72,11 @@ def test_the_newest_token_needs_no_row(prompt: int, tokens: int) -> None:
         ("presence_penalty", [-1e4, 1e4], [-1.001e4, 1.001e4, math.nan]),
         ("frequency_penalty", [-1e4, 1e4], [-1.001e4, 1.001e4, math.nan]),
         ("min_new_tokens", [0, MOST_NEW_TOKENS], [-1, MOST_NEW_TOKENS + 1, 1.0]),
-        ("logit_bias", [{}, {0: -math.inf, 5: 3}], [[5], {-1: 1}, {True: 1}, {1: math.inf}, {1: math.nan}, {1: "1"}]),
+        (
+            "logit_bias",
+            [{}, {0: -math.inf, 5: 3}],
+            [[5], {-1: 1}, {True: 1}, {1: math.inf}, {1: math.nan}, {1: 10**400}, {1: "1"}],
+        ),
         ("logits_processor", [None, some_processor], [5]),
     ],
 )

