@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder
@@ -22,25 +21,11 @@ from orthrus_triton.training.data import read_rows
 from orthrus_triton.training.distill import distill
 from orthrus_triton.training.prompts import Prompt, encode
 from orthrus_triton.training.shards import ShardFolder
-from tests.models.tiny_bases import base_config, build_base, tiny_tokenizer
+from tests.models.tiny_bases import base_config, build_base
 
 NEW = 7
 SETTINGS = {"max_new_tokens": NEW, "batch_size": 3, "shard_rows": 4}
 DOMAINS = ("code", "chat", "docs")
-
-
-@pytest.fixture(scope="module")
-def model() -> OrthrusForCausalLM:
-    base = build_base(base_config("llama", eos_token_id=list(range(2, 12))))  # one in ten answers ends at any token
-    return OrthrusForCausalLM.from_base(base, block_size=4, mask_token_id=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = tiny_tokenizer(list(range(2, 90)))
-    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.chat_template = "{% for m in messages %}w88 {{ m.content }} w89{% endfor %}"
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
