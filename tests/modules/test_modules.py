@@ -232,15 +232,6 @@ def test_a_residual_is_added_with_and_without_a_norm(options: dict, anchor_rows:
         SwiGLU(32, 48)(hidden, None, norm)
 
 
-def test_a_cache_of_fewer_layers_is_refused() -> None:
-    """The model's last ones would be left out."""
-    model = TinyDualViewModel()
-    cache = model.new_cache(1, 8, 4)
-    cache.layers.pop()
-    with pytest.raises(ValueError, match="argument 2 is shorter"), torch.no_grad():
-        model.forward_view(torch.tensor([[1, 2]]), cache, cache.view_pass("ar", 2, impl="torch"))
-
-
 @torch.no_grad()
 def test_an_anchor_that_the_frozen_view_reads_is_read_with_its_own_weights() -> None:
     """What it says is said: int8 copies are for passes of which nothing is."""
