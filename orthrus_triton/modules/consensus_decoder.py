@@ -215,7 +215,7 @@ class ConsensusDecoder(DecodeCycle):
                 )
             max_len = self.max_cache_len
         kept = self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids))
-        versions, self._versions = self._versions, weight_versions(self.model)
+        versions = weight_versions(self.model)
         # the buffers serve weights that were changed in place, but what lies in them is of the weights before
         last = self.run.slots if kept and versions == self._versions and self.run is not None else []
         self._state.reset(eos_ids, choosing, self.model.vocab_size)
@@ -227,6 +227,7 @@ class ConsensusDecoder(DecodeCycle):
         lag = 1 if runner.captures_steps else 0
         rules = partial(self._block_rule, option)
         self.run = DecodeRun(self, self.cache, self._state, runner, rules, impl, lag, choosing)
+        self._versions = versions  # not before: had something failed above, the next call would go on from old K/V
         if last:  # what the cache still holds of them may be the beginning of the next prompts
             self.run.slots = [Slot(slot.prompt, tokens=slot.tokens, failed=slot.failed) for slot in last]
         self.run.prepare()

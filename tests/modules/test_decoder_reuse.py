@@ -68,6 +68,23 @@ def test_autocast_changes_neither_tokens_nor_drafts(dtype: torch.dtype, autocast
         assert answers[0][:2] == answers[1][:2] and torch.equal(answers[0][2], answers[1][2])
 
 
+def test_a_call_that_fails_does_not_hide_that_the_weights_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    decoder = ConsensusDecoder(make_model(), impl="torch")
+    text = decoder.generate([PROMPTS[0]], max_new_tokens=9, eos_token_id=[]).sequences[0]
+    with torch.no_grad():
+        for parameter in decoder.model.parameters():
+            parameter.copy_(parameter.flip(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(decoder._state), "reset", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            decoder.generate([text], max_new_tokens=9, reuse_cache=True)
+    run = decoder.open(1, 64, eos_token_id=[])
+    assert run.cached_prefix(0, text) == 0
+
+
 def test_buffers_that_could_not_be_made_do_not_break_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_args: object) -> None:
         raise torch.OutOfMemoryError("no room")
