@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 def export_view(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="MODEL", help="Folder of a trained Orthrus model, or a training checkpoint of the demo model."
-        ),
+        typer.Argument(metavar="MODEL", help="Folder of a trained Orthrus model, or a checkpoint of a training run."),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Of a checkpoint: the model its training began with.", show_default="the demo model"
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Keep the best rank-r approximation of each delta; by default all of it.")
     ] = None,
@@ -39,6 +43,7 @@ def export_view(
     orthrus-triton export-view ./trained view.safetensors
     orthrus-triton export-view ./trained view.safetensors --rank 64 --storage fp16
     orthrus-triton export-view ./run/checkpoint-3000 view.safetensors --block-size 8
+    orthrus-triton export-view ./run/checkpoint-3000 view.safetensors --base ./orthrus-model
     orthrus-triton demo --view view.safetensors
     """
     with one_line_errors():
@@ -47,22 +52,24 @@ def export_view(
         with busy(f"Reading {source}"):
             from orthrus_triton.models.view import save_view
 
-            model = read_trained(source, block_size)
+            model = read_trained(source, block_size, base)
         with busy(f"Writing {target}"):
             size = save_view(model, target, rank=rank, storage=storage, max_bytes=int(max_mb * 1e6))
         kept = "full rank" if rank is None else f"rank {rank}"
         status_console.print(f"{target}: {size / 1e6:.2f} MB, {kept}, {storage}")
 
 
-def read_trained(source: Path, block_size: int | None = None) -> OrthrusForCausalLM:
-    """A trained model's folder, or a checkpoint of the demo model over its base, in fp32.
+def read_trained(source: Path, block_size: int | None = None, base: Path | None = None) -> OrthrusForCausalLM:
+    """A trained model's folder, or a checkpoint over the model that its training began with, in fp32.
 
     Args:
         source: either.
         block_size: of the model that is returned, by default the one it was trained with.
+        base: of a checkpoint: folder of the Orthrus model its training began with, by default the demo model.
 
     Raises:
-        FileNotFoundError: it is neither. ValueError: a block size that is missing, or larger than the view's own.
+        FileNotFoundError: it is neither. ValueError: a block size that is missing, or larger than the view's own; a
+            base of another shape, or beside a model that has its own.
     """
     import torch
 
@@ -71,6 +78,8 @@ def read_trained(source: Path, block_size: int | None = None) -> OrthrusForCausa
     from orthrus_triton.models.view_checkpoint import adopt_form, load_checkpoint_view, read_checkpoint_metadata
 
     if (source / "config.json").is_file():
+        if base is not None:
+            raise ValueError(f"--base is for checkpoints, but {source} is a model with a base of its own")
         model = OrthrusForCausalLM.from_pretrained(source, dtype=torch.float32)
         model.config.block_size = _at_most(model.block_size, block_size)
         return model
@@ -82,9 +91,20 @@ def read_trained(source: Path, block_size: int | None = None) -> OrthrusForCausa
         block_size = _at_most(about["block_size"], block_size)
     if block_size is None:
         raise ValueError(f"--block-size must be given, for {source} does not name its own")
-    model, _ = load_demo_model(block_size=block_size, view="copy", mask_embedding=about["mask_embedding"])
+    if base is None:
+        model, _ = load_demo_model(block_size=block_size, view="copy", mask_embedding=about["mask_embedding"])
+    elif not base.is_dir():
+        raise FileNotFoundError(f"--base must be the folder of an Orthrus model, but {base} is none")
+    else:
+        model = OrthrusForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model.config.block_size = block_size
+        if about["mask_embedding"]:
+            model.add_mask_embedding()
     adopt_form(model, about)
-    load_checkpoint_view(model, weights)
+    try:
+        load_checkpoint_view(model, weights)
+    except ValueError as error:
+        raise ValueError(f"{error}: is it of another model than {base or 'the demo model'}? See --base") from error
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,8 +12,9 @@ from typer.testing import CliRunner
 
 from orthrus_triton.cli import app
 from orthrus_triton.models import demo
-from orthrus_triton.models.view import load_view, save_view
-from orthrus_triton.models.view_checkpoint import load_checkpoint_view, read_checkpoint_metadata
+from orthrus_triton.models.view import load_view, read_view_config, save_view
+from orthrus_triton.models.view_checkpoint import checkpoint_metadata, load_checkpoint_view, read_checkpoint_metadata
+from tests.models.tiny_bases import randomise_view
 from tests.training.test_view_file import K, fresh, make_model, view_of, worst_error
 
 
@@ -58,6 +61,32 @@ def test_export_from_a_model_and_from_a_checkpoint(tmp_path, monkeypatch):
     assert torch.equal(model.model.mask_embedding_diff, trained.model.mask_embedding_diff)
 
 
+def test_a_checkpoint_of_any_model_goes_over_the_one_it_began_with(tmp_path, monkeypatch):
+    began_with = make_model("llama", anchor_view="ar")
+    began_with.save_pretrained(tmp_path / "base")
+    trained = randomise_view(copy.deepcopy(began_with), scale=0.1)
+    trained.add_mask_embedding()
+    trained.add_chain(5)
+    (tmp_path / "checkpoint-3").mkdir()
+    view = {f"orthrus.{name}": tensor.clone() for name, tensor in view_of(trained).items()}
+    metadata = checkpoint_metadata(trained, K - 1)
+    save_file(view, tmp_path / "checkpoint-3" / "model.safetensors", metadata)
+    monkeypatch.setattr(demo, "load_demo_model", lambda **_: (make_model("qwen3"), None))
+    result = export(tmp_path / "checkpoint-3", tmp_path / "v.safetensors")
+    assert result.exit_code == 2 and "of another model than the demo model? See --base" in " ".join(
+        result.stderr.split()
+    )
+    result = export(tmp_path / "base", tmp_path / "v.safetensors", "--base", tmp_path / "base")
+    assert result.exit_code == 2 and "--base is for checkpoints" in result.stderr
+    result = export(tmp_path / "checkpoint-3", tmp_path / "v.safetensors", "--base", tmp_path / "base")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert read_view_config(tmp_path / "v.safetensors")["block_size"] == K - 1
+    model = fresh(trained)
+    model.config.block_size = K - 1
+    load_view(model, tmp_path / "v.safetensors")
+    assert worst_error(model, trained) < 0.005 and model.config.anchor_view == "ar"
+
+
 def test_a_file_of_something_else_is_no_checkpoint(tmp_path):
     """Whatever its metadata and its tensors are called."""
     weights = tmp_path / "model.safetensors"
@@ -69,11 +98,14 @@ def test_a_file_of_something_else_is_no_checkpoint(tmp_path):
 
 def test_export_names_bad_input(tmp_path):
     make_model("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "run" / "model.safetensors", checkpoint_metadata(make_model("llama"), K))
     for arguments, complaint in (
         ((tmp_path / "model", tmp_path / "v.bin"), "OUT"),
         ((tmp_path / "none", tmp_path / "v.safetensors"), "MODEL"),
         ((tmp_path / "model", tmp_path / "v.safetensors", "--block-size", K + 1), "--block-size"),
         ((tmp_path / "model", tmp_path / "v.safetensors", "--max-mb", 0.01), "at most 0.01 MB"),
+        ((tmp_path / "run", tmp_path / "v.safetensors", "--base", tmp_path / "gone"), "--base must be the folder of"),
     ):
         result = export(*arguments)
         assert result.exit_code == 2 and complaint in result.stderr, (result.stderr, result.exception)
