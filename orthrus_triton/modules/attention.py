@@ -101,6 +101,8 @@ class DualViewAttention(nn.Module):
             ValueError: shapes or dtypes that do not fit, or `next_norm` without `residual`.
         """
         require_residual(residual, next_norm)
+        if hidden.dim() != 3:
+            raise ValueError(f"hidden must be [B, T, {self.hidden_size}], but got shape {tuple(hidden.shape)}")
         if view_pass.parts:
             return self._draft(hidden, rope, cache_layer, view_pass, residual, next_norm)
         drafting = view_pass.view == "diffusion"

@@ -228,6 +228,8 @@ def test_a_residual_is_added_with_and_without_a_norm(options: dict, anchor_rows:
     torch.testing.assert_close(attention(hidden, *where, residual, norm)[1], expected)
     with pytest.raises(ValueError, match="residual must be given with next_norm"):
         attention(hidden, *where, None, norm)
+    with pytest.raises(ValueError, match=rf"hidden must be \[B, T, 32\], but got shape \({hidden.shape[1]}, 32\)"):
+        attention(hidden[0], *where)
     with pytest.raises(ValueError, match="residual must be given with next_norm"):
         SwiGLU(32, 48)(hidden, None, norm)
 
