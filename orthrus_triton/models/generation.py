@@ -10,8 +10,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from orthrus_triton.models.convert import eos_token_ids
-from orthrus_triton.models.generation_settings import GenerationSettings, merged_config
+from orthrus_triton.models.generation_settings import GenerationSettings, merged_config, stop_tokens
 from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.modules import ConsensusDecoder, DecodeStats
 from orthrus_triton.modules.decode_options import BlockSize, Mode
@@ -148,7 +147,7 @@ class OrthrusGenerationMixin:
 def _mask_of_padding(inputs: torch.Tensor, config: GenerationConfig, default_eos: list[int]) -> torch.Tensor | None:
     """Where `inputs` [B, L] are text, by the padding token; None where that does not tell."""
     pad_id = config.pad_token_id
-    if pad_id is None or pad_id in (default_eos if config.eos_token_id is None else eos_token_ids(config)):
+    if pad_id is None or pad_id in stop_tokens(config, default_eos):
         return None
     text = inputs != pad_id
     if bool(text.all()):

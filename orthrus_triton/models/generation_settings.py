@@ -109,7 +109,7 @@ class GenerationSettings:
             if type(one) in REPLACED:
                 setattr(config, REPLACED[type(one)], None)
         max_new = _max_new_tokens(config, prompt_length, positions)
-        eos_ids = default_eos if config.eos_token_id is None else eos_token_ids(config)
+        eos_ids = stop_tokens(config, default_eos)
         pad_id = config.pad_token_id
         if pad_id is None:
             pad_id = eos_ids[0] if eos_ids else 0
@@ -139,6 +139,11 @@ class GenerationSettings:
             max_new, eos_ids, pad_id, copies, bool(config.return_dict_in_generate), strings, config.max_time,
             [SamplingParams(**shared, sequence=b, logits_processor=host or None) for b, host in enumerate(hosts)],
         )  # fmt: skip
+
+
+def stop_tokens(config: GenerationConfig, default_eos: list[int]) -> list[int]:
+    """The tokens that end a sequence, by `config` or else by the model."""
+    return default_eos if config.eos_token_id is None else eos_token_ids(config)
 
 
 def _max_new_tokens(config: GenerationConfig, prompt_length: int, positions: int | None) -> int:

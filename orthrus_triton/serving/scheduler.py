@@ -173,7 +173,7 @@ class Scheduler:
     def _let_in(self) -> None:
         """One request at a time and, of a long prompt, one chunk: nobody waits longer between two cycles."""
         if self._entering is None:
-            self._entering = self._next_request()
+            self._place_next()
         if self._entering is None:
             return
         b, request = self._entering.slot, self._entering.request
@@ -189,19 +189,19 @@ class Scheduler:
             _deliver(request, [], "error", str(error))
         self._entering = None
 
-    def _next_request(self) -> _Entering | None:
-        """The one that has waited longest, in a slot that holds what any slot holds of its prompt's beginning."""
+    def _place_next(self) -> None:
+        """Give the request that has waited longest a free slot, with what any slot holds of its prompt's beginning."""
         free = [b for b, request in enumerate(self._slots) if request is None]
         with self._wake:
             if not free or not self._waiting:
-                return None
+                return
             request = self._waiting.popleft()
             place = find_place(self._run, free, request.prompt)
             self._slots[place.slot] = request
+        request.cached = place.cached
+        self._entering = _Entering(place.slot, request, place.cached)
         if place.source != place.slot:
             self._run.copy_prefix(place.source, place.slot, request.prompt)
-        request.cached = place.cached
-        return _Entering(place.slot, request, place.cached)
 
     def _hand_out(self, part: Progress, request: Request) -> None:
         tokens, slot = part.tokens, self._run.slots[part.slot]

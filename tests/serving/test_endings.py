@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,24 +11,9 @@ from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.serving import Request, Scheduler
 from tests.modules.ledger_model import LedgerModel, oracle
-from tests.serving.test_scheduler import VOCAB, wait_for
+from tests.serving.watched import GREEDY, Watched, wait_for
 
-GREEDY = SamplingParams()
-
-
-class Asked:
-    """A request and what its listener heard."""
-
-    def __init__(
-        self, prompt: list[int], tokens: int, stop: Callable | None = None, params: SamplingParams = GREEDY
-    ) -> None:
-        self.parts: list[tuple[list[int], str | None, str]] = []
-        self.request = Request(torch.tensor(prompt), tokens, params, lambda *part: self.parts.append(part), stop)
-
-    def wait(self) -> tuple[list[int], str, str]:
-        """Its tokens, why it ended, and what went wrong."""
-        wait_for(lambda: self.parts and self.parts[-1][1])
-        return [token for part in self.parts for token in part[0]], *self.parts[-1][1:]
+VOCAB = 17
 
 
 @pytest.fixture
@@ -53,8 +37,8 @@ def agreeing(**options) -> LedgerModel:
     return model
 
 
-def ask(scheduler: Scheduler, *arguments, **options) -> Asked:
-    asked = Asked(*arguments, **options)
+def ask(scheduler: Scheduler, *arguments, **options) -> Watched:
+    asked = Watched(*arguments, **options)
     scheduler.submit(asked.request)
     return asked
 
@@ -117,7 +101,7 @@ def test_what_cannot_run_is_refused_or_fails_alone(schedulers) -> None:
     scheduler = schedulers(LedgerModel(VOCAB))
     with pytest.raises(ValueError, match="hosted=True"):
         ask(scheduler, [1], 5, params=SamplingParams(logits_processor=lambda ids, scores: scores))
-    odd = Asked([1], 5)
+    odd = Watched([1], 5)
     odd.request.prompt = odd.request.prompt.float()
     with pytest.raises(ValueError, match="prompt must hold integers, but got torch.float32"):
         scheduler.submit(odd.request)
@@ -174,7 +158,7 @@ def test_one_that_is_cancelled_leaves_the_queue_and_hears_nothing(schedulers) ->
 
 def test_one_that_is_cancelled_while_it_decodes_hears_nothing_more(schedulers) -> None:
     scheduler = schedulers(LedgerModel(VOCAB), max_len=512)
-    gone = Asked([1], 500)
+    gone = Watched([1], 500)
 
     def stop(new: list[int]) -> bool:
         if len(new) == 20:
@@ -184,7 +168,7 @@ def test_one_that_is_cancelled_while_it_decodes_hears_nothing_more(schedulers) -
     gone.request.stop = stop
     scheduler.submit(gone.request)
     wait_for(lambda: scheduler.tokens)
-    heard = [token for part in gone.parts for token in part[0]]
+    heard = gone.tokens
     assert 0 < len(heard) < 20 and heard == oracle(LedgerModel(VOCAB), [1], len(heard), GREEDY)
     assert len(scheduler._run.slots[0].tokens) < 30 and not gone.parts[-1][1]
 

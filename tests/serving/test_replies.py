@@ -12,7 +12,7 @@ import pytest
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.serving import Scheduler
 from tests.modules.ledger_model import LedgerModel, oracle
-from tests.serving.test_scheduler import wait_for
+from tests.serving.watched import wait_for
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 from fastapi.testclient import TestClient  # noqa: E402

@@ -13,6 +13,7 @@ from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.serving import QueueFullError, Request, Scheduler
 from orthrus_triton.serving.apart import run_apart
 from tests.modules.ledger_model import LedgerModel, oracle
+from tests.serving.watched import Watched, wait_for
 
 VOCAB = 17
 
@@ -70,13 +71,6 @@ def test_a_prompt_is_integers_in_a_tensor_or_a_list() -> None:
         with pytest.raises(ValueError, match="prompt must hold integers, but got torch"):
             scheduler.submit(Request(wrong, 5, SamplingParams(), print))
     scheduler.close()
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_listener_that_fails_is_dropped_alone() -> None:
@@ -187,26 +181,6 @@ def test_work_done_apart_gives_its_result_or_its_error() -> None:
         run_apart(no_model)
 
 
-class Watched:
-    """A request, and what its listener heard: [(tokens, reason, error)]."""
-
-    def __init__(self, prompt: list[int] | torch.Tensor, tokens: int, heard: list | None = None) -> None:
-        self.parts, self.heard = [], heard if heard is not None else []
-        self.request = Request(torch.as_tensor(prompt), tokens, SamplingParams(), self._deliver)
-
-    def _deliver(self, tokens: list[int], reason: str | None, error: str) -> None:
-        self.parts.append((list(tokens), reason, error))
-        self.heard.append((self, tokens))
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for part in self.parts for token in part[0]]
-
-    @property
-    def ended(self) -> str | None:
-        return self.parts[-1][1] if self.parts else None
-
-
 def chunks_read(monkeypatch: pytest.MonkeyPatch, heard: list) -> None:
     """Every chunk of a prompt that is read ahead is noted in `heard`, with how far it reaches."""
     ahead = DecodeRun.prefill_ahead
@@ -225,9 +199,9 @@ def test_others_go_on_while_a_long_prompt_is_read(monkeypatch: pytest.MonkeyPatc
     chunks_read(monkeypatch, heard)
     decoder = ConsensusDecoder(LedgerModel(VOCAB), impl="torch", mode="ar", prefill_chunk=10)
     scheduler = Scheduler(decoder, slots=2, max_len=200)
-    short = Watched([1], 150, heard)
+    short = Watched([1], 150, heard=heard)
     prompt = torch.tensor(list(range(16)) * 3)
-    long = Watched(prompt, 9, heard)
+    long = Watched(prompt, 9, heard=heard)
     prompt.fill_(0)  # its owner's, for something else
     scheduler.submit(short.request)
     wait_for(lambda: short.parts)
