@@ -46,6 +46,23 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=["C", "torch"])
+def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with the C kernels, and with PyTorch's own operations alone."""
+    from orthrus_triton.ops.cpu import kernels
+
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "c_library", lambda: None)
+    elif kernels.c_library() is None:
+        pytest.skip("no C kernels here")
+
+
+@pytest.fixture
+def without_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C compiler."""
+    monkeypatch.setattr("orthrus_triton.ops.cpu.kernels.c_library", lambda: None)
+
+
 # of tests of the command line; imported late, for transformers takes seconds
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -76,9 +76,13 @@ class Table:
 
 
 def user_folder() -> Path:
-    """$ORTHRUS_TRITON_CONFIG_DIR, else `orthrus_triton` in the platform's cache folder; read at every call."""
-    if chosen := os.environ.get(CONFIG_DIR_VARIABLE):
-        return Path(chosen)
+    """$ORTHRUS_TRITON_CONFIG_DIR, else `cache_folder`; read at every call."""
+    chosen = os.environ.get(CONFIG_DIR_VARIABLE)
+    return Path(chosen) if chosen else cache_folder()
+
+
+def cache_folder() -> Path:
+    """`orthrus_triton` in the platform's folder for what can be made again."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":

@@ -16,7 +16,7 @@ from orthrus_triton.ops.linear import (
     linear_torch,
     row_runs,
 )
-from orthrus_triton.ops.rms_norm import normed_row, rms_norm_config, rms_norm_reference, rms_norm_torch
+from orthrus_triton.ops.rms_norm import add_rms_norm_torch, normed_row, rms_norm_config, rms_norm_reference
 from orthrus_triton.ops.split_sum import split_sum
 
 
@@ -131,8 +131,7 @@ def linear_norm_torch(
     weight_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Any device."""
-    hidden = linear_torch(x, weight, bias, residual.contiguous(), x.dtype, weight_scale)
-    return rms_norm_torch(hidden, norm_weight, eps), hidden
+    return add_rms_norm_torch(linear_torch(x, weight, bias, None, x.dtype, weight_scale), residual, norm_weight, eps)
 
 
 @torch.library.custom_op(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
 from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.cpu.kernels import rms_norm_cpu
 from orthrus_triton.ops.swiglu import SHARED_FROM
 
 
@@ -102,6 +103,8 @@ def launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torc
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Any device; rounds where the Triton kernel rounds: before the weight, and after it."""
+    if (of_c := rms_norm_cpu(x, weight, eps)) is not None:
+        return of_c[0]
     if x.is_cpu and x.numel() == x.shape[-1] >= SHARED_FROM:  # a row alone, all threads would sum it
         return rms_norm_torch(x.expand(2, *x.shape), weight, eps)[0]
     return F.rms_norm(x.contiguous(), weight.shape, eps=eps) * weight
@@ -111,6 +114,8 @@ def add_rms_norm_torch(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of x + residual, and that sum."""
+    if (of_c := rms_norm_cpu(x, weight, eps, residual)) is not None:
+        return of_c
     hidden = x.contiguous() + residual.contiguous()
     return rms_norm_torch(hidden, weight, eps), hidden
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from orthrus_triton.ops._dispatch import without_autocast
 from orthrus_triton.ops._kept import Kept
+from orthrus_triton.ops.cpu.kernels import rope_cache_cpu
 
 _angles: Kept[torch.Tensor] = Kept()
 _placements: Kept[_Placement] = Kept()
@@ -21,6 +22,11 @@ def rope_cache_torch(
 ) -> torch.Tensor:
     """Any device. `compute` is the dtype of the arithmetic, `rounding` that between norm, weight and rotation. With
     keep=True, what follows from the angles and from the slots is kept for other calls with these very tensors."""
+    if (
+        compute == torch.float32
+        and (q := rope_cache_cpu(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)) is not None
+    ):
+        return q
     B, T, width = qkv.shape
     HKV, D = k_out.shape[1], k_out.shape[3]
     heads = qkv.contiguous().view(B, T, width // D, D)  # numbers that lie apart would be summed in another order

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.ops._dispatch import on_its_device, resolve_impl
+from orthrus_triton.ops.cpu.kernels import greedy_choice_cpu
 from orthrus_triton.ops.void_rows import VOID
 
 TILE = 128  # logits, on a CPU
@@ -62,6 +63,8 @@ def launch_greedy_choice(logits: torch.Tensor) -> torch.Tensor:
 
 def greedy_choice_torch(logits: torch.Tensor) -> torch.Tensor:
     """By tiles: on a CPU amax is sixteen times as fast as a max that says where. torch.max gives the first maximum."""
+    if (choice := greedy_choice_cpu(logits, VOID)) is not None:
+        return choice
     missing = -logits.shape[-1] % TILE
     # [..., tiles, TILE]
     tiles = (F.pad(logits, (0, missing), value=-torch.inf) if missing else logits).unflatten(-1, (-1, TILE))

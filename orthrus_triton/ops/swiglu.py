@@ -6,6 +6,7 @@ import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.ops._dispatch import accumulate_dtype, on_its_device, resolve_impl
+from orthrus_triton.ops.cpu.kernels import swiglu_cpu
 
 
 def swiglu(gate_up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -58,7 +59,9 @@ def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In torch: computed in `dtype`, rounded once."""
+    """In torch, or in C on a CPU: computed in `dtype`, rounded once."""
+    if dtype == torch.float32 and (out := swiglu_cpu(gate_up)) is not None:
+        return out
     gate, up = gate_up.contiguous().to(dtype).chunk(2, dim=-1)
     return _sigmoid(gate).mul_(gate).mul_(up).to(gate_up.dtype)
 

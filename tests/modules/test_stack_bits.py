@@ -15,6 +15,7 @@ ON_CPU = DEVICE.type == "cpu"
 EDGES = [253, 509, 766]
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.skipif(not ON_CPU, reason="on a GPU the torch implementation promises no bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_torch_verify_rows_are_decode_rows(dtype: torch.dtype) -> None:
@@ -28,12 +29,13 @@ def test_triton_verify_rows_are_decode_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not ON_CPU, reason="about BLAS")
-def test_the_check_can_fail() -> None:
-    """A library's product of one row rounds otherwise than its product of several."""
+def test_the_check_can_fail(without_c: None) -> None:
+    """A library's attention of one row rounds otherwise than its attention of several."""
     with pytest.raises(AssertionError, match="hidden states"):
         assert_verify_rows_are_decode_rows(make_model(), [9], rows=6, impl="torch", linear_impl="library")
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.skipif(not ON_CPU, reason="on a GPU the torch implementation promises no bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_consensus_is_ar_past_every_tile_edge(dtype: torch.dtype) -> None:
@@ -52,7 +54,7 @@ def test_consensus_is_ar_past_every_tile_edge(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not ON_CPU, reason="about BLAS")
-def test_inexact_ar_leaves_other_bits() -> None:
+def test_inexact_ar_leaves_other_bits(without_c: None) -> None:
     """The comparison of caches can fail: exact=False lets BLAS round single rows in its own way."""
     model, prompts = make_model(), prompts_of(22, [20])
     decoders = [ConsensusDecoder(model, impl="torch"), ConsensusDecoder(model, mode="ar", impl="torch", exact=False)]

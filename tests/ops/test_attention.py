@@ -72,6 +72,7 @@ def test_triton_reads_no_partial_result_that_was_not_written(
         check(case, "triton", config=SMALL)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @given(
     seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES), batch=st.integers(1, 3), blocks=st.integers(0, 3),
     block_size=st.integers(1, 9), head_dim=st.sampled_from([8, 64, 80]), context=st.integers(0, 600),
@@ -85,6 +86,7 @@ def test_torch_fuzz(seed, dtype, batch, blocks, block_size, head_dim, context, w
     check(case, "torch")
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 def test_row_without_keys_is_zero(impl: str, device: torch.device) -> None:
     case = make_case(3, torch.float32, device, rows=2)
@@ -100,11 +102,13 @@ def test_no_rows_give_no_rows(impl: str, device: torch.device) -> None:
     assert dual_view_attention(q, cache, cache, limit, impl=impl).shape == q.shape
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_a_window_shorter_than_the_block_leaves_its_last_rows_the_block_alone(impl: str, device: torch.device) -> None:
     check(make_case(8, torch.float32, device, rows=8, block_size=8, window=3), impl)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_garbage_that_would_overflow_is_not_seen(impl: str, device: torch.device) -> None:
     case = make_case(9, torch.float32, device, rows=4)
@@ -113,6 +117,7 @@ def test_garbage_that_would_overflow_is_not_seen(impl: str, device: torch.device
     check(case, impl)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 def test_limits_are_clamped_to_the_cache(impl: str, device: torch.device) -> None:
     case = make_case(4, torch.float32, device, rows=3, capacity=40, context=20, poison=False)
@@ -123,6 +128,7 @@ def test_limits_are_clamped_to_the_cache(impl: str, device: torch.device) -> Non
     torch.testing.assert_close(out[:, 2:], dual_view_attention(*same_query.args(), impl=impl))
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 def test_window_sees_exactly_its_keys(device: torch.device) -> None:
     """With values that name their row, the average tells which rows were seen."""
     q = torch.zeros(1, 1, 1, 64, device=device)
@@ -135,6 +141,7 @@ def test_window_sees_exactly_its_keys(device: torch.device) -> None:
         assert out[0, 0, 0, 0].item() == pytest.approx(37.0), impl
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_a_key_behind_a_rows_window_harms_no_row_of_its_block(impl: str, device: torch.device) -> None:
     """The first row of a block sees key 31, which is NaN, and the others do not."""
@@ -147,6 +154,7 @@ def test_a_key_behind_a_rows_window_harms_no_row_of_its_block(impl: str, device:
     torch.testing.assert_close(out[:, 1:], expected[:, 1:])
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize(("rows", "block_size"), [(70, None), (60, 12), (40, 40)])
 def test_torch_takes_whole_blocks_at_a_time(rows: int, block_size: int | None, window: int | None) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from orthrus_triton import ops
 from orthrus_triton.ops import _cpu_packing, _cpu_product
 
+pytestmark = pytest.mark.usefixtures("with_and_without_c")
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 

@@ -64,6 +64,7 @@ def test_answers_go_with_their_tensors(kept: Kept[float]) -> None:
     assert len(kept._answers) == 0
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @torch.no_grad()
 def test_ops_see_buffers_that_are_used_again() -> None:
     """Angles, slots and limits of the next pass, written into the tensors of the last one."""

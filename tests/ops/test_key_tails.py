@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_cut_tiles_have_the_bits_of_whole_ones(dtype, head_dim, monkeypatch):
+def test_cut_tiles_have_the_bits_of_whole_ones(dtype, head_dim, without_c, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     k, v = (torch.randn(1, 3, 1536, head_dim, generator=generator).to(dtype) for _ in range(2))
     q = torch.randn(1, 8, 9, head_dim, generator=generator).to(dtype)

@@ -21,6 +21,7 @@ def randn(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 200), add=st.booleans())
 def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, add: bool) -> None:
     x, weight = randn(seed, rows, width, dtype=dtype), randn(seed + 1, width, dtype=dtype)
@@ -36,6 +37,7 @@ def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, add: boo
         assert_within_budget(out, plain, reference, what=impl)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 2100))
 def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     gate_up = randn(seed, rows, 2 * width, dtype=dtype) * 4
@@ -45,6 +47,7 @@ def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
         assert_within_budget(ops.swiglu(gate_up, impl=impl), torch.nn.functional.silu(gate) * up, reference, what=impl)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 def test_swiglu_at_the_ends_of_the_range() -> None:
     gate_up = torch.tensor([[-3e4, -100.0, 0.0, 100.0, 3e4, 1.0, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
     for impl in ("triton", "torch"):
@@ -100,6 +103,7 @@ def test_a_part_of_every_sequence_s_rows_is_taken_where_it_lies(rows: slice) -> 
         assert all(torch.equal(a, b) for a, b in zip(again, found[2]))
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @given(seed=seeds, dtype=dtypes, norm=st.booleans(), head_dim=st.sampled_from([64, 80, 96]), batch=st.integers(1, 2))
 def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, batch: int) -> None:
     rows, heads, kv_heads, capacity = 3, 4, 2, 11
@@ -125,6 +129,7 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
     assert [set(row.nonzero().flatten().tolist()) for row in written] == expected_rows
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_norms_are_rounded_before_their_weight(dtype: torch.dtype) -> None:
     x, weight = randn(0, 9, 64, dtype=dtype), randn(1, 64, dtype=dtype)
@@ -144,6 +149,7 @@ def test_norms_are_rounded_before_their_weight(dtype: torch.dtype) -> None:
     assert torch.equal(heads(weight), heads(ones) * weight)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_rope_cache_in_torch_rounds_norms_as_the_norm_itself_does(dtype: torch.dtype) -> None:
@@ -169,6 +175,7 @@ def test_a_value_that_is_not_finite_makes_its_key_one_and_harms_no_other(number:
     assert v[2, at] == 0 and v[2].count_nonzero() == 15
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 def test_rope_cache_in_torch_rounds_products_before_their_sum() -> None:
     """As the kernels do: a fused multiply-add would be another number, wherever a machine has one."""
     qkv, cos, sin = (randn(seed, 1, 9, width, dtype=torch.float32) for seed, width in ((0, 4 * 20), (1, 10), (2, 10)))
@@ -192,6 +199,7 @@ def test_rope_cache_needs_whole_rows() -> None:
             ops.rope_cache(torch.ones(1, 2, 12), angles, angles, *out, slots)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 def test_rope_cache_rotates_by_halves() -> None:
     """A quarter turn sends the first half to minus the second, and the second to the first."""
     qkv = torch.zeros(1, 1, 3 * 64, device=DEVICE)
@@ -204,6 +212,7 @@ def test_rope_cache_rotates_by_halves() -> None:
         assert q[0, 0, 0, :32].tolist() == [-2.0] * 32 and q[0, 0, 0, 32:].tolist() == [1.0] * 32, impl
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 def test_greedy_choice_ignores_nan() -> None:
     logits = torch.full((3, 10), -1.0, device=DEVICE)
     logits[0, 3], logits[0, 5] = torch.nan, 2.0

@@ -56,6 +56,7 @@ def forget_bit_tests() -> None:
     key_tails.safe_tails.cache_clear()
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("surrounding", ["bf16", "fp16", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @torch.no_grad()
@@ -115,6 +116,7 @@ def test_meta_tensors_get_their_shapes() -> None:
     assert ops.rope_cache(qkv, angles, angles, cache, cache, limit.int()).shape == (1, 3, 2, 64)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @torch.no_grad()
 def test_rows_of_one_key_head_have_their_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
@@ -137,6 +139,7 @@ def test_rows_of_one_key_head_have_their_bits_with_any_number_of_threads(dtype: 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("rows", [8, 24, 128])
 @torch.no_grad()
@@ -148,6 +151,7 @@ def test_rows_that_lie_apart_have_the_bits_of_others(rows: int, dtype: torch.dty
         assert torch.equal(ops.linear(apart, weight, impl="torch"), expected)
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @torch.no_grad()
 def test_heads_whose_numbers_lie_apart_are_normed_as_others(dtype: torch.dtype) -> None:
@@ -162,6 +166,7 @@ def test_heads_whose_numbers_lie_apart_are_normed_as_others(dtype: torch.dtype) 
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
 
 
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("options", [{}, {"block_size": 2}])
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_attention_of_no_sequence_is_empty(impl: str, options: dict) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_triton.ops._dispatch import accumulate_dtype, without_autocast
+from orthrus_triton.ops.cpu.kernels import attention_cpu
 from orthrus_triton.ops.dual_view_attention.visible_tiles import VisibleTiles, visible_tiles
 
 ROW_CHUNK = 128  # packed rows at a time: torch's CPU kernel cuts fewer than 192 in one way, and masks stay small
@@ -39,6 +40,9 @@ def attention_torch(
     (_, T, HQ, D), (_, HKV, S, _) = q.shape, k_cache.shape
     if T == 0 or len(q) == 0:
         return q.new_empty(q.shape)
+    out = attention_cpu(q, k_cache, v_cache, key_limit, k_block, v_block, block_size, window, scale)
+    if out is not None:
+        return out
     group = HQ // HKV
     tokens = max((ROW_CHUNK if exact else LIBRARY_CHUNK) // group, 1)
     if block_size is not None:

@@ -1,0 +1,198 @@
+/* Attention of query rows over the KV cache and over their own block: online softmax in fp32 over tiles of keys at
+ * absolute positions. A tile of which a row sees nothing leaves the row as it was. */
+
+#include "vectors.h"
+
+#define TILE 64      /* keys */
+#define MAX_ROWS 128 /* of a task: tokens times the heads of a group */
+
+/* What a thread works with: query rows of one KV head, in panels of WIDTH. */
+typedef struct {
+    int64_t num_rows, D, head; /* head: D filled up to whole WIDTHs */
+    int is_bf16;
+    int32_t from[MAX_ROWS], to[MAX_ROWS];         /* the keys that a row sees */
+    float q[MAX_ROWS * MAX_HEAD];                 /* [panel][D][WIDTH], times the scale */
+    float highest[MAX_ROWS], total[MAX_ROWS];     /* of a row's scores, and of its weights */
+    float sum[MAX_ROWS * MAX_HEAD];               /* [row][head]: weights times values */
+    float k[TILE * MAX_HEAD], v[TILE * MAX_HEAD]; /* [key][D], [key][head] */
+    float weights[TILE * WIDTH];                  /* [key][row of a panel] */
+    float seen_v[TILE * MAX_HEAD], sums[HEIGHT * MAX_HEAD];
+} Rows;
+
+static _Thread_local Rows workspace;
+
+/* c[u] = c[u] * scale[u] (0 without scale) + sum over k of a[k][u] * b[k], WIDTH numbers each, u < HEIGHT, k ascending. */
+static inline __attribute__((always_inline)) void multiply(
+    int64_t K, const float *a, int64_t a_stride_k, int64_t a_stride_u, const float *b, int64_t b_stride, float *c,
+    int64_t c_stride, const float *scale) {
+    floats left[HEIGHT], right[HEIGHT];
+    for (int u = 0; u < HEIGHT; u++) {
+        left[u] = scale ? load(c + u * c_stride) * scale[u] : (floats){};
+        right[u] = scale ? load(c + u * c_stride + LANES) * scale[u] : (floats){};
+    }
+    for (int64_t k = 0; k < K; k++) {
+        floats b_left = load(b + k * b_stride), b_right = load(b + k * b_stride + LANES);
+#pragma GCC unroll 8
+        for (int u = 0; u < HEIGHT; u++) {
+            floats factor = all(a[k * a_stride_k + u * a_stride_u]);
+            left[u] = fused(factor, b_left, left[u]);
+            right[u] = fused(factor, b_right, right[u]);
+        }
+    }
+    for (int u = 0; u < HEIGHT; u++) {
+        store(c + u * c_stride, left[u]);
+        store(c + u * c_stride + LANES, right[u]);
+    }
+}
+
+/* `n` keys and values, the rest of the tile as 0. Returns whether a value is not finite. */
+static int load_tile(Rows *rows, const void *k, const void *v, int64_t k_stride, int64_t v_stride, int64_t n) {
+    int64_t D = rows->D, head = rows->head;
+    uint32_t largest = 0;
+    memset(rows->v, 0, TILE * head * sizeof(float));
+    memset(rows->k + n * D, 0, (TILE - n) * D * sizeof(float));
+    for (int64_t j = 0; j < n; j++) {
+        float *value = rows->v + j * head;
+        to_floats(rows->k + j * D, at(k, j * k_stride, rows->is_bf16), D, rows->is_bf16);
+        to_floats(value, at(v, j * v_stride, rows->is_bf16), D, rows->is_bf16);
+        for (int64_t d = 0; d < D; d++) {
+            word wide = {value[d]};
+            uint32_t exponent = wide.bits & 0x7f800000;
+            largest = exponent > largest ? exponent : largest;
+        }
+    }
+    return largest == 0x7f800000;
+}
+
+/* The scores of LANES rows become weights; `shrink` is what the sums so far are to be multiplied by. */
+static void weigh(Rows *rows, int64_t row, float *weights, int32_t start, float *shrink) {
+    ints from = load_ints(rows->from + row) - all_ints(start), to = load_ints(rows->to + row) - all_ints(start);
+    floats before = load(rows->highest + row), highest = before;
+    for (int j = 0; j < TILE; j++) {
+        floats score = load(weights + j * WIDTH);
+        score = choose((from <= all_ints(j)) & (to > all_ints(j)), score, all(-INFINITY));
+        highest = choose(score > highest, score, highest);
+        store(weights + j * WIDTH, score);
+    }
+    floats zero = choose(highest == all(-INFINITY), all(0.0f), highest), total = {};
+    for (int j = 0; j < TILE; j++) {
+        floats weight = exp2_of(load(weights + j * WIDTH) - zero);
+        store(weights + j * WIDTH, weight);
+        total += weight;
+    }
+    floats factor = exp2_of(before - zero);
+    store(shrink, factor);
+    store(rows->highest + row, highest);
+    store(rows->total + row, load(rows->total + row) * factor + total);
+}
+
+/* sum = sum * shrink + weights * values, for HEIGHT rows. */
+static void add_values(const Rows *rows, float *sum, const float *v, const float *weights, const float *shrink) {
+    for (int64_t d = 0; d < rows->head; d += WIDTH)
+        multiply(TILE, weights, WIDTH, 1, v + d, rows->head, sum + d, rows->head, shrink);
+}
+
+/* The same where a value is not finite, and 0 times it would reach rows that do not see it: row by row, the same product
+ * with 0 in place of what the row does not see, and of its results this row's. */
+static void add_seen_values(Rows *rows, int64_t row, int32_t start, const float *weights, const float *shrink) {
+    int64_t head = rows->head;
+    for (int u = 0; u < HEIGHT; u++) {
+        memcpy(rows->seen_v, rows->v, TILE * head * sizeof(float));
+        for (int j = 0; j < TILE; j++)
+            if (start + j < rows->from[row + u] || start + j >= rows->to[row + u])
+                memset(rows->seen_v + j * head, 0, head * sizeof(float));
+        memcpy(rows->sums, rows->sum + row * head, HEIGHT * head * sizeof(float));
+        add_values(rows, rows->sums, rows->seen_v, weights, shrink);
+        memcpy(rows->sum + (row + u) * head, rows->sums + u * head, head * sizeof(float));
+    }
+}
+
+/* All rows over those of the keys first..last-1 that they see. */
+static void attend(
+    Rows *rows, const void *k, const void *v, int64_t k_stride, int64_t v_stride, int64_t first, int64_t last) {
+    int64_t D = rows->D;
+    float *weights = rows->weights, shrink[WIDTH];
+    for (int64_t start = first; start < last; start += TILE) {
+        const void *tile_k = at(k, start * k_stride, rows->is_bf16), *tile_v = at(v, start * v_stride, rows->is_bf16);
+        int has_bad_value = load_tile(rows, tile_k, tile_v, k_stride, v_stride, least(TILE, last - start));
+        for (int64_t panel = 0; panel < rows->num_rows; panel += WIDTH) {
+            int64_t from = INT32_MAX, to = 0;
+            for (int64_t row = panel; row < panel + WIDTH; row++)
+                from = least(from, rows->from[row]), to = most(to, rows->to[row]);
+            if (from >= start + TILE || to <= start) continue;
+            for (int j = 0; j < TILE; j += HEIGHT)
+                multiply(D, rows->k + j * D, 1, D, rows->q + panel * D, WIDTH, weights + j * WIDTH, WIDTH, 0);
+            weigh(rows, panel, weights, start, shrink);
+            if (panel + LANES < rows->num_rows) weigh(rows, panel + LANES, weights + LANES, start, shrink + LANES);
+            for (int u = 0; u < WIDTH && panel + u < rows->num_rows; u += HEIGHT) {
+                if (has_bad_value) add_seen_values(rows, panel + u, start, weights + u, shrink + u);
+                else add_values(rows, rows->sum + (panel + u) * rows->head, rows->v, weights + u, shrink + u);
+            }
+        }
+    }
+}
+
+/* `num_rows` rows of which nothing is known yet. */
+static Rows *new_rows(int64_t num_rows, int64_t D, int is_bf16) {
+    Rows *rows = &workspace;
+    rows->num_rows = num_rows, rows->D = D, rows->head = (D + WIDTH - 1) / WIDTH * WIDTH, rows->is_bf16 = is_bf16;
+    memset(rows->q, 0, MAX_ROWS * D * sizeof(float));
+    memset(rows->sum, 0, MAX_ROWS * rows->head * sizeof(float));
+    memset(rows->total, 0, sizeof rows->total);
+    for (int row = 0; row < MAX_ROWS; row++)
+        rows->highest[row] = -INFINITY, rows->from[row] = INT32_MAX, rows->to[row] = 0;
+    return rows;
+}
+
+static void load_query(Rows *rows, int64_t row, const void *q, float scale) {
+    float numbers[MAX_HEAD], *panel = rows->q + row / WIDTH * WIDTH * rows->D + row % WIDTH;
+    to_floats(numbers, q, rows->D, rows->is_bf16);
+    for (int64_t d = 0; d < rows->D; d++) panel[d * WIDTH] = numbers[d] * scale;
+}
+
+static void store_result(const Rows *rows, int64_t row, void *out, int sees_a_key) {
+    float numbers[MAX_HEAD];
+    for (int64_t d = 0; d < rows->D; d++) /* + 0: a tile that a row does not see may turn -0 into 0 */
+        numbers[d] = sees_a_key ? rows->sum[row * rows->head + d] / rows->total[row] + 0.0f : 0.0f;
+    from_floats(out, numbers, rows->D, rows->is_bf16);
+}
+
+/* dual_view_attention of fp32 or bf16: q and out [B, T, HQ, D], key_limit [B, T], blocks [B, T, HKV, D] or null with
+ * block_size 0, all contiguous; caches [B, HKV, S, D]; window 0 for none. A task takes `tokens`, at most MAX_ROWS rows,
+ * which moves no bit. */
+void orthrus_attention(
+    const void *q, const void *k_cache, const void *v_cache, const int32_t *key_limit, const void *k_block,
+    const void *v_block, void *out, int64_t B, int64_t T, int64_t HQ, int64_t HKV, int64_t D, int64_t S,
+    int64_t k_stride_b, int64_t k_stride_h, int64_t k_stride_s, int64_t v_stride_b, int64_t v_stride_h,
+    int64_t v_stride_s, int64_t block_size, int64_t window, int64_t tokens, float scale_log2, int is_bf16,
+    int num_threads) {
+    int64_t group = HQ / HKV, chunks = (T + tokens - 1) / tokens;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
+    for (int64_t task = 0; task < B * HKV * chunks; task++) {
+        int64_t b = task / (HKV * chunks), h = task / chunks % HKV, first_t = task % chunks * tokens;
+        int64_t end_t = least(first_t + tokens, T), lowest = INT32_MAX, longest = 0;
+        Rows *rows = new_rows((end_t - first_t) * group, D, is_bf16);
+        int64_t token[MAX_ROWS], place[MAX_ROWS]; /* a row's token, and where its head lies in q and out */
+        int sees_a_key[MAX_ROWS];
+        for (int64_t row = 0; row < rows->num_rows; row++) {
+            int64_t t = token[row] = first_t + row / group, limit = most(0, least(key_limit[b * T + t], S));
+            int64_t position = block_size ? limit + t % block_size : limit - 1;
+            rows->from[row] = window ? most(0, position + 1 - window) : 0, rows->to[row] = limit;
+            lowest = least(lowest, rows->from[row]), longest = most(longest, limit);
+            sees_a_key[row] = block_size || rows->from[row] < limit;
+            place[row] = ((b * T + t) * HQ + h * group + row % group) * D;
+            load_query(rows, row, at(q, place[row], is_bf16), scale_log2);
+        }
+        const void *k = at(k_cache, b * k_stride_b + h * k_stride_h, is_bf16);
+        const void *v = at(v_cache, b * v_stride_b + h * v_stride_h, is_bf16);
+        attend(rows, k, v, k_stride_s, v_stride_s, lowest / TILE * TILE, longest);
+        for (int64_t block = first_t / most(1, block_size) * block_size; block_size && block < end_t; block += block_size) {
+            for (int64_t row = 0; row < rows->num_rows; row++)
+                rows->from[row] = 0, rows->to[row] = token[row] / block_size * block_size == block ? block_size : 0;
+            int64_t first = ((b * T + block) * HKV + h) * D;
+            attend(rows, at(k_block, first, is_bf16), at(v_block, first, is_bf16), HKV * D, HKV * D, 0, block_size);
+        }
+        for (int64_t row = 0; row < rows->num_rows; row++)
+            store_result(rows, row, at(out, place[row], is_bf16), sees_a_key[row]);
+    }
+}

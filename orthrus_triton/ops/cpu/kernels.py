@@ -1,0 +1,128 @@
+"""From tensors to the arguments of the C kernels. Each function has the arguments of its op, and gives None where its
+kernel does not serve them: another device or dtype, heads that are too large, or no C compiler."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from orthrus_triton.ops.cpu.library import c_library
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_HEAD_DIM, MAX_ROWS = 256, 128  # what the kernels' workspaces hold: MAX_HEAD in vectors.h, MAX_ROWS in attention.c
+FEW_ROWS = 16  # no task of attention has fewer because there are many threads
+LOG2_E = 1.4426950408889634
+
+
+def attention_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    key_limit: torch.Tensor,
+    k_block: torch.Tensor | None,
+    v_block: torch.Tensor | None,
+    block_size: int | None,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor | None:
+    """`dual_view_attention`. A row has the same bits whatever other rows there are, the context's length, what lies
+    beyond its limit, and the number of threads."""
+    (B, T, HQ, D), (HKV, S) = q.shape, k_cache.shape[1:3]
+    group = HQ // HKV
+    library = _library_for(q)
+    if library is None or D > MAX_HEAD_DIM or group > MAX_ROWS or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        return None
+    q, key_limit, out = q.contiguous(), key_limit.contiguous(), q.new_empty(q.shape)
+    blocks = [block if block is None else block.contiguous() for block in (k_block, v_block)]
+    threads = torch.get_num_threads()
+    chunks = -(-threads // (B * HKV))
+    tokens = min(max(-(-T // chunks), -(-FEW_ROWS // group)), MAX_ROWS // group)
+    library.orthrus_attention(
+        *map(_address, (q, k_cache, v_cache, key_limit, *blocks, out)), B, T, HQ, HKV, D, S, *k_cache.stride()[:3],
+        *v_cache.stride()[:3], block_size or 0, window or 0, tokens, scale * LOG2_E, _is_bf16(q), threads,
+    )  # fmt: skip
+    return out
+
+
+def rope_cache_cpu(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    slots: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor | None:
+    """`rope_cache`."""
+    (B, T), (HKV, S, D) = slots.shape, k_out.shape[1:]
+    library = _library_for(qkv)
+    if library is None or D > MAX_HEAD_DIM:
+        return None
+    HQ = qkv.shape[-1] // D - 2 * HKV
+    if cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    qkv, slots, q = qkv.contiguous(), slots.contiguous(), qkv.new_empty(B, T, HQ, D)
+    norms = [norm if norm is None else norm.to(qkv.dtype).contiguous() for norm in (q_norm, k_norm)]
+    library.orthrus_rope_cache(
+        *map(_address, (qkv, cos, sin, slots, *norms, q, k_out, v_out)), B, T, HQ, HKV, D, S, cos.stride(0),
+        *k_out.stride()[:3], *v_out.stride()[:3], eps, _is_bf16(qkv), torch.get_num_threads(),
+    )  # fmt: skip
+    return q
+
+
+def rms_norm_cpu(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`rms_norm` and what it is the norm of: x + residual, or x without one."""
+    library = _library_for(x)
+    if library is None:
+        return None
+    x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty(x.shape)
+    hidden = x
+    if residual is not None:
+        residual, hidden = residual.contiguous(), x.new_empty(x.shape)
+    H = weight.numel()
+    library.orthrus_rms_norm(
+        *map(_address, (x, residual, weight, out, hidden)), x.numel() // H, H, eps, _is_bf16(x), torch.get_num_threads()
+    )
+    return out, hidden
+
+
+def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:
+    """`swiglu`."""
+    library = _library_for(gate_up)
+    if library is None:
+        return None
+    gate_up, I = gate_up.contiguous(), gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], I)
+    library.orthrus_swiglu(
+        _address(gate_up), _address(out), out.numel() // max(I, 1), I, _is_bf16(out), torch.get_num_threads()
+    )
+    return out
+
+
+def greedy_choice_cpu(logits: torch.Tensor, none: int) -> torch.Tensor | None:
+    """`greedy_choice`; `none` where a row has no logit."""
+    library = _library_for(logits)
+    if library is None:
+        return None
+    logits, out = logits.contiguous(), logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    library.orthrus_greedy_choice(
+        _address(logits), _address(out), out.numel(), logits.shape[-1], none, _is_bf16(logits), torch.get_num_threads()
+    )
+    return out
+
+
+def _library_for(tensor: torch.Tensor) -> ctypes.CDLL | None:
+    return c_library() if tensor.is_cpu and tensor.dtype in DTYPES else None
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _is_bf16(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16

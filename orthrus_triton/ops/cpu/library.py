@@ -1,0 +1,87 @@
+"""The C kernels as a library: compiled when one is first asked for, with the C compiler that is there, and kept.
+Where there is none, or it cannot compile them, the torch implementations do without."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from orthrus_triton.autotune.files import cache_folder
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+FLAGS = (
+    *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-shared", "-fPIC", "-fopenmp", "-nodefaultlibs", "-lc", "-lm"),  # threads are those of torch's own OpenMP
+)  # fmt: skip
+COMPILERS = ("cc", "gcc", "clang")
+COMPILE_SECONDS = 60
+SLOWER = "PyTorch's own operations are taken, and decoding takes over 1.5 times as long"
+
+VOID_P, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+ARGUMENTS = {
+    "orthrus_attention": (*[VOID_P] * 7, *[INT64] * 15, FLOAT, INT, INT),
+    "orthrus_greedy_choice": (*[VOID_P] * 2, *[INT64] * 3, INT, INT),
+    "orthrus_rms_norm": (*[VOID_P] * 5, *[INT64] * 2, FLOAT, INT, INT),
+    "orthrus_rope_cache": (*[VOID_P] * 9, *[INT64] * 13, FLOAT, INT, INT),
+    "orthrus_swiglu": (*[VOID_P] * 2, *[INT64] * 2, INT, INT),
+}
+
+
+@cache
+def c_library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none: not Linux, no C compiler, or a CPU without fused multiply-adds.
+
+    The library lies in the user's cache folder, under a name made from the source, the compiler and what `native` means
+    to it here, so that machines may share a folder.
+    """
+    if sys.platform != "linux":
+        return None
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        logger.warning("no C compiler (%s) is installed, so that %s", ", ".join(COMPILERS), SLOWER)
+        return None
+    try:
+        library = _load(compiler, cache_folder() / "cpu")
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("no C kernels, so that %s: %s", SLOWER, getattr(error, "stderr", None) or error)
+        return None
+    for name, arguments in ARGUMENTS.items():
+        kernel = getattr(library, name)
+        kernel.argtypes, kernel.restype = arguments, None
+    return library
+
+
+def _load(compiler: str, folder: Path) -> ctypes.CDLL:
+    macros = _run(compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull)
+    sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]"))]
+    name = hashlib.sha256("\0".join((compiler, *FLAGS, macros, *sources)).encode()).hexdigest()[:32] + ".so"
+    if (folder / name).exists():
+        return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / name
+        _run(compiler, *map(str, sorted(SOURCES.glob("*.c"))), "-o", str(fresh), *FLAGS)
+        library = ctypes.CDLL(str(fresh))
+        whole = folder / f"{name}.{os.getpid()}"  # renamed once it is, for another process may look for it
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(fresh, whole)
+            whole.replace(folder / name)
+        except OSError:  # nowhere to keep it
+            with suppress(OSError):
+                whole.unlink()
+        return library
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS).stdout

@@ -1,0 +1,119 @@
+/* Vectors of fp32, as wide as the machine has them, and what the kernels are made of. Whatever is done to one row's
+ * numbers never depends on other rows: those are other lanes, or other turns of a loop. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* a * b + c with one rounding; everywhere else products are rounded (-ffp-contract=off) */
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#define HEIGHT 8 /* of a small product: 32 registers hold 2 * HEIGHT sums and what they are made from */
+#define fused(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define LANES 8
+#define HEIGHT 4
+#define fused(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define LANES 4
+#define HEIGHT 8
+#define fused(a, b, c) ((floats)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#else
+#error "needs fused multiply-adds: AVX2 with FMA, AVX-512 or 64-bit ARM"
+#endif
+#define WIDTH (2 * LANES) /* of a small product */
+#define MAX_HEAD 256      /* head_dim */
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef union {
+    float number;
+    uint32_t bits;
+} word;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline floats load(const float *from) {
+    floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline ints load_ints(const int32_t *from) {
+    ints x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
+static inline floats all(float x) { return x - (floats){}; }
+static inline ints all_ints(int32_t x) { return x - (ints){}; }
+
+static inline floats choose(ints which, floats yes, floats no) {
+    return (floats)((which & (ints)yes) | (~which & (ints)no));
+}
+
+/* 2^x for x <= 0, to about one unit in the last place; NaN stays. */
+static inline floats exp2_of(floats x) {
+    const floats shift = all(12582912.0f + 127.0f);
+    x = choose(x < all(-127.0f), all(-127.0f), x);
+    /* the last bits of the sum are round(x) + 127, the result's exponent; at the lower end 0, and so is the result */
+    floats shifted = x + shift, f = x - (shifted - shift);
+    floats p = all(1.5353362e-4f);
+    p = fused(p, f, all(1.3398874e-3f));
+    p = fused(p, f, all(9.6184373e-3f));
+    p = fused(p, f, all(5.5503324e-2f));
+    p = fused(p, f, all(2.4022648e-1f));
+    p = fused(p, f, all(6.9314720e-1f));
+    p = fused(p, f, all(1.0f));
+    return p * (floats)((ints)shifted << 23);
+}
+
+/* Number `n` of fp32 or bf16 data. */
+static inline void *at(const void *data, int64_t n, int is_bf16) { return (char *)data + n * (is_bf16 ? 2 : 4); }
+
+static inline void to_floats(float *to, const void *from, int64_t n, int is_bf16) {
+    if (!is_bf16) {
+        memcpy(to, from, n * sizeof *to);
+        return;
+    }
+    const uint16_t *halves = from;
+    for (int64_t i = 0; i < n; i++) {
+        word wide = {.bits = (uint32_t)halves[i] << 16};
+        to[i] = wide.number;
+    }
+}
+
+/* Rounded to the nearest, ties to even. */
+static inline void from_floats(void *to, const float *from, int64_t n, int is_bf16) {
+    if (!is_bf16) {
+        memcpy(to, from, n * sizeof *from);
+        return;
+    }
+    uint16_t *halves = to;
+    for (int64_t i = 0; i < n; i++) {
+        word wide = {from[i]};
+        uint32_t rounded = (wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16;
+        halves[i] = from[i] != from[i] ? 0x7fc0 : rounded;
+    }
+}
+
+static inline void round_floats(float *numbers, int64_t n, int is_bf16) {
+    if (!is_bf16) return;
+    for (int64_t i = 0; i < n; i++) {
+        word wide = {numbers[i]};
+        wide.bits = (wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) & 0xffff0000;
+        numbers[i] = numbers[i] != numbers[i] ? numbers[i] : wide.number;
+    }
+}
+
+/* Lane by lane, in order. */
+static inline float sum_of_lanes(floats x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}

@@ -1,0 +1,199 @@
+"""The C kernels: where they come from, that they are used, and what the tests of the ops do not reach."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_triton import ops
+from orthrus_triton.ops.cpu import kernels
+from orthrus_triton.ops.cpu import library as c
+from tests.ops.attention_cases import make_case
+
+CPU = torch.device("cpu")
+needs_c = pytest.mark.skipif(c.c_library() is None, reason="no C kernels here")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """`c_library` as a process begins with it, and an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("ORTHRUS_TRITON_CONFIG_DIR", raising=False)
+    c.c_library.cache_clear()
+    yield tmp_path / "cache" / "orthrus_triton" / "cpu"
+    c.c_library.cache_clear()
+
+
+def compiler_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """The only compiler on PATH: a shell script."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "cc").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "cc").chmod(0o755)
+    monkeypatch.setattr(c.shutil, "which", lambda name: str(folder / "cc") if name == "cc" else None)
+    return folder
+
+
+@needs_c
+def test_the_library_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert c.c_library() is not None and c.c_library() is c.c_library()
+    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+    commands, run = [], c._run
+    monkeypatch.setattr(c, "_run", lambda *command: commands.append(command) or run(*command))
+    c.c_library.cache_clear()
+    assert c.c_library() is not None
+    assert len(commands) == 1 and "-E" in commands[0]  # only asked what it means by native
+
+
+@needs_c
+def test_another_source_is_another_library(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(c.SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(c, "SOURCES", tmp_path / "sources")
+    for text in ("/* one */", "/* two */"):
+        (tmp_path / "sources" / "vectors.h").write_text((c.SOURCES / "vectors.h").read_text() + text)
+        c.c_library.cache_clear()
+        assert c.c_library() is not None
+    assert len(list(fresh.iterdir())) == 2
+
+
+@needs_c
+def test_without_a_place_to_keep_it_the_library_is_used_all_the_same(fresh: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert c.c_library() is not None
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'attention.c: needs fused multiply-adds' >&2; exit 1", "needs fused multiply-adds"),
+        ("exit 0", ".so: cannot open shared object file"),
+        ("sleep 5", "timed out"),
+    ],
+)
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+def test_a_compiler_that_fails_is_named_and_done_without(script, reason, fresh, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(c.sys, "platform", "linux")
+    monkeypatch.setattr(c, "COMPILE_SECONDS", 1)
+    compiler_that(tmp_path, monkeypatch, script)
+    x = torch.randn(3, 8)
+    with caplog.at_level(logging.WARNING):
+        assert torch.allclose(ops.rms_norm(x, torch.ones(8), 1e-6, impl="torch"), torch.rms_norm(x, (8,), eps=1e-6))
+        ops.rms_norm(x, torch.ones(8), 1e-6, impl="torch")
+    assert c.c_library() is None and len(caplog.messages) == 1 and reason in caplog.messages[0]
+
+
+def test_without_a_compiler_one_line_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr(c.sys, "platform", "linux")
+    monkeypatch.setattr(c.shutil, "which", lambda name: None)
+    assert c.c_library() is None and c.c_library() is None
+    (message,) = caplog.messages
+    assert "no C compiler (cc, gcc, clang) is installed" in message
+
+
+@needs_c
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_op_of_a_cycle_takes_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    library = c.c_library()
+
+    class Listening:
+        def __getattr__(self, name: str):
+            called.append(name)
+            return getattr(library, name)
+
+    monkeypatch.setattr(kernels, "c_library", Listening)
+    x, weight = torch.randn(1, 3, 64).to(dtype), torch.randn(192, 64).to(dtype)
+    cache, slots = torch.zeros(2, 1, 1, 8, 64).to(dtype), torch.arange(3, dtype=torch.int32)[None]
+    angles, norm = torch.rand(2, 1, 3, 32), torch.ones(64).to(dtype)
+    with torch.no_grad():
+        q = ops.qkv_rope_cache(x, weight, None, *angles, *cache, slots, norm, norm, impl="torch")
+        ops.dual_view_attention(q, *cache, slots + 1, impl="torch")
+        ops.rms_norm(x, norm, 1e-6, x, impl="torch")
+        ops.linear_norm(x, weight[:64], None, x, norm, 1e-6, impl="torch")
+        ops.linear_swiglu(x, weight, impl="torch")
+        ops.lm_head_choice(x, weight, impl="torch")
+    names = ("rope_cache", "attention", "rms_norm", "rms_norm", "swiglu", "greedy_choice")
+    assert called == [f"orthrus_{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group"), [(torch.float16, 64, 1), (torch.float64, 64, 1), (torch.float32, 264, 1),
+                                     (torch.float32, 8, 129)]
+)  # fmt: skip
+def test_what_they_do_not_serve_is_done_without(dtype: torch.dtype, head_dim: int, group: int) -> None:
+    case = make_case(1, dtype, CPU, rows=2, kv_heads=1, group=group, head_dim=head_dim)
+    assert kernels.attention_cpu(*case.args(), head_dim**-0.5) is None
+    expected = ops.dual_view_attention(*case.args(torch.float64), impl="reference")
+    torch.testing.assert_close(
+        ops.dual_view_attention(*case.args(), impl="torch").double(), expected, atol=2e-3, rtol=0
+    )
+
+
+@needs_c
+@given(
+    seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.bfloat16]), batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2), group=st.integers(1, 40), blocks=st.integers(0, 3), block_size=st.integers(1, 12),
+    context=st.integers(0, 150), window=st.one_of(st.none(), st.integers(1, 90)),
+)  # fmt: skip
+def test_the_number_of_threads_moves_no_bit_of_attention(
+    seed, dtype, batch, kv_heads, group, blocks, block_size, context, window
+) -> None:
+    """Threads decide how many rows a task takes."""
+    case = make_case(
+        seed, dtype, CPU, batch=batch, rows=max(blocks, 1) * block_size, kv_heads=kv_heads, group=group, head_dim=40,
+        capacity=200, context=context, block_size=block_size if blocks else None, window=window,
+    )  # fmt: skip
+    threads, outs = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3, 16):
+            torch.set_num_threads(number)
+            outs.append(ops.dual_view_attention(*case.args(), impl="torch"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(out.view(torch.uint8), outs[0].view(torch.uint8)) for out in outs)
+
+
+@needs_c
+def test_attention_in_fp32_is_exact_to_a_few_units() -> None:
+    """Its exponential is its own: over scores far apart and nearly equal ones."""
+    case = make_case(3, torch.float32, CPU, rows=8, context=90)
+    for scale in (0.01, 0.3):
+        out = ops.dual_view_attention(*case.args(), scale=scale, impl="torch")
+        exact = ops.dual_view_attention(*case.args(torch.float64), scale=scale, impl="reference")
+        assert (out - exact).abs().max() < 2e-6, scale
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(bad: float) -> None:
+    """Of a query, of a key, and of a value, which 0 times itself would spread."""
+    clean = make_case(5, torch.float32, CPU, rows=6, kv_heads=1, context=70, poison=False)
+    expected = ops.dual_view_attention(*clean.args(), impl="torch")
+    last = int(clean.key_limit[0, 3]) - 1  # rows 3, 4 and 5 see it
+    for name in ("q", "k_cache", "v_cache"):
+        case = make_case(5, torch.float32, CPU, rows=6, kv_heads=1, context=70, poison=False)
+        spoilt = getattr(case, name)
+        (spoilt[0, 3:] if name == "q" else spoilt[0, :, last])[..., 0] = bad
+        out = ops.dual_view_attention(*case.args(), impl="torch")
+        assert torch.equal(out[:, :3], expected[:, :3]), name
+        if name == "v_cache":
+            assert not out[:, 3:, :, 0].isfinite().any() and torch.equal(out[..., 1:], expected[..., 1:])
+        elif bad != -torch.inf and not (name == "k_cache" and bad == torch.inf):  # else a score may be -inf: no weight
+            assert out[:, 3:].isnan().all(), name
+
+
+@needs_c
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 15, 1024, 1025, 5000])
+def test_the_lowest_of_equal_logits_is_chosen(vocab: int, dtype: torch.dtype) -> None:
+    logits = torch.randint(-2, 3, (7, vocab), generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[0], logits[1, ::2], logits[2] = -torch.inf, torch.nan, torch.nan
+    logits[3, vocab // 2] = torch.inf
+    assert torch.equal(ops.greedy_choice(logits, impl="torch"), ops.greedy_choice(logits, impl="reference"))
