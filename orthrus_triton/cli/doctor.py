@@ -43,6 +43,7 @@ def doctor() -> None:
     for line in _devices():
         table.add_row("device", line)
     table.add_row("bf16 in this CPU", ", ".join(cpu_bf16_instructions()) or "no (dtype auto takes fp32 on it)")
+    table.add_row("C kernels", _c_kernels())
     table.add_row("dtype auto", f"{str(resolve_dtype('auto', device)).removeprefix('torch.')} on {device}")
     impl = resolve_impl("auto", torch.empty(0, device=device))
     if impl == "triton":
@@ -57,6 +58,14 @@ def doctor() -> None:
     table.add_row("TRITON_INTERPRET", _interpreter(HAS_TRITON))
     table.add_row("kernel configs", _configs(impl, device))
     result_console().print(table)
+
+
+def _c_kernels() -> str:
+    from orthrus_triton.ops.cpu.library import c_library
+
+    if c_library() is not None:
+        return "compiled for this CPU: attention, norms, rotation, SwiGLU and greedy choice in fp32 and bf16"
+    return "none (they need Linux and a C compiler such as gcc): decoding on this CPU takes over 1.5 times as long"
 
 
 def _installed(name: str) -> str:

@@ -21,7 +21,8 @@ typedef struct {
 
 static _Thread_local Rows workspace;
 
-/* c[u] = c[u] * scale[u] (0 without scale) + sum over k of a[k][u] * b[k], WIDTH numbers each, u < HEIGHT, k ascending. */
+/* c[u] = c[u] * scale[u] (0 without scale) + sum over k of a[k][u] * b[k]: WIDTH numbers for each u < HEIGHT, with k
+ * ascending. */
 static inline __attribute__((always_inline)) void multiply(
     int64_t K, const float *a, int64_t a_stride_k, int64_t a_stride_u, const float *b, int64_t b_stride, float *c,
     int64_t c_stride, const float *scale) {
@@ -92,8 +93,8 @@ static void add_values(const Rows *rows, float *sum, const float *v, const float
         multiply(TILE, weights, WIDTH, 1, v + d, rows->head, sum + d, rows->head, shrink);
 }
 
-/* The same where a value is not finite, and 0 times it would reach rows that do not see it: row by row, the same product
- * with 0 in place of what the row does not see, and of its results this row's. */
+/* The same where a value is not finite, and 0 times it would reach rows that do not see it: row by row, the same
+ * product with 0 in place of what the row does not see, and of its results this row's. */
 static void add_seen_values(Rows *rows, int64_t row, int32_t start, const float *weights, const float *shrink) {
     int64_t head = rows->head;
     for (int u = 0; u < HEIGHT; u++) {
@@ -186,7 +187,8 @@ void orthrus_attention(
         const void *k = at(k_cache, b * k_stride_b + h * k_stride_h, is_bf16);
         const void *v = at(v_cache, b * v_stride_b + h * v_stride_h, is_bf16);
         attend(rows, k, v, k_stride_s, v_stride_s, lowest / TILE * TILE, longest);
-        for (int64_t block = first_t / most(1, block_size) * block_size; block_size && block < end_t; block += block_size) {
+        int64_t first_block = block_size ? first_t / block_size * block_size : end_t;
+        for (int64_t block = first_block; block < end_t; block += block_size) {
             for (int64_t row = 0; row < rows->num_rows; row++)
                 rows->from[row] = 0, rows->to[row] = token[row] / block_size * block_size == block ? block_size : 0;
             int64_t first = ((b * T + block) * HKV + h) * D;

@@ -16,7 +16,8 @@ void orthrus_greedy_choice(
             to_floats(numbers, at(logits, row * V + first, is_bf16), n, is_bf16);
             for (int64_t i = n; i % LANES; i++) numbers[i] = -INFINITY;
             floats largest = all(-INFINITY);
-            for (int64_t i = 0; i < n; i += LANES) largest = choose(load(numbers + i) > largest, load(numbers + i), largest);
+            for (int64_t i = 0; i < n; i += LANES)
+                largest = choose(load(numbers + i) > largest, load(numbers + i), largest);
             for (int i = 0; i < LANES; i++)
                 if (largest[i] > best) best = largest[i], best_tile = first;
         }
