@@ -50,8 +50,8 @@ def dual_view_attention(
         window: sliding window, or None. A query at position p sees cache rows > p - window, where p is
             key_limit - 1 without block keys and key_limit + t % block_size with them; a block is always seen whole.
         scale: multiplies the scores, by default D ** -0.5.
-        impl: "auto", "triton", "torch" or "reference"; or "library", torch's attention without the promise that a
-            row's bits do not depend on its neighbours and on the context's length.
+        impl: "auto", "triton", "torch" or "reference"; or "library": where "torch" takes torch's own attention, this
+            takes it without the promise that a row's bits do not depend on its neighbours and the context's length.
         config: kernel configuration, by default the one looked up for this head shape. Only with impl="triton".
 
     Returns:
