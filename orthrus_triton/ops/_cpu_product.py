@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_triton.ops._cpu_packing import PACKED_DTYPES, has_onednn, pack, packed_weight
+from orthrus_triton.ops.cpu.kernels import linear_cpu
 
 ROW_TILE = 8  # libraries take other kernels for fewer rows
 MAX_ROWS = 128  # of one product
@@ -20,6 +21,8 @@ def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     Rows are filled up to whole tiles. A product of one tile has one shape, and so one kernel, for every number of rows.
     Taller ones read the weight once for all their rows; see `has_tile_bits`.
     """
+    if (out := linear_cpu(x, weight, bias)) is not None:
+        return out
     x, M = x.contiguous(), x.shape[:-1].numel()  # a library may have another kernel for rows that lie apart
     if M % ROW_TILE:
         filled = F.pad(x.reshape(M, -1), (0, 0, 0, -M % ROW_TILE))
@@ -32,6 +35,8 @@ def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """All rows in one call of the fastest library there is; x [..., K] -> [..., N]."""
+    if (out := linear_cpu(x, weight, bias)) is not None:
+        return out
     if x.device.type != "cpu" or x.dtype not in PACKED_DTYPES or not has_onednn():
         return F.linear(x, weight, bias)
     # oneDNN also for fp32, where F.linear takes MKL, which is slower for few rows and rounds them by their number

@@ -12,6 +12,7 @@ from orthrus_triton.ops.cpu.library import c_library
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM, MAX_ROWS = 256, 128  # what the kernels' workspaces hold: MAX_HEAD in vectors.h, MAX_ROWS in attention.c
 FEW_ROWS = 16  # no task of attention has fewer because there are many threads
+COLUMNS = 1024  # of a product, that a task takes at most
 LOG2_E = 1.4426950408889634
 
 
@@ -42,6 +43,24 @@ def attention_cpu(
         *map(_address, (q, k_cache, v_cache, key_limit, *blocks, out)), B, T, HQ, HKV, D, S, *k_cache.stride()[:3],
         *v_cache.stride()[:3], block_size or 0, window or 0, tokens, scale * LOG2_E, _is_bf16(q), threads,
     )  # fmt: skip
+    return out
+
+
+def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`linear` of bf16 on CPUs that multiply it in vectors (avx512_bf16), and not in tiles (amx_bf16)."""
+    if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or not weight.is_contiguous():
+        return None
+    library = _library_for(x)
+    if library is None or not hasattr(library, "orthrus_linear"):
+        return None
+    N, K = weight.shape
+    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], N)
+    bias = bias if bias is None else bias.contiguous()
+    M, threads = x.shape[:-1].numel(), torch.get_num_threads()
+    # tasks of about equal size, as many for every thread; of many rows smaller ones, whose weights a cache holds
+    tasks = threads * max(-(-N // (threads * (COLUMNS if M <= MAX_ROWS else COLUMNS // 4))), 1)
+    columns = -(-N // (tasks * 16)) * 16
+    library.orthrus_linear(*map(_address, (x, weight, bias, out)), M, N, K, columns, threads)
     return out
 
 
