@@ -11,7 +11,7 @@ from orthrus_triton.ops.cpu.library import c_library
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM, MAX_ROWS = 256, 128  # what the kernels' workspaces hold: MAX_HEAD in vectors.h, MAX_ROWS in attention.c
-FEW_ROWS = 16  # no task of attention has fewer because there are many threads
+FEW_ROWS = 16  # no task of attention is split to fewer
 COLUMNS = 1024  # of a product, that a task takes at most
 LOG2_E = 1.4426950408889634
 
@@ -36,9 +36,12 @@ def attention_cpu(
         return None
     q, key_limit, out = q.contiguous(), key_limit.contiguous(), q.new_empty(q.shape)
     blocks = [block if block is None else block.contiguous() for block in (k_block, v_block)]
-    threads = torch.get_num_threads()
-    chunks = -(-threads // (B * HKV))
-    tokens = min(max(-(-T // chunks), -(-FEW_ROWS // group)), MAX_ROWS // group)
+    threads, heads = torch.get_num_threads(), B * HKV
+    chunks = -(-T // (MAX_ROWS // group))
+    # split further until all threads have as many tasks, or so many that it does not matter
+    while heads * chunks % threads and heads * chunks < 4 * threads and T * group >= FEW_ROWS * (chunks + 1):
+        chunks += 1
+    tokens = -(-T // chunks)
     library.orthrus_attention(
         *map(_address, (q, k_cache, v_cache, key_limit, *blocks, out)), B, T, HQ, HKV, D, S, *k_cache.stride()[:3],
         *v_cache.stride()[:3], block_size or 0, window or 0, tokens, scale * LOG2_E, _is_bf16(q), threads,
