@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -81,6 +83,7 @@ def test_a_transformers_model_compiles_whole(view: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="Inductor needs a C++ compiler")
 def test_inductor_keeps_the_bits() -> None:
     """What Inductor generates here is elementwise on integers, and copies: whatever rounds is an opaque op."""
     torch.manual_seed(2)
