@@ -44,7 +44,7 @@ def compiler_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) 
 @needs_c
 def test_the_library_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert c.c_library() is not None and c.c_library() is c.c_library()
-    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+    assert [(path.suffix, path.stat().st_mode & 0o777) for path in fresh.iterdir()] == [(".so", 0o644)]
     commands, run = [], c._run
     monkeypatch.setattr(c, "_run", lambda *command: commands.append(command) or run(*command))
     c.c_library.cache_clear()
@@ -66,6 +66,50 @@ def test_another_source_is_another_library(fresh: Path, tmp_path: Path, monkeypa
 @needs_c
 def test_without_a_place_to_keep_it_the_library_is_used_all_the_same(fresh: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
+    assert c.c_library() is not None
+
+
+@needs_c
+def test_a_kept_library_that_is_not_whole_is_compiled_again(fresh: Path, tmp_path: Path, monkeypatch) -> None:
+    """As a machine that lost its power may leave it."""
+    c.c_library()
+    (first,) = fresh.iterdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # a process opens no name twice
+    kept = tmp_path / "other" / "orthrus_triton" / "cpu" / first.name
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(first.read_bytes()[:100])
+    c.c_library.cache_clear()
+    assert c.c_library() is not None
+    assert kept.read_bytes() == first.read_bytes() and list(kept.parent.iterdir()) == [kept]
+
+
+@needs_c
+def test_a_temporary_folder_that_runs_no_code_is_no_obstacle(fresh: Path, tmp_path: Path, monkeypatch) -> None:
+    load = c.ctypes.CDLL
+
+    def load_but(path: str):
+        if not path.startswith(str(fresh)):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(c.ctypes, "CDLL", load_but)
+    assert c.c_library() is not None
+
+
+@needs_c
+def test_without_a_home_nothing_is_kept_where_the_process_runs(fresh: Path, tmp_path: Path, monkeypatch) -> None:
+    """A user that has none, as in a container, has no cache folder either."""
+    monkeypatch.setattr(c, "cache_folder", lambda: Path("~/.cache/orthrus_triton"))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert c.c_library() is not None
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@needs_c
+def test_what_a_compiler_says_may_be_in_any_encoding(fresh: Path, tmp_path: Path, monkeypatch) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler_that(tmp_path, monkeypatch, f"printf 'Warnung: \\374\n' >&2; exec {compiler} \"$@\"")
     assert c.c_library() is not None
 
 

@@ -68,22 +68,35 @@ def _load(compiler: str, folder: Path) -> ctypes.CDLL:
     macros = _run(compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull)
     sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]"))]
     name = hashlib.sha256("\0".join((compiler, *FLAGS, macros, *sources)).encode()).hexdigest()[:32] + ".so"
-    if (folder / name).exists():
-        return ctypes.CDLL(str(folder / name))
+    kept = folder / name
+    if folder.is_absolute():  # else there is no home, and a library must not come from wherever this process runs
+        with suppress(OSError):  # there is none, or not a whole one
+            return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / name
         _run(compiler, *map(str, sorted(SOURCES.glob("*.c"))), "-o", str(fresh), *FLAGS)
-        library = ctypes.CDLL(str(fresh))
-        whole = folder / f"{name}.{os.getpid()}"  # renamed once it is, for another process may look for it
+        if folder.is_absolute():
+            with suppress(OSError):  # nowhere to keep it
+                _keep(fresh, kept)
+                return ctypes.CDLL(str(kept))  # rather than `fresh`: a temporary folder may be mounted as noexec
+        return ctypes.CDLL(str(fresh))
+
+
+def _keep(fresh: Path, kept: Path) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # renamed once it is whole, for others may look for it; process ids are no names where containers share a folder
+    with tempfile.NamedTemporaryFile(dir=kept.parent, prefix=f"{kept.name}.", delete=False) as whole:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(fresh, whole)
-            whole.replace(folder / name)
-        except OSError:  # nowhere to keep it
-            with suppress(OSError):
-                whole.unlink()
-        return library
+            whole.write(fresh.read_bytes())
+            whole.flush()
+            os.fsync(whole.fileno())
+            os.chmod(whole.name, 0o644)  # users may share it, too
+            os.replace(whole.name, kept)
+        except OSError:
+            os.unlink(whole.name)
+            raise
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS).stdout
+    how = {"capture_output": True, "text": True, "errors": "replace", "timeout": COMPILE_SECONDS}
+    return subprocess.run(command, check=True, **how).stdout
