@@ -266,3 +266,77 @@ def test_the_lowest_of_equal_logits_is_chosen(vocab: int, dtype: torch.dtype) ->
     logits[0], logits[1, ::2], logits[2] = -torch.inf, torch.nan, torch.nan
     logits[3, vocab // 2] = torch.inf
     assert torch.equal(ops.greedy_choice(logits, impl="torch"), ops.greedy_choice(logits, impl="reference"))
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+@torch.no_grad()
+def test_an_argument_on_another_device_is_refused() -> None:
+    """And its address is not one of this machine's memory: reading it ended the process."""
+    x, norm, elsewhere = torch.randn(1, 3, 64), torch.ones(64), torch.ones(64, device="meta")
+    cache, slots, angles = torch.zeros(2, 1, 1, 8, 16), torch.arange(3, dtype=torch.int32)[None], torch.rand(2, 1, 3, 8)
+    for call in (
+        lambda: ops.rms_norm(x, elsewhere, 1e-6, impl="torch"),
+        lambda: ops.rms_norm(x, norm, 1e-6, x.to("meta"), impl="torch"),
+        lambda: ops.rope_cache(x, *angles.to("meta"), *cache, slots, impl="torch"),
+        lambda: ops.rope_cache(x, *angles, *cache, slots, elsewhere[:16], elsewhere[:16], impl="torch"),
+    ):
+        with pytest.raises(RuntimeError, match="meta"):
+            call()
+    assert kernels.linear_cpu(x.bfloat16(), torch.ones(4, 64, device="meta").bfloat16(), None) is None
+    assert kernels.attention_cpu(x[:, :, None], *cache.to("meta"), slots, None, None, None, None, 1.0) is None
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+@torch.no_grad()
+def test_a_tensor_of_another_class_does_its_own_arithmetic() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor  # one that has no memory of its own
+
+    x, weight, norm = torch.randn(3, 64).bfloat16(), torch.randn(8, 64).bfloat16(), torch.rand(64).bfloat16()
+    result = ops.linear(x, TwoTensor(weight, 2 * weight), impl="torch")
+    torch.testing.assert_close(result.b, 2 * x @ weight.T)
+    result = ops.rms_norm(x, TwoTensor(norm, 2 * norm), 1e-6, impl="torch")
+    torch.testing.assert_close(result.b, 2 * torch.rms_norm(x, (64,), norm, 1e-6))
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_what_torch_records_or_transforms_it_sees() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, other, ones = *torch.randn(2, 3, 64), torch.ones(3, 64)
+
+    def norm(rows: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(rows, ones[0], 1e-6, impl="torch")
+
+    expected = norm(other)
+    torch.testing.assert_close(torch.jit.trace(norm, x, check_trace=False)(other), expected)
+    torch.testing.assert_close(make_fx(norm)(x)(other), expected)
+    torch.testing.assert_close(torch.vmap(norm)(other), expected)
+    slope = (norm(other + 1e-2 * ones) - norm(other - 1e-2 * ones)) / 2e-2
+    torch.testing.assert_close(torch.func.jvp(norm, (other,), (ones,))[1], slope, atol=1e-3, rtol=1e-3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = norm(torch.autograd.forward_ad.make_dual(other, ones))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, slope, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+def test_autograd_hears_of_keys_that_are_written_over() -> None:
+    factor, keys = torch.ones(1, requires_grad=True), torch.ones(1, 1, 8, 16)
+    product = (factor * keys).sum()
+    with torch.no_grad():
+        slots, angles = torch.arange(3, dtype=torch.int32)[None], torch.rand(2, 1, 3, 8)
+        ops.rope_cache(torch.randn(1, 3, 64), *angles, keys, keys.clone(), slots, impl="torch")
+        with pytest.raises(RuntimeError, match="single memory location"):
+            ops.rope_cache(torch.randn(1, 3, 64), *angles, keys, keys[:, :, :1].expand_as(keys), slots, impl="torch")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+@torch.no_grad()
+def test_rows_without_numbers_have_norms() -> None:
+    x = torch.ones(3, 0)
+    assert ops.rms_norm(x, x[0], 1e-6, impl="torch").shape == x.shape
+    assert [out.shape for out in ops.rms_norm(x, x[0], 1e-6, x, impl="torch")] == [x.shape, x.shape]

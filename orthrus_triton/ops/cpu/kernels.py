@@ -1,12 +1,16 @@
 """From tensors to the arguments of the C kernels. Each function has the arguments of its op, and gives None where its
-kernel does not serve them: another device or dtype, heads that are too large, or no C compiler."""
+kernel does not serve them: another device or dtype, heads that are too large, or no C compiler. So the torch
+implementation, which is next, says what it always said of tensors that do not go together."""
 
 from __future__ import annotations
 
 import ctypes
 
 import torch
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
+from orthrus_triton.ops._dispatch import PLAIN
 from orthrus_triton.ops.cpu.library import c_library
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,7 +35,7 @@ def attention_cpu(
     beyond its limit, and the number of threads."""
     (B, T, HQ, D), (HKV, S) = q.shape, k_cache.shape[1:3]
     group = HQ // HKV
-    library = _library_for(q)
+    library = _library_for(q, k_cache, v_cache, key_limit, k_block, v_block)
     if library is None or D > MAX_HEAD_DIM or group > MAX_ROWS or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         return None
     q, key_limit, out = q.contiguous(), key_limit.contiguous(), q.new_empty(q.shape)
@@ -53,7 +57,7 @@ def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     """`linear` of bf16 on CPUs that multiply it in vectors (avx512_bf16), and not in tiles (amx_bf16)."""
     if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or not weight.is_contiguous():
         return None
-    library = _library_for(x)
+    library = _library_for(x, weight, bias)
     if library is None or not hasattr(library, "orthrus_linear"):
         return None
     N, K = weight.shape
@@ -80,8 +84,8 @@ def rope_cache_cpu(
 ) -> torch.Tensor | None:
     """`rope_cache`."""
     (B, T), (HKV, S, D) = slots.shape, k_out.shape[1:]
-    library = _library_for(qkv)
-    if library is None or D > MAX_HEAD_DIM:
+    library = _library_for(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm)
+    if library is None or D > MAX_HEAD_DIM or 0 in (*k_out.stride(), *v_out.stride()):  # torch refuses expanded ones
         return None
     HQ = qkv.shape[-1] // D - 2 * HKV
     if cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride():
@@ -92,6 +96,7 @@ def rope_cache_cpu(
         *map(_address, (qkv, cos, sin, slots, *norms, q, k_out, v_out)), B, T, HQ, HKV, D, S, cos.stride(0),
         *k_out.stride()[:3], *v_out.stride()[:3], eps, _is_bf16(qkv), torch.get_num_threads(),
     )  # fmt: skip
+    increment_version((k_out, v_out))  # autograd shall know that what it may have saved is gone
     return q
 
 
@@ -99,7 +104,7 @@ def rms_norm_cpu(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`rms_norm` and what it is the norm of: x + residual, or x without one."""
-    library = _library_for(x)
+    library = _library_for(x, weight, residual)
     if library is None:
         return None
     x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty(x.shape)
@@ -108,8 +113,9 @@ def rms_norm_cpu(
         residual, hidden = residual.contiguous(), x.new_empty(x.shape)
     H = weight.numel()
     library.orthrus_rms_norm(
-        *map(_address, (x, residual, weight, out, hidden)), x.numel() // H, H, eps, _is_bf16(x), torch.get_num_threads()
-    )
+        *map(_address, (x, residual, weight, out, hidden)), x.numel() // max(H, 1), H, eps, _is_bf16(x),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out, hidden
 
 
@@ -138,8 +144,26 @@ def greedy_choice_cpu(logits: torch.Tensor, none: int) -> torch.Tensor | None:
     return out
 
 
-def _library_for(tensor: torch.Tensor) -> ctypes.CDLL | None:
-    return c_library() if tensor.is_cpu and tensor.dtype in DTYPES else None
+def _library_for(tensor: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:
+    """None unless all are numbers in this machine's memory, which an address is enough to find, and only asked for
+    their values."""
+    if tensor.dtype not in DTYPES or _is_watched():
+        return None
+    for argument in (tensor, *others):
+        if argument is not None and not (argument.is_cpu and type(argument) in PLAIN):
+            return None
+    return c_library()
+
+
+def _is_watched() -> bool:
+    """Whether torch records or transforms what is done to tensors, and so would have to see it: in a trace, vmap or a
+    forward-mode derivative."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
