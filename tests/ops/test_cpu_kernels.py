@@ -113,6 +113,14 @@ def test_what_a_compiler_says_may_be_in_any_encoding(fresh: Path, tmp_path: Path
     assert c.c_library() is not None
 
 
+@needs_c
+def test_a_compiler_that_fails_leaves_it_to_the_next(fresh: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    broken = compiler_that(tmp_path, monkeypatch, "echo 'cannot find -lomp' >&2; exit 1") / "cc"
+    monkeypatch.setattr(c.shutil, "which", {"cc": str(broken), "gcc": compiler, "clang": None}.get)
+    assert c.c_library() is not None and not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [

@@ -48,14 +48,19 @@ def c_library() -> ctypes.CDLL | None:
     """
     if sys.platform != "linux":
         return None
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    compilers = {os.path.realpath(path): path for path in map(shutil.which, COMPILERS) if path}
+    if not compilers:
         logger.warning("no C compiler (%s) is installed, so that %s", ", ".join(COMPILERS), SLOWER)
         return None
-    try:
-        library = _load(compiler, cache_folder() / "cpu")
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("no C kernels, so that %s: %s", SLOWER, getattr(error, "stderr", None) or error)
+    reasons = []
+    for compiler in compilers.values():  # cc may be a clang without OpenMP, and gcc there as well
+        try:
+            library = _load(compiler, cache_folder() / "cpu")
+            break
+        except (OSError, subprocess.SubprocessError) as error:
+            reasons.append(f"{compiler}: {getattr(error, 'stderr', None) or error}")
+    else:
+        logger.warning("no C kernels, so that %s: %s", SLOWER, "\n".join(reasons))
         return None
     for name, arguments in ARGUMENTS.items():
         if hasattr(library, name):  # linear is for some CPUs only
