@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from orthrus_triton.ops._dispatch import require_same, require_size
+from orthrus_triton.ops.cpu.kernels import has_product
 
 View = Literal["ar", "diffusion"]
 CAPACITY_QUANTUM = 512  # capacities are multiples of it: no KV tile of any implementation is cut by the cache's end
@@ -136,7 +137,8 @@ class SharedKVCache:
         else:
             # laid out once here, not by every layer's kernels
             slots, key_limit = rows.repeat(start.shape[0], 1), start[:, None].repeat(1, num_rows)
-        linear_impl = impl if linear_impl is None else linear_impl
+        if linear_impl is None or (linear_impl, impl) == ("library", "torch") and has_product(self.layers[0].k):
+            linear_impl = impl  # nor is the library's product taken where ours is the fastest there is
         return ViewPass(view, positions, slots, key_limit, self.prompt_len, impl, linear_impl)
 
     def draft_pass(self, block_size: int, anchor_rows: int = 0, *, impl: str = "auto") -> ViewPass:

@@ -53,12 +53,18 @@ def attention_cpu(
     return out
 
 
+def has_product(like: torch.Tensor) -> bool:
+    """Whether `linear_cpu` serves numbers such as these: bf16 on a CPU that multiplies it in vectors (avx512_bf16) and
+    not in tiles (amx_bf16)."""
+    return like.dtype == torch.bfloat16 and like.is_cpu and hasattr(c_library(), "orthrus_linear")
+
+
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """`linear` of bf16 on CPUs that multiply it in vectors (avx512_bf16), and not in tiles (amx_bf16)."""
-    if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or not weight.is_contiguous():
+    """`linear`, where `has_product`."""
+    if not has_product(x) or weight.dtype != x.dtype or not weight.is_contiguous():
         return None
     library = _library_for(x, weight, bias)
-    if library is None or not hasattr(library, "orthrus_linear"):
+    if library is None:
         return None
     N, K = weight.shape
     x, out = x.contiguous(), x.new_empty(*x.shape[:-1], N)
