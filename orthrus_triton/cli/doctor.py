@@ -64,7 +64,8 @@ def _c_kernels() -> str:
     from orthrus_triton.ops.cpu.library import c_library
 
     if c_library() is not None:
-        return "compiled for this CPU: attention, norms, rotation, SwiGLU and greedy choice in fp32 and bf16"
+        products = "; products in bf16" if hasattr(c_library(), "orthrus_linear") else ""
+        return f"compiled for this CPU: attention, norms, rotation, SwiGLU, greedy choice in fp32 and bf16{products}"
     return "none (they need Linux and a C compiler such as gcc): decoding on this CPU takes over 1.5 times as long"
 
 

@@ -48,9 +48,9 @@ class ConsensusDecoder(DecodeCycle):
             before each cycle, by measured times and recent acceptance, among AR, powers of two and the trained block.
             In AR mode there are no blocks.
         impl: "auto", "triton", "torch" or "reference" for every op of a cycle.
-        exact: in AR mode, use arithmetic whose bits equal the verify pass. Triton needs nothing for that, the torch
-            implementation rounds its rows up to eight; exact=False gives it the library's product of one row instead,
-            the fair baseline for wall-clock on a CPU.
+        exact: in AR mode, use arithmetic whose bits equal the verify pass. Triton and the C kernels need nothing for
+            that, torch's products round their rows up to eight; exact=False gives it the library's product of one row
+            there, the fair baseline for wall-clock on a CPU.
         max_cache_len: tokens the cache can hold, or None to size it to each call.
         prefill_chunk: prompt tokens per prefill step; by default 512 on a CPU, 4096 on a GPU.
         batch_invariant_prefill: prefill with the cycle's own product instead of the library's, so that the prompt's
