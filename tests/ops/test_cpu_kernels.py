@@ -238,6 +238,28 @@ def test_a_product_of_any_shape_is_the_product_and_its_rows_are_their_own(seed, 
 
 
 @needs_c
+@pytest.mark.parametrize("window", [None, 1, 40, 100])
+@pytest.mark.parametrize("block_size", [None, 1, 2])
+def test_any_number_of_rows_leaves_each_the_bits_it_has_alone(block_size: int | None, window: int | None) -> None:
+    """Of panels that are full, or have one row more or less, and of windows that begin where no tile does."""
+    rows = 40
+    case = make_case(7, torch.float32, CPU, rows=rows, kv_heads=1, group=1, head_dim=16, capacity=300, context=230)
+    if block_size is not None:
+        case.k_block, case.v_block = torch.randn(2, 1, rows, 1, 16)
+        case.key_limit = case.key_limit[:, ::block_size].repeat_interleave(block_size, dim=1)
+    q, k, v, limit, k_block, v_block, *_ = case.args()
+
+    def attend(first: int, end: int) -> torch.Tensor:
+        parts = [None if part is None else part[:, first:end] for part in (q, limit, k_block, v_block)]
+        return kernels.attention_cpu(parts[0], k, v, parts[1], *parts[2:], block_size, window, 0.25)
+
+    step = block_size or 1
+    alone = torch.cat([attend(row, row + step) for row in range(0, rows, step)], dim=1)
+    for number in range(step, rows + 1, step):
+        assert torch.equal(attend(rows - number, rows), alone[:, rows - number :]), number
+
+
+@needs_c
 def test_attention_in_fp32_is_exact_to_a_few_units() -> None:
     """Its exponential is its own: over scores far apart and nearly equal ones."""
     case = make_case(3, torch.float32, CPU, rows=8, context=90)

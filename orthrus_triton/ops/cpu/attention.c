@@ -46,12 +46,12 @@ static inline __attribute__((always_inline)) void multiply(
     }
 }
 
-/* `n` keys and values, the rest of the tile as 0. Returns whether a value is not finite. */
+/* `n` keys and values; the other values of the tile are 0, its other keys nobody sees. Returns whether a value is not
+ * finite. */
 static int load_tile(Rows *rows, const void *k, const void *v, int64_t k_stride, int64_t v_stride, int64_t n) {
     int64_t D = rows->D, head = rows->head;
     uint32_t largest = 0;
     memset(rows->v, 0, TILE * head * sizeof(float));
-    memset(rows->k + n * D, 0, (TILE - n) * D * sizeof(float));
     for (int64_t j = 0; j < n; j++) {
         float *value = rows->v + j * head;
         to_floats(rows->k + j * D, at(k, j * k_stride, rows->is_bf16), D, rows->is_bf16);
