@@ -260,6 +260,19 @@ def test_any_number_of_rows_leaves_each_the_bits_it_has_alone(block_size: int | 
 
 
 @needs_c
+def test_a_call_leaves_nothing_behind_for_the_next() -> None:
+    """A thread's workspace still holds the last tile's values: here of 64 keys, all NaN."""
+    case = make_case(8, torch.float32, CPU, rows=2, kv_heads=1, context=70, poison=False)
+    few = torch.tensor([[3, 4]], dtype=torch.int32)
+    expected = kernels.attention_cpu(case.q, case.k_cache, case.v_cache, few, None, None, None, None, 0.1)
+    kernels.attention_cpu(
+        case.q, case.k_cache * torch.nan, case.v_cache * torch.nan, few * 0 + 64, None, None, None, None, 0.1
+    )
+    again = kernels.attention_cpu(case.q, case.k_cache, case.v_cache, few, None, None, None, None, 0.1)
+    assert expected.isfinite().all() and torch.equal(again, expected)
+
+
+@needs_c
 def test_attention_in_fp32_is_exact_to_a_few_units() -> None:
     """Its exponential is its own: over scores far apart and nearly equal ones."""
     case = make_case(3, torch.float32, CPU, rows=8, context=90)
