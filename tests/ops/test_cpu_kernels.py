@@ -1,11 +1,6 @@
-"""The C kernels: where they come from, that they are used, and what the tests of the ops do not reach."""
+"""The C kernels: that they are used, and what the tests of the ops do not reach."""
 
 from __future__ import annotations
-
-import logging
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,146 +9,18 @@ from hypothesis import strategies as st
 
 from orthrus_triton import ops
 from orthrus_triton.ops.cpu import kernels
-from orthrus_triton.ops.cpu import library as c
+from orthrus_triton.ops.cpu.library import c_library
 from tests.ops.attention_cases import make_case
 
 CPU = torch.device("cpu")
-needs_c = pytest.mark.skipif(c.c_library() is None, reason="no C kernels here")
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """`c_library` as a process begins with it, and an empty cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("ORTHRUS_TRITON_CONFIG_DIR", raising=False)
-    c.c_library.cache_clear()
-    yield tmp_path / "cache" / "orthrus_triton" / "cpu"
-    c.c_library.cache_clear()
-
-
-def compiler_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
-    """The only compiler on PATH: a shell script."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "cc").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "cc").chmod(0o755)
-    monkeypatch.setattr(c.shutil, "which", lambda name: str(folder / "cc") if name == "cc" else None)
-    return folder
-
-
-@needs_c
-def test_the_library_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert c.c_library() is not None and c.c_library() is c.c_library()
-    assert [(path.suffix, path.stat().st_mode & 0o777) for path in fresh.iterdir()] == [(".so", 0o644)]
-    commands, run = [], c._run
-    monkeypatch.setattr(c, "_run", lambda *command: commands.append(command) or run(*command))
-    c.c_library.cache_clear()
-    assert c.c_library() is not None
-    assert len(commands) == 1 and "-E" in commands[0]  # only asked what it means by native
-
-
-@needs_c
-def test_another_source_is_another_library(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(c.SOURCES, tmp_path / "sources")
-    monkeypatch.setattr(c, "SOURCES", tmp_path / "sources")
-    for text in ("/* one */", "/* two */"):
-        (tmp_path / "sources" / "vectors.h").write_text((c.SOURCES / "vectors.h").read_text() + text)
-        c.c_library.cache_clear()
-        assert c.c_library() is not None
-    assert len(list(fresh.iterdir())) == 2
-
-
-@needs_c
-def test_without_a_place_to_keep_it_the_library_is_used_all_the_same(fresh: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    assert c.c_library() is not None
-
-
-@needs_c
-def test_a_kept_library_that_is_not_whole_is_compiled_again(fresh: Path, tmp_path: Path, monkeypatch) -> None:
-    """As a machine that lost its power may leave it."""
-    c.c_library()
-    (first,) = fresh.iterdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # a process opens no name twice
-    kept = tmp_path / "other" / "orthrus_triton" / "cpu" / first.name
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(first.read_bytes()[:100])
-    c.c_library.cache_clear()
-    assert c.c_library() is not None
-    assert kept.read_bytes() == first.read_bytes() and list(kept.parent.iterdir()) == [kept]
-
-
-@needs_c
-def test_a_temporary_folder_that_runs_no_code_is_no_obstacle(fresh: Path, tmp_path: Path, monkeypatch) -> None:
-    load = c.ctypes.CDLL
-
-    def load_but(path: str):
-        if not path.startswith(str(fresh)):
-            raise OSError(f"{path}: failed to map segment from shared object")
-        return load(path)
-
-    monkeypatch.setattr(c.ctypes, "CDLL", load_but)
-    assert c.c_library() is not None
-
-
-@needs_c
-def test_without_a_home_nothing_is_kept_where_the_process_runs(fresh: Path, tmp_path: Path, monkeypatch) -> None:
-    """A user that has none, as in a container, has no cache folder either."""
-    monkeypatch.setattr(c, "cache_folder", lambda: Path("~/.cache/orthrus_triton"))
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    assert c.c_library() is not None
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@needs_c
-def test_what_a_compiler_says_may_be_in_any_encoding(fresh: Path, tmp_path: Path, monkeypatch) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    compiler_that(tmp_path, monkeypatch, f"printf 'Warnung: \\374\n' >&2; exec {compiler} \"$@\"")
-    assert c.c_library() is not None
-
-
-@needs_c
-def test_a_compiler_that_fails_leaves_it_to_the_next(fresh: Path, tmp_path: Path, monkeypatch, caplog) -> None:
-    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    broken = compiler_that(tmp_path, monkeypatch, "echo 'cannot find -lomp' >&2; exit 1") / "cc"
-    monkeypatch.setattr(c.shutil, "which", {"cc": str(broken), "gcc": compiler, "clang": None}.get)
-    assert c.c_library() is not None and not caplog.messages
-
-
-@pytest.mark.parametrize(
-    ("script", "reason"),
-    [
-        ("echo 'attention.c: needs fused multiply-adds' >&2; exit 1", "needs fused multiply-adds"),
-        ("exit 0", ".so: cannot open shared object file"),
-        ("sleep 5", "timed out"),
-    ],
-)
-@pytest.mark.skipif(os.name != "posix", reason="a shell script")
-def test_a_compiler_that_fails_is_named_and_done_without(script, reason, fresh, tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(c.sys, "platform", "linux")
-    monkeypatch.setattr(c, "COMPILE_SECONDS", 1)
-    compiler_that(tmp_path, monkeypatch, script)
-    x = torch.randn(3, 8)
-    with caplog.at_level(logging.WARNING):
-        assert torch.allclose(ops.rms_norm(x, torch.ones(8), 1e-6, impl="torch"), torch.rms_norm(x, (8,), eps=1e-6))
-        ops.rms_norm(x, torch.ones(8), 1e-6, impl="torch")
-    assert c.c_library() is None and len(caplog.messages) == 1 and reason in caplog.messages[0]
-
-
-def test_without_a_compiler_one_line_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    monkeypatch.setattr(c.sys, "platform", "linux")
-    monkeypatch.setattr(c.shutil, "which", lambda name: None)
-    assert c.c_library() is None and c.c_library() is None
-    (message,) = caplog.messages
-    assert "no C compiler (cc, gcc, clang) is installed" in message
+needs_c = pytest.mark.skipif(c_library() is None, reason="no C kernels here")
 
 
 @needs_c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_op_of_a_cycle_takes_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    library = c.c_library()
+    library = c_library()
 
     class Listening:
         def __getattr__(self, name: str):
@@ -214,7 +81,7 @@ def test_the_number_of_threads_moves_no_bit_of_attention(
     assert all(torch.equal(out.view(torch.uint8), outs[0].view(torch.uint8)) for out in outs)
 
 
-@pytest.mark.skipif(not hasattr(c.c_library(), "orthrus_linear"), reason="no product in C on this CPU")
+@pytest.mark.skipif(not hasattr(c_library(), "orthrus_linear"), reason="no product in C on this CPU")
 @given(
     seed=st.integers(0, 999), M=st.integers(1, 140), N=st.integers(1, 90), K=st.integers(1, 150), biased=st.booleans(),
     leading=st.booleans(),
