@@ -16,6 +16,7 @@ import orthrus_triton
 from orthrus_triton.cli import common
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.ops.cpu import kernels
 from tests.cli_models import (
     BLOCK_SIZE,
     assert_bad_input,
@@ -195,7 +196,11 @@ def test_paths_and_domains_are_text_not_markup(model_folder, tmp_path):
 
 def test_what_auto_is_depends_on_the_device(monkeypatch):
     cpu = torch.device("cpu")
+    instructions = common.cpu_bf16_instructions()
     monkeypatch.setattr(common, "cpu_bf16_instructions", lambda: [])
+    has_ours = kernels.c_library() is not None and "amx_bf16" not in instructions
+    assert common.resolve_dtype("auto", cpu) == (torch.bfloat16 if has_ours else torch.float32)
+    monkeypatch.setattr(kernels, "c_library", lambda: None)
     assert common.resolve_dtype("auto", cpu) == torch.float32
     assert common.resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     monkeypatch.setattr(common, "cpu_bf16_instructions", lambda: ["amx_bf16"])

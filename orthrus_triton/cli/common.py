@@ -26,7 +26,7 @@ status_console = Console(stderr=True, soft_wrap=True, **PLAIN)
 
 DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
 DtypeOption = Annotated[
-    DtypeName, typer.Option(help="auto: bf16 on a GPU and on CPUs with bf16 instructions, else fp32.")
+    DtypeName, typer.Option(help="auto: bf16; fp32 on a CPU that has no instructions for bf16 and no kernel of ours.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto: the first GPU if there is one.")]
 ImplOption = Annotated[
@@ -135,7 +135,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def cpu_bf16_instructions() -> list[str]:
-    """The instruction sets of this CPU that multiply bf16; without one, bf16 is emulated and slower than fp32."""
+    """The instruction sets of this CPU that multiply bf16; without one, torch emulates bf16, slower than fp32."""
     import torch
 
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch supported
@@ -146,8 +146,12 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """The dtype that `name` means on `device`."""
     import torch
 
+    from orthrus_triton.ops.cpu.kernels import has_product
+
     if name == "auto":
-        name = "bf16" if device.type == "cuda" or cpu_bf16_instructions() else "fp32"
+        # a product of ours reads half of the bytes and is as fast as fp32 even where it has to multiply in fp32
+        is_fast = device.type == "cuda" or cpu_bf16_instructions() or has_product(torch.empty(0, dtype=torch.bfloat16))
+        name = "bf16" if is_fast else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 

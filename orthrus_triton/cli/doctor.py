@@ -42,7 +42,7 @@ def doctor() -> None:
         table.add_row(name, triton.__version__ if name == "triton" and HAS_TRITON else _installed(name))
     for line in _devices():
         table.add_row("device", line)
-    table.add_row("bf16 in this CPU", ", ".join(cpu_bf16_instructions()) or "no (dtype auto takes fp32 on it)")
+    table.add_row("bf16 in this CPU", ", ".join(cpu_bf16_instructions()) or "no instruction")
     table.add_row("C kernels", _c_kernels())
     table.add_row("dtype auto", f"{str(resolve_dtype('auto', device)).removeprefix('torch.')} on {device}")
     impl = resolve_impl("auto", torch.empty(0, device=device))
@@ -61,11 +61,17 @@ def doctor() -> None:
 
 
 def _c_kernels() -> str:
+    import torch
+
+    from orthrus_triton.ops.cpu.kernels import has_product
     from orthrus_triton.ops.cpu.library import c_library
 
     if c_library() is not None:
-        products = "; products in bf16" if hasattr(c_library(), "orthrus_linear") else ""
-        return f"compiled for this CPU: attention, norms, rotation, SwiGLU, greedy choice in fp32 and bf16{products}"
+        products = "products, " if has_product(torch.empty(0, dtype=torch.bfloat16)) else ""
+        only = "" if products else "; products in fp32"
+        return (
+            f"compiled for this CPU: {products}attention, norms, rotation, SwiGLU, greedy choice in fp32 and bf16{only}"
+        )
     return "none (they need Linux and a C compiler such as gcc): decoding on this CPU takes over 1.5 times as long"
 
 

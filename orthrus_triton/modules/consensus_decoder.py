@@ -28,6 +28,7 @@ from orthrus_triton.modules.decode_stats import DecodeOutput
 from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.prompts import split_prompts, tokens_to_cache
+from orthrus_triton.modules.recorded_passes import RecordedPasses
 from orthrus_triton.modules.run_to_end import Stop, run_to_end
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams, SamplingRule, params_of
 from orthrus_triton.modules.slot import Slot
@@ -266,6 +267,8 @@ class ConsensusDecoder(DecodeCycle):
         self._compiled.clear()
         cache = self.model.new_cache(batch_size, max_len, block_size)
         device = cache.context_len.device
+        if device.type == "cpu" and self.cuda_graph is None:
+            cache.recorded = RecordedPasses()
         eos_slots = max(-(-eos_count // EOS_SLOTS), 1) * EOS_SLOTS
         state = DecodeState.allocate(
             batch_size, block_size, cache.capacity, max(block_size + self.anchor_rows, AR_STEPS), eos_slots,

@@ -143,8 +143,16 @@ def run_layers(
     """
     if len(cache.layers) != len(layers):
         raise ValueError(f"cache must hold {len(layers)} layers, as the model does, but holds {len(cache.layers)}")
-    first, *others = [layer.input_layernorm for layer in layers]
-    normed = first(hidden, impl=view_pass.impl)
-    for layer, cache_layer, next_norm in zip(layers, cache.layers, [*others, norm]):
-        normed, hidden = layer(hidden, rope, cache_layer, view_pass, normed, next_norm)
-    return normed
+
+    def eagerly(
+        hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], view_pass: ViewPass
+    ) -> torch.Tensor:  # fmt: skip
+        first, *others = [layer.input_layernorm for layer in layers]
+        normed = first(hidden, impl=view_pass.impl)
+        for layer, cache_layer, next_norm in zip(layers, cache.layers, [*others, norm]):
+            normed, hidden = layer(hidden, rope, cache_layer, view_pass, normed, next_norm)
+        return normed
+
+    if cache.recorded is None or torch.compiler.is_compiling():
+        return eagerly(hidden, rope, view_pass)
+    return cache.recorded.run(eagerly, [*layers, norm], hidden, rope, cache, view_pass)

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from orthrus_triton.modules.recorded_passes import RecordedPasses
 from orthrus_triton.ops._dispatch import require_same, require_size
 from orthrus_triton.ops.cpu.kernels import has_product
 
@@ -68,6 +69,7 @@ class SharedKVCache:
     Attributes:
         context_len: [B] int32 on the device, tokens in the cache. Rows beyond it are garbage by design.
         prompt_len: [B] int32 on the device, set at prefill.
+        recorded: where a decoder has passes over these buffers recorded, or None.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class SharedKVCache:
         for name, value in sizes.items():
             require_size(name, value)
         self.batch_size, self.block_size = batch_size, block_size
+        self.recorded: RecordedPasses | None = None
         self.capacity = -(-max_len // CAPACITY_QUANTUM) * CAPACITY_QUANTUM
         # zeros: rows nobody has written are finite, which lets attention on a CPU mask them instead of copying
         on = {"dtype": dtype, "device": device}
@@ -186,6 +189,7 @@ class SharedKVCache:
     def prefix(self, rows: int) -> SharedKVCache:
         """The first `rows` of every sequence as a cache, rounded up to a multiple of 512: views, as in `sequences`."""
         view = copy.copy(self)
+        view.recorded = None  # what reads a prompt seldom comes again
         view.capacity = min(-(-rows // CAPACITY_QUANTUM) * CAPACITY_QUANTUM, self.capacity)
         view.layers = [
             layer._replace(k=layer.k[:, :, : view.capacity], v=layer.v[:, :, : view.capacity]) for layer in self.layers

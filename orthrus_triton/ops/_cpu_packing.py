@@ -38,7 +38,7 @@ def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
         if entry.made_from == (weight.data_ptr(), weight._version):
             return entry.weight
         _packed.pop(id(weight), None)
-    if not isinstance(weight, torch.nn.Parameter) or weight.dtype not in PACKED_DTYPES or not has_onednn():
+    if not isinstance(weight, torch.nn.Parameter) or not has_onednn(weight.dtype):
         return None
     if weight.is_inference():  # such parameters do not tell whether they changed
         return None
@@ -71,11 +71,14 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def has_onednn() -> bool:
-    """Whether torch was built with it, and with the two operations used here."""
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-    )
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch was built with it, and with the two operations used here, and it multiplies `dtype` on this CPU."""
+    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+    if dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
+        return False
+    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:

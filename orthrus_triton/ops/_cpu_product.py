@@ -8,8 +8,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from orthrus_triton.ops._cpu_packing import PACKED_DTYPES, has_onednn, pack, packed_weight
-from orthrus_triton.ops.cpu.kernels import linear_cpu
+from orthrus_triton.ops._cpu_packing import has_onednn, pack, packed_weight
+from orthrus_triton.ops.cpu.kernels import has_product, linear_cpu
 
 ROW_TILE = 8  # libraries take other kernels for fewer rows
 MAX_ROWS = 128  # of one product
@@ -35,9 +35,9 @@ def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """All rows in one call of the fastest library there is; x [..., K] -> [..., N]."""
-    if (out := linear_cpu(x, weight, bias)) is not None:
+    if has_product(x) and (out := linear_cpu(x, weight, bias)) is not None:
         return out
-    if x.device.type != "cpu" or x.dtype not in PACKED_DTYPES or not has_onednn():
+    if x.device.type != "cpu" or not has_onednn(x.dtype):
         return F.linear(x, weight, bias)
     # oneDNN also for fp32, where F.linear takes MKL, which is slower for few rows and rounds them by their number
     packed = packed_weight(weight)
@@ -79,7 +79,7 @@ def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: in
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.dtype in PACKED_DTYPES and has_onednn():
+    if has_onednn(x.dtype):
         return _onednn(x, weight, bias)
     return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 

@@ -11,8 +11,8 @@ from orthrus_triton import ops
 from orthrus_triton.ops import _cpu_packing
 from orthrus_triton.ops._cpu_packing import forget_changed, has_onednn, packed_weight
 
-pytestmark = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
-DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.skipif(not has_onednn(torch.float32), reason="this torch has no oneDNN")
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if has_onednn(dtype)]
 
 
 def parameter(dtype: torch.dtype = torch.float32, N: int = 48, K: int = 64) -> torch.nn.Parameter:

@@ -91,7 +91,7 @@ def test_taller_products_are_taken_only_where_they_have_the_bits_of_tiles(produc
     monkeypatch.setattr(_cpu_product, "linear_cpu", lambda *_: None)  # which would take all rows
     x, weight = torch.randn(40, 96).to(dtype), torch.randn(64, 96).to(dtype)
     if product == "_onednn":
-        if not _cpu_packing.has_onednn():
+        if not _cpu_packing.has_onednn(dtype):
             pytest.skip("this torch has no oneDNN")
         weight = torch.nn.Parameter(weight)  # such are packed
     tiles = torch.cat([ops.linear(tile, weight, impl="torch") for tile in x.split(8)])

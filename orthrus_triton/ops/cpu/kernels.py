@@ -5,6 +5,8 @@ implementation, which is next, says what it always said of tensors that do not g
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch.autograd import forward_ad
@@ -12,6 +14,7 @@ from torch.autograd.graph import increment_version
 
 from orthrus_triton.ops._dispatch import PLAIN
 from orthrus_triton.ops.cpu.library import c_library
+from orthrus_triton.ops.cpu.recording import active_recorder
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM, MAX_ROWS = 256, 128  # what the kernels' workspaces hold: MAX_HEAD in vectors.h, MAX_ROWS in attention.c
@@ -46,25 +49,24 @@ def attention_cpu(
     while heads * chunks % threads and heads * chunks < 4 * threads and T * group >= FEW_ROWS * (chunks + 1):
         chunks += 1
     tokens = -(-T // chunks)
-    library.orthrus_attention(
-        *map(_address, (q, k_cache, v_cache, key_limit, *blocks, out)), B, T, HQ, HKV, D, S, *k_cache.stride()[:3],
-        *v_cache.stride()[:3], block_size or 0, window or 0, tokens, scale * LOG2_E, _is_bf16(q), threads,
+    _call(
+        library.orthrus_attention, (q, k_cache, v_cache, key_limit, *blocks, out), B, T, HQ, HKV, D, S,
+        *k_cache.stride()[:3], *v_cache.stride()[:3], block_size or 0, window or 0, tokens, scale * LOG2_E,
+        _is_bf16(q), threads,
     )  # fmt: skip
     return out
 
 
 def has_product(like: torch.Tensor) -> bool:
-    """Whether `linear_cpu` serves numbers such as these: bf16 on a CPU that multiplies it in vectors (avx512_bf16) and
-    not in tiles (amx_bf16)."""
-    return like.dtype == torch.bfloat16 and like.is_cpu and hasattr(c_library(), "orthrus_linear")
+    """Whether `linear_cpu` serves numbers such as these, and nothing is faster for many rows either: bf16, except on
+    CPUs that multiply it in tiles (amx_bf16)."""
+    return like.dtype == torch.bfloat16 and like.is_cpu and _product(c_library(), like.dtype)[0] is not None
 
 
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """`linear`, where `has_product`."""
-    if not has_product(x) or weight.dtype != x.dtype or not weight.is_contiguous():
-        return None
-    library = _library_for(x, weight, bias)
-    if library is None:
+    """`linear`. A row has the same bits whatever other rows there are, and whatever the number of threads."""
+    kernel, is_wide = _product(_library_for(x, weight, bias), x.dtype)
+    if kernel is None or weight.dtype != x.dtype or not weight.is_contiguous():
         return None
     N, K = weight.shape
     x, out = x.contiguous(), x.new_empty(*x.shape[:-1], N)
@@ -73,8 +75,18 @@ def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     # tasks of about equal size, as many for every thread; of many rows smaller ones, whose weights a cache holds
     tasks = threads * max(-(-N // (threads * (COLUMNS if M <= MAX_ROWS else COLUMNS // 4))), 1)
     columns = -(-N // (tasks * 16)) * 16
-    library.orthrus_linear(*map(_address, (x, weight, bias, out)), M, N, K, columns, threads)
+    wide = [x.new_empty(M, -(-K // 32) * 32, dtype=torch.float32)] if is_wide else []  # for x in fp32
+    _call(kernel, (x, weight, bias, out, *wide), M, N, K, columns, threads)
     return out
+
+
+@cache
+def _product(library: ctypes.CDLL | None, dtype: torch.dtype) -> tuple[Callable | None, bool]:
+    """The product of this dtype, if there is one, and whether it multiplies in fp32 what is given in bf16."""
+    for name in {torch.float32: ["fp32"], torch.bfloat16: ["bf16", "bf16_wide"]}.get(dtype, []):
+        if hasattr(library, f"orthrus_linear_{name}"):
+            return getattr(library, f"orthrus_linear_{name}"), name == "bf16_wide"
+    return None, False
 
 
 def rope_cache_cpu(
@@ -98,8 +110,8 @@ def rope_cache_cpu(
         cos, sin = cos.contiguous(), sin.contiguous()
     qkv, slots, q = qkv.contiguous(), slots.contiguous(), qkv.new_empty(B, T, HQ, D)
     norms = [norm if norm is None else norm.to(qkv.dtype).contiguous() for norm in (q_norm, k_norm)]
-    library.orthrus_rope_cache(
-        *map(_address, (qkv, cos, sin, slots, *norms, q, k_out, v_out)), B, T, HQ, HKV, D, S, cos.stride(0),
+    _call(
+        library.orthrus_rope_cache, (qkv, cos, sin, slots, *norms, q, k_out, v_out), B, T, HQ, HKV, D, S, cos.stride(0),
         *k_out.stride()[:3], *v_out.stride()[:3], eps, _is_bf16(qkv), torch.get_num_threads(),
     )  # fmt: skip
     increment_version((k_out, v_out))  # autograd shall know that what it may have saved is gone
@@ -118,8 +130,8 @@ def rms_norm_cpu(
     if residual is not None:
         residual, hidden = residual.contiguous(), x.new_empty(x.shape)
     H = weight.numel()
-    library.orthrus_rms_norm(
-        *map(_address, (x, residual, weight, out, hidden)), x.numel() // max(H, 1), H, eps, _is_bf16(x),
+    _call(
+        library.orthrus_rms_norm, (x, residual, weight, out, hidden), x.numel() // max(H, 1), H, eps, _is_bf16(x),
         torch.get_num_threads(),
     )  # fmt: skip
     return out, hidden
@@ -132,9 +144,7 @@ def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:
         return None
     gate_up, I = gate_up.contiguous(), gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], I)
-    library.orthrus_swiglu(
-        _address(gate_up), _address(out), out.numel() // max(I, 1), I, _is_bf16(out), torch.get_num_threads()
-    )
+    _call(library.orthrus_swiglu, (gate_up, out), out.numel() // max(I, 1), I, _is_bf16(out), torch.get_num_threads())
     return out
 
 
@@ -144,16 +154,29 @@ def greedy_choice_cpu(logits: torch.Tensor, none: int) -> torch.Tensor | None:
     if library is None:
         return None
     logits, out = logits.contiguous(), logits.new_empty(logits.shape[:-1], dtype=torch.int64)
-    library.orthrus_greedy_choice(
-        _address(logits), _address(out), out.numel(), logits.shape[-1], none, _is_bf16(logits), torch.get_num_threads()
+    _call(
+        library.orthrus_greedy_choice,
+        (logits, out),
+        out.numel(),
+        logits.shape[-1],
+        none,
+        _is_bf16(logits),
+        torch.get_num_threads(),
     )
     return out
+
+
+def _call(kernel: Callable, tensors: Sequence[torch.Tensor | None], *numbers: int | float) -> None:
+    recorder = active_recorder()
+    if recorder is not None:
+        recorder.kernel(kernel, tensors, numbers)
+    kernel(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *numbers)
 
 
 def _library_for(tensor: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:
     """None unless all are numbers in this machine's memory, which an address is enough to find, and only asked for
     their values."""
-    if tensor.dtype not in DTYPES or _is_watched():
+    if tensor.dtype not in DTYPES or is_watched():
         return None
     for argument in (tensor, *others):
         if argument is not None and not (argument.is_cpu and type(argument) in PLAIN):
@@ -161,19 +184,15 @@ def _library_for(tensor: torch.Tensor, *others: torch.Tensor | None) -> ctypes.C
     return c_library()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether torch records or transforms what is done to tensors, and so would have to see it: in a trace, vmap or a
     forward-mode derivative."""
     return (
         torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > (active_recorder() is not None)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _is_bf16(tensor: torch.Tensor) -> bool:

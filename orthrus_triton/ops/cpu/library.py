@@ -32,7 +32,9 @@ VOID_P, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, cty
 ARGUMENTS = {
     "orthrus_attention": (*[VOID_P] * 7, *[INT64] * 15, FLOAT, INT, INT),
     "orthrus_greedy_choice": (*[VOID_P] * 2, *[INT64] * 3, INT, INT),
-    "orthrus_linear": (*[VOID_P] * 4, *[INT64] * 4, INT),
+    "orthrus_linear_bf16": (*[VOID_P] * 4, *[INT64] * 4, INT),
+    "orthrus_linear_bf16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
+    "orthrus_linear_fp32": (*[VOID_P] * 4, *[INT64] * 4, INT),
     "orthrus_rms_norm": (*[VOID_P] * 5, *[INT64] * 2, FLOAT, INT, INT),
     "orthrus_rope_cache": (*[VOID_P] * 9, *[INT64] * 13, FLOAT, INT, INT),
     "orthrus_swiglu": (*[VOID_P] * 2, *[INT64] * 2, INT, INT),
@@ -63,7 +65,7 @@ def c_library() -> ctypes.CDLL | None:
         logger.warning("no C kernels, so that %s: %s", SLOWER, "\n".join(reasons))
         return None
     for name, arguments in ARGUMENTS.items():
-        if hasattr(library, name):  # linear is for some CPUs only
+        if hasattr(library, name):  # of bf16's products a CPU has one or none
             kernel = getattr(library, name)
             kernel.argtypes, kernel.restype = arguments, None
     return library

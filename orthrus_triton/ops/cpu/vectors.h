@@ -29,6 +29,8 @@
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef union {
     float number;
     uint32_t bits;
@@ -40,6 +42,16 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline floats load(const float *from) {
     floats x;
     memcpy(&x, from, sizeof x);
+    return x;
+}
+
+/* x in a register: compilers else read it anew for each product that it is a factor of. */
+static inline floats held(floats x) {
+#ifdef __aarch64__
+    __asm__("" : "+w"(x));
+#else
+    __asm__("" : "+v"(x));
+#endif
     return x;
 }
 
@@ -81,34 +93,40 @@ static inline void to_floats(float *to, const void *from, int64_t n, int is_bf16
         memcpy(to, from, n * sizeof *to);
         return;
     }
-    const uint16_t *halves = from;
+    const uint16_t *upper = from;
     for (int64_t i = 0; i < n; i++) {
-        word wide = {.bits = (uint32_t)halves[i] << 16};
+        word wide = {.bits = (uint32_t)upper[i] << 16};
         to[i] = wide.number;
     }
 }
 
-/* Rounded to the nearest, ties to even. */
+/* x rounded to what bf16 holds, to the nearest, ties to even. */
+static inline floats rounded(floats x) {
+    words bits = (words)x, odd = bits >> 16 & 1;
+    return choose(x == x, (floats)((bits + 0x7fff + odd) & 0xffff0000), all(NAN));
+}
+
+static inline halves upper_halves(floats x) { return __builtin_convertvector((words)x >> 16, halves); }
+
 static inline void from_floats(void *to, const float *from, int64_t n, int is_bf16) {
     if (!is_bf16) {
         memcpy(to, from, n * sizeof *from);
         return;
     }
-    uint16_t *halves = to;
-    for (int64_t i = 0; i < n; i++) {
-        word wide = {from[i]};
-        uint32_t rounded = (wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16;
-        halves[i] = from[i] != from[i] ? 0x7fc0 : rounded;
+    uint16_t *upper = to;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        halves some = upper_halves(rounded(load(from + i)));
+        memcpy(upper + i, &some, sizeof some);
     }
+    for (; i < n; i++) upper[i] = upper_halves(rounded(all(from[i])))[0];
 }
 
 static inline void round_floats(float *numbers, int64_t n, int is_bf16) {
     if (!is_bf16) return;
-    for (int64_t i = 0; i < n; i++) {
-        word wide = {numbers[i]};
-        wide.bits = (wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) & 0xffff0000;
-        numbers[i] = numbers[i] != numbers[i] ? numbers[i] : wide.number;
-    }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(numbers + i, rounded(load(numbers + i)));
+    for (; i < n; i++) numbers[i] = rounded(all(numbers[i]))[0];
 }
 
 /* Lane by lane, in order. */

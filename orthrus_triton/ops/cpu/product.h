@@ -1,0 +1,141 @@
+/* x @ weight.T, for a file that says before how numbers are multiplied: `row_number`, `weight_number`, vectors of DEPTH
+ * of them, how they are loaded, `add_product`, and perhaps how a line of results is rounded. Lanes run along K, and
+ * every result is summed in one order: along K, lane by lane, then over the lanes. So no row depends on others, or on
+ * their number. */
+
+#define TALL 4 /* a square of products has TALL rows and WIDE columns, */
+#if LANES == 8
+#define WIDE 2 /* AVX2 has 16 registers */
+#else
+#define WIDE 4
+#endif
+#define LINE (TALL * WIDE) /* a line of them one row and LINE columns */
+#define PANEL 128          /* rows that stay in the cache while the columns go by */
+
+#ifndef round_line
+#define round_line(to, from) from_floats(to, from, LINE, sizeof *(to) == 2)
+#endif
+
+#if LANES == 16
+#define PLACE(i) ((i) % 4 * 4 + (i) / 4) /* of product i among the vectors whose sums `sum_up` takes */
+static inline void sum_up(float *result, const floats *vectors) {
+    __m512 of[LINE];
+    memcpy(of, vectors, sizeof of);
+#define BOTH(shuffle, low, high, i) shuffle(of[2 * i], of[2 * i + 1], low) + shuffle(of[2 * i], of[2 * i + 1], high)
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) of[i] = BOTH(_mm512_shuffle_f32x4, 0x44, 0xee, i);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) of[i] = BOTH(_mm512_shuffle_f32x4, 0x88, 0xdd, i);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) of[i] = BOTH(_mm512_shuffle_ps, 0x44, 0xee, i);
+    store(result, (floats)(BOTH(_mm512_shuffle_ps, 0x88, 0xdd, 0)));
+#undef BOTH
+}
+#else
+#define PLACE(i) (i)
+static inline void sum_up(float *result, const floats *vectors) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LINE; i++) result[i] = sum_of_lanes(vectors[i]);
+}
+#endif
+
+/* Numbers of `height` rows times those of column n, each to its sum. */
+static inline __attribute__((always_inline)) void add_products(
+    floats *sum, const row_vector *rows, weight_vector column, const int n, const int height, const int width) {
+#pragma GCC unroll 4
+    for (int m = 0; m < height; m++) {
+        floats *of = sum + PLACE(m * width + n);
+        *of = add_product(*of, rows[m], column);
+    }
+}
+
+/* LINE products of `height` rows of x and `width` rows of the weight, the result at row * width + column; what lies
+ * beyond `rows` or `columns` repeats the last one. Each DEPTH numbers it asks for `lines` cache lines of `next`. */
+static inline __attribute__((always_inline)) void products(
+    float *result, const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns,
+    int64_t K, const int height, const int width, const int lines, const weight_number *next) {
+    const row_number *row[TALL];
+    const weight_number *column[LINE];
+    floats sum[LINE];
+    for (int m = 0; m < height; m++) row[m] = x + least(m, rows - 1) * x_stride;
+    for (int n = 0; n < width; n++) column[n] = weight + least(n, columns - 1) * K;
+#pragma GCC unroll 16
+    for (int i = 0; i < LINE; i++) sum[i] = all(0);
+    int64_t k = 0;
+    for (; k + DEPTH <= K; k += DEPTH) {
+        row_vector numbers[TALL];
+#pragma GCC unroll 16
+        for (int line = 0; line < lines; line++) __builtin_prefetch(next + (k * lines + DEPTH * line));
+#pragma GCC unroll 4
+        for (int m = 0; m < height; m++) numbers[m] = load_rows(row[m] + k);
+#pragma GCC unroll 16
+        for (int n = 0; n < width; n++) add_products(sum, numbers, load_weights(column[n] + k), n, height, width);
+    }
+    if (k < K) {
+        row_vector numbers[TALL];
+        for (int m = 0; m < height; m++) numbers[m] = load_last_rows(row[m] + k, K - k);
+#pragma GCC unroll 16
+        for (int n = 0; n < width; n++)
+            add_products(sum, numbers, load_last_weights(column[n] + k, K - k), n, height, width);
+    }
+    sum_up(result, sum);
+}
+
+/* `products`, plus bias, to `out` of rows that are N apart. */
+static inline __attribute__((always_inline)) void store_products(
+    const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns, int64_t K,
+    const weight_number *bias, weight_number *out, int64_t N, const int height, const int width, const int lines,
+    const weight_number *next) {
+    float result[LINE], added[LINE] = {0};
+    weight_number rounded[LINE];
+    products(result, x, rows, x_stride, weight, columns, K, height, width, lines, next);
+    if (bias) {
+        to_floats(added, bias, least(width, columns), sizeof *bias == 2);
+        for (int i = 0; i < LINE; i++) result[i] += added[i % width];
+    }
+    round_line(rounded, result);
+    if (height <= rows && width <= columns)
+        for (int row = 0; row < height; row++) memcpy(out + row * N, rounded + row * width, width * sizeof *out);
+    else
+        for (int64_t row = 0; row < least(height, rows); row++)
+            memcpy(out + row * N, rounded + row * width, least(width, columns) * sizeof *out);
+}
+
+/* A panel of M rows times the weight's rows first..last-1, in groups of LINE. The next group is asked for by the first
+ * squares of this one, by the more of them the more rows there are: it should be there by then. */
+static void multiply_panel(
+    const row_number *x, int64_t x_stride, const weight_number *weight, const weight_number *bias, weight_number *out,
+    int64_t M, int64_t N, int64_t K, int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; group += LINE) {
+        const weight_number *next = weight + (group + LINE) * K;
+        int64_t asked = 0;
+        for (int64_t m = 0; m < M; m += TALL)
+            for (int64_t n = group; n < least(last, group + LINE); n += WIDE) {
+                const weight_number *more = next + asked * K;
+#define STORE(height, width, lines) \
+    store_products(x + m * x_stride, M - m, x_stride, weight + n * K, last - n, K, bias ? bias + n : 0, \
+                   out + m * N + n, N, height, width, lines, more)
+                if (M == 1) {
+                    STORE(1, LINE, LINE);
+                    break;
+                }
+                if (asked >= LINE) STORE(TALL, WIDE, 0);
+                else if (M > 3 * TALL) STORE(TALL, WIDE, 1), asked += 1;
+                else if (M > TALL) STORE(TALL, WIDE, 2), asked += 2;
+                else STORE(TALL, WIDE, 4), asked += 4;
+#undef STORE
+            }
+    }
+}
+
+/* All rows, in tasks of `columns`, a multiple of LINE. Inside a parallel region. */
+static void multiply(
+    const row_number *x, int64_t x_stride, const weight_number *weight, const weight_number *bias, weight_number *out,
+    int64_t M, int64_t N, int64_t K, int64_t columns) {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < N; first += columns)
+        for (int64_t m = 0; m < M; m += PANEL)
+            multiply_panel(
+                x + m * x_stride, x_stride, weight, bias, out + m * N, least(PANEL, M - m), N, K, first,
+                least(first + columns, N));
+}

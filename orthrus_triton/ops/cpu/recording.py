@@ -1,0 +1,167 @@
+"""A pass as the list of what it did: calls of C kernels, and copies, over memory that stays. Replaying that list takes
+no module, no check and no allocation: what a CUDA graph is on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+ALLOCATIONS = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
+MOST_BYTES = 128 << 20  # of a recorder's tensors, all of which it holds: longer passes hardly wait for Python
+_thread = threading.local()
+
+
+def _copy(source: torch.Tensor, *, out: torch.Tensor, memory_format: torch.memory_format | None = None) -> None:
+    out.copy_(source)
+
+
+COPIES = {aten.cat.default: torch.cat, aten.clone.default: _copy, aten.add.Tensor: torch.add}  # as calls with `out`
+
+
+class Step(NamedTuple):
+    """A call: a C kernel's, with tensors before numbers, or an operation's with `out`."""
+
+    call: Callable
+    operands: list[Any]
+    out: torch.Tensor | None = None
+
+
+class Recorder(TorchDispatchMode):
+    """A context that takes down the calls of C kernels on tensors that are still there when it is replayed.
+
+    Attributes:
+        complete: whether nothing else was computed, so that `recording` gives all that was done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.complete = True
+        self._steps: list[Step] = []
+        self._made: dict[int, torch.Tensor] = {}  # by the address of what was allocated meanwhile
+        self._bytes = 0
+
+    def __enter__(self) -> Recorder:
+        _thread.recorder = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _thread.recorder = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, op: Any, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if not self.complete:
+            return result
+        if op in ALLOCATIONS or op in COPIES:
+            self._made[_memory(result)] = result
+            self._bytes += result.untyped_storage().nbytes()
+            if op in COPIES:
+                self._add(Step(partial(COPIES[op], **(kwargs or {})), list(args), result))
+        elif not op.is_view:
+            self.complete = False
+        return result
+
+    def kernel(self, kernel: Callable, tensors: Sequence[torch.Tensor | None], numbers: Sequence[int | float]) -> None:
+        """Take down a call that is made as well."""
+        self._add(Step(kernel, [*tensors, *numbers]))
+
+    def _add(self, step: Step) -> None:
+        self.complete &= self._bytes <= MOST_BYTES
+        if self.complete:
+            self._steps.append(step)
+        else:
+            self._steps.clear()
+            self._made.clear()
+
+    def recording(self, result: torch.Tensor) -> Recording:
+        """What was done, to be done again; `result` is the tensor that a replay returns."""
+        return Recording(self._steps, self._made, result)
+
+
+class Recording:
+    """Steps over memory of their own, as little as holds at any time what later steps still read.
+
+    Args:
+        steps: calls in order.
+        made: tensors allocated meanwhile, by address. All others stay where they are, and are held.
+        result: what the last step wrote.
+    """
+
+    def __init__(self, steps: Sequence[Step], made: dict[int, torch.Tensor], result: torch.Tensor) -> None:
+        last_step: dict[int, int] = {}
+        for number, step in enumerate(steps):
+            last_step |= dict.fromkeys(map(_memory, _tensors(step)), number)
+        last_step[_memory(result)] = len(steps)
+        free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by bytes
+        self._blocks: dict[int, torch.Tensor] = {}
+        self._held: list[torch.Tensor] = []  # as they are now: a parameter may be given other memory
+        self._calls: list[tuple[Callable, tuple]] = []
+        for number, step in enumerate(steps):
+            ending = []
+            for memory in dict.fromkeys(map(_memory, _tensors(step))):
+                if memory not in made:
+                    continue
+                nbytes = made[memory].untyped_storage().nbytes()
+                if memory not in self._blocks:
+                    blocks = free[nbytes]
+                    self._blocks[memory] = blocks.pop() if blocks else torch.empty(nbytes, dtype=torch.uint8)
+                if last_step[memory] == number:
+                    ending.append((nbytes, self._blocks[memory]))
+            for nbytes, block in ending:
+                free[nbytes].append(block)
+            self._calls.append(self._moved_step(step))
+        self._result = self._moved(result)
+
+    def replay(self) -> torch.Tensor:
+        """Do it again. The result is overwritten by the next replay."""
+        for call, arguments in self._calls:
+            call(*arguments)
+        return self._result
+
+    def reads(self, tensor: torch.Tensor) -> bool:
+        """Whether a step takes numbers from this tensor's memory."""
+        return any(_memory(held) == _memory(tensor) for held in self._held)
+
+    def _moved_step(self, step: Step) -> tuple[Callable, tuple]:
+        if step.out is not None:
+            operands = [self._moved_all(operand) for operand in step.operands]
+            return partial(step.call, out=self._moved(step.out)), tuple(operands)
+        operands = [self._moved(operand) for operand in step.operands]
+        return step.call, tuple(o.data_ptr() if isinstance(o, torch.Tensor) else o for o in operands)
+
+    def _moved_all(self, operand: Any) -> Any:
+        return [self._moved(tensor) for tensor in operand] if isinstance(operand, list) else self._moved(operand)
+
+    def _moved(self, operand: Any) -> Any:
+        """A tensor where replays have it; anything else as it is."""
+        if not isinstance(operand, torch.Tensor):
+            return operand
+        block = self._blocks.get(_memory(operand))
+        if block is None:
+            self._held.append(operand.detach())
+            return self._held[-1]
+        values = block.view(operand.dtype)
+        return values.as_strided(operand.shape, operand.stride(), operand.storage_offset())
+
+
+def active_recorder() -> Recorder | None:
+    """The one this thread is inside of."""
+    return getattr(_thread, "recorder", None)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(step: Step) -> list[torch.Tensor]:
+    flat = [
+        part for operand in [*step.operands, step.out] for part in (operand if isinstance(operand, list) else [operand])
+    ]
+    return [operand for operand in flat if isinstance(operand, torch.Tensor)]
