@@ -145,6 +145,21 @@ def test_a_call_leaves_nothing_behind_for_the_next() -> None:
 
 
 @needs_c
+def test_a_wide_head_leaves_nothing_behind_for_a_narrow_one() -> None:
+    slots, angles = torch.zeros(1, 1, dtype=torch.int32), (torch.ones(1, 1, 128), torch.zeros(1, 1, 128))
+
+    def norm_of(qkv: torch.Tensor) -> torch.Tensor:
+        D = qkv.shape[-1] // 3
+        weight, cache = torch.ones(D), torch.zeros(2, 1, 1, 1, D)
+        return kernels.rope_cache_cpu(qkv, *(a[..., : D // 2] for a in angles), *cache, slots, weight, weight, 1e-6)
+
+    narrow = torch.randn(1, 1, 3 * 18)
+    expected = ops.rms_norm(narrow[..., :18], torch.ones(18), 1e-6, impl="reference").view(1, 1, 1, 18)
+    norm_of(torch.full((1, 1, 3 * 256), 1e9))
+    torch.testing.assert_close(norm_of(narrow), expected)
+
+
+@needs_c
 def test_attention_in_fp32_is_exact_to_a_few_units() -> None:
     """Its exponential is its own: over scores far apart and nearly equal ones."""
     case = make_case(3, torch.float32, CPU, rows=8, context=90)

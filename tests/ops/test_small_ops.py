@@ -151,6 +151,17 @@ def test_norms_are_rounded_before_their_weight(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@torch.no_grad()
+def test_the_norm_of_a_sum_is_of_the_sum_as_it_is_stored(impl: str, dtype: torch.dtype) -> None:
+    x, residual, weight = (randn(seed, *shape, dtype=dtype) for seed, shape in enumerate([(9, 64), (9, 64), (64,)]))
+    normed, hidden = ops.rms_norm(x, weight, 1e-6, residual, impl=impl)
+    assert torch.equal(hidden, x + residual)
+    assert torch.equal(normed, ops.rms_norm(hidden, weight, 1e-6, impl=impl))
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_rope_cache_in_torch_rounds_norms_as_the_norm_itself_does(dtype: torch.dtype) -> None:
     qkv, weights = randn(0, 1, 9, 4 * 64, dtype=dtype), [randn(seed, 64, dtype=dtype) for seed in (1, 2)]

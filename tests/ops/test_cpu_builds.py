@@ -1,0 +1,91 @@
+"""The C kernels as older CPUs have them: built here without the newest instructions of this machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_triton import ops
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.ops.cpu import kernels, library
+from orthrus_triton.testing import TinyDualViewModel
+from tests.ops.attention_cases import make_case
+
+FLAGS = {"AVX-512 without bf16": "-mno-avx512bf16", "AVX2": "-mno-avx512f"}
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", autouse=True, params=FLAGS.values(), ids=FLAGS)
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if platform.machine() != "x86_64" or library.c_library() is None:
+        pytest.skip("needs a C compiler for x86")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(library, "FLAGS", (*library.FLAGS, request.param))
+        built = library.c_library.__wrapped__()
+        patch.setattr(kernels, "c_library", lambda: built)
+        assert built is not None and not hasattr(built, "orthrus_linear_bf16")
+        yield
+
+
+@given(
+    seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES), M=st.integers(1, 140), N=st.integers(1, 90),
+    K=st.integers(1, 150), biased=st.booleans(),
+)  # fmt: skip
+def test_products(seed, dtype, M, N, K, biased) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((M, K), (N, K), (N,)))
+    bias = bias if biased else None
+    out = kernels.linear_cpu(x, weight, bias)
+    for rows in (1, 2, 5, 13):
+        assert torch.equal(torch.cat([kernels.linear_cpu(part, weight, bias) for part in x.split(rows)]), out), rows
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias if bias is None else bias.double())
+    assert ((out - exact).abs() <= exact.abs() * (2**-8 if dtype == torch.bfloat16 else 0) + 1e-5 * K).all()
+
+
+def test_products_in_bf16_are_those_of_the_numbers_in_fp32() -> None:
+    """What is multiplied is not rounded, and the sums are."""
+    x, weight = torch.randint(-8, 9, (5, 71)).float(), torch.randint(-8, 9, (40, 71)).float()
+    exact = x @ weight.T
+    assert torch.equal(kernels.linear_cpu(x.bfloat16(), weight.bfloat16(), None), exact.bfloat16())
+    assert torch.equal(kernels.linear_cpu(x, weight, None), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "head_dim", "block_size"), [(1, 64, None), (3, 80, 8), (16, 40, 3)])
+def test_attention(dtype: torch.dtype, group: int, head_dim: int, block_size: int | None) -> None:
+    case = make_case(
+        1, dtype, CPU, batch=2, rows=24, kv_heads=2, group=group, head_dim=head_dim, capacity=400, context=200,
+        block_size=block_size, window=None,
+    )  # fmt: skip
+    out = kernels.attention_cpu(*case.args(), head_dim**-0.5)
+    expected = ops.dual_view_attention(*case.args(torch.float64), impl="reference")
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_operations(dtype: torch.dtype) -> None:
+    x, residual, weight = (torch.randn(5, 70).to(dtype), torch.randn(5, 70).to(dtype), torch.randn(70).to(dtype))
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    normed, hidden = kernels.rms_norm_cpu(x, weight, 1e-6, residual)
+    assert torch.equal(hidden, x + residual)
+    torch.testing.assert_close(normed, ops.rms_norm(hidden, weight, 1e-6, impl="reference"), **tolerance)
+    torch.testing.assert_close(kernels.swiglu_cpu(x), ops.swiglu(x, impl="reference"), **tolerance)
+    logits = torch.randint(0, 9, (7, 333)).to(dtype)
+    assert torch.equal(kernels.greedy_choice_cpu(logits, -1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_consensus_gives_the_tokens_of_ar(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = TinyDualViewModel(qk_norm=True).to(dtype)
+    prompts = [torch.arange(1, 9), torch.arange(20, 50)]
+    both = [ConsensusDecoder(model, mode=mode).generate(prompts, max_new_tokens=60) for mode in ("consensus", "ar")]
+    assert all(torch.equal(*pair) for pair in zip(*(output.sequences for output in both)))
