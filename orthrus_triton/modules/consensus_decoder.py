@@ -56,9 +56,9 @@ class ConsensusDecoder(DecodeCycle):
         prefill_chunk: prompt tokens per prefill step; by default 512 on a CPU, 4096 on a GPU.
         batch_invariant_prefill: prefill with the cycle's own product instead of the library's, so that the prompt's
             K/V too are the bits that decoding token by token would leave.
-        cuda_graph: replay each cycle as one CUDA graph. None does so for Triton on a GPU; on a CPU, it replays the calls
-            of C kernels that a pass through the layers consists of, unless modules of others are among them. False
-            runs every module each time.
+        cuda_graph: replay each cycle as one CUDA graph. None does so for Triton on a GPU. On a CPU, None replays the
+            calls of C kernels that a pass through the layers consists of, unless it runs other people's modules, and
+            False runs every module each time.
         compile: run the cycle through torch.compile; True, or the name of a backend. No bit changes: whatever rounds
             is opaque to the compiler.
 

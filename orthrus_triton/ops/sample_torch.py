@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from orthrus_triton.ops.cpu.kernels import sample_choice_cpu
 from orthrus_triton.ops.gumbel import exponential_torch, noise_words_torch, row_key_torch
 from orthrus_triton.ops.logits_filter import LARGEST, divided_torch, mass_of_torch
 from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
@@ -38,7 +39,10 @@ class _Rows(NamedTuple):
 def sample_choice_torch(
     logits, positions, temperature, top_k, top_p, min_p, seed, sequence, stream
 ) -> torch.Tensor:  # fmt: skip
-    """Arguments and result as in `sample_choice`. Looks at values on the host."""
+    """Arguments and result as in `sample_choice`. Looks at values on the host, where it is not in C."""
+    arguments = (logits, positions, temperature, top_k, top_p, min_p, seed, sequence, stream)
+    if (choice := sample_choice_cpu(*arguments, VOID)) is not None:
+        return choice
     B, T, V = logits.shape
     flat = logits.reshape(B * T, V).to(torch.float32)
     highest = flat.amax(dim=-1)

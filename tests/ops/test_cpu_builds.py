@@ -15,6 +15,7 @@ from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.ops.cpu import kernels, library
 from orthrus_triton.testing import TinyDualViewModel
 from tests.ops.attention_cases import make_case
+from tests.ops.sampling_cases import make_logits, mixed_sampling, positions_of
 
 FLAGS = {"AVX-512 without bf16": "-mno-avx512bf16", "AVX2": "-mno-avx512f"}
 CPU = torch.device("cpu")
@@ -80,6 +81,15 @@ def test_small_operations(dtype: torch.dtype) -> None:
     torch.testing.assert_close(kernels.swiglu_cpu(x), ops.swiglu(x, impl="reference"), **tolerance)
     logits = torch.randint(0, 9, (7, 333)).to(dtype)
     assert torch.equal(kernels.greedy_choice_cpu(logits, -1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sampling(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, positions = make_logits(0, 8, 5, 301).to(dtype), positions_of(8, 5)
+    how = mixed_sampling()
+    ours = ops.sample_choice(logits, positions, how, impl="torch")
+    monkeypatch.setattr(kernels, "c_library", lambda: None)
+    assert torch.equal(ours, ops.sample_choice(logits, positions, how, impl="torch"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,6 +11,7 @@ from orthrus_triton import ops
 from orthrus_triton.ops.cpu import kernels
 from orthrus_triton.ops.cpu.library import c_library
 from tests.ops.attention_cases import make_case
+from tests.ops.sampling_cases import sampling_of
 
 CPU = torch.device("cpu")
 needs_c = pytest.mark.skipif(c_library() is None, reason="no C kernels here")
@@ -38,7 +39,10 @@ def test_every_op_of_a_cycle_takes_them(dtype: torch.dtype, monkeypatch: pytest.
         ops.linear_norm(x, weight[:64], None, x, norm, 1e-6, impl="torch")
         ops.linear_swiglu(x, weight, impl="torch")
         ops.lm_head_choice(x, weight, impl="torch")
-    names = ("linear rope_cache attention rms_norm linear rms_norm linear swiglu linear greedy_choice").split()
+        ops.sample_choice(x, slots, sampling_of(1), impl="torch")
+    names = (
+        "linear rope_cache attention rms_norm linear rms_norm linear swiglu linear greedy_choice sample_choice".split()
+    )
     if dtype == torch.bfloat16 and not kernels.has_product(x):  # on CPUs with AMX
         names = [name for name in names if name != "linear"]
     called = ["orthrus_linear" if name.startswith("orthrus_linear") else name for name in called]

@@ -43,6 +43,8 @@ from orthrus_triton.ops.logits_filter import kept_reference
 from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
 from tests.ops.sampling_cases import DEVICE, make_logits, mixed_sampling, positions_of, sampling_of
 
+pytestmark = pytest.mark.usefixtures("with_and_without_c")
+
 
 def use_spans(patch: pytest.MonkeyPatch, span: int, block: int, rounds: int = 3) -> None:
     for module in (row_spans, sampling):

@@ -166,6 +166,32 @@ def greedy_choice_cpu(logits: torch.Tensor, none: int) -> torch.Tensor | None:
     return out
 
 
+def sample_choice_cpu(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    sequence: torch.Tensor,
+    stream: int,
+    none: int,
+) -> torch.Tensor | None:
+    """`sample_choice`; `none` where a row has no logit."""
+    of_slot = (temperature, top_k, top_p, min_p, seed, sequence)
+    library = _library_for(logits, positions, *of_slot)
+    if library is None:
+        return None
+    (B, T, V), logits, positions = logits.shape, logits.contiguous(), positions.contiguous()
+    of_slot, out = [tensor.contiguous() for tensor in of_slot], logits.new_empty(B, T, dtype=torch.int64)
+    _call(
+        library.orthrus_sample_choice, (logits, positions, *of_slot, out), B, T, V, stream, none, _is_bf16(logits),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def _call(kernel: Callable, tensors: Sequence[torch.Tensor | None], *numbers: int | float) -> None:
     recorder = active_recorder()
     if recorder is not None:
