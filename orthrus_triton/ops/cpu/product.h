@@ -9,17 +9,18 @@
 #else
 #define WIDE 4
 #endif
-#define LINE (TALL * WIDE) /* a line of them one row and LINE columns */
-#define PANEL 128          /* rows that stay in the cache while the columns go by */
+#define LINE 8              /* a line of them one row and LINE columns */
+#define GROUP (TALL * WIDE) /* as many products, and as many columns go by together, */
+#define PANEL 128           /* while as many rows stay in the cache */
 
 #ifndef round_line
-#define round_line(to, from) from_floats(to, from, LINE, sizeof *(to) == 2)
+#define round_line(to, from) from_floats(to, from, GROUP, sizeof *(to) == 2)
 #endif
 
 #if LANES == 16
 #define PLACE(i) ((i) % 4 * 4 + (i) / 4) /* of product i among the vectors whose sums `sum_up` takes */
 static inline void sum_up(float *result, const floats *vectors) {
-    __m512 of[LINE];
+    __m512 of[GROUP];
     memcpy(of, vectors, sizeof of);
 #define BOTH(shuffle, low, high, i) shuffle(of[2 * i], of[2 * i + 1], low) + shuffle(of[2 * i], of[2 * i + 1], high)
 #pragma GCC unroll 8
@@ -35,7 +36,7 @@ static inline void sum_up(float *result, const floats *vectors) {
 #define PLACE(i) (i)
 static inline void sum_up(float *result, const floats *vectors) {
 #pragma GCC unroll 16
-    for (int i = 0; i < LINE; i++) result[i] = sum_of_lanes(vectors[i]);
+    for (int i = 0; i < GROUP; i++) result[i] = sum_of_lanes(vectors[i]);
 }
 #endif
 
@@ -49,18 +50,18 @@ static inline __attribute__((always_inline)) void add_products(
     }
 }
 
-/* LINE products of `height` rows of x and `width` rows of the weight, the result at row * width + column; what lies
+/* The products of `height` rows of x and `width` rows of the weight, the result at row * width + column; what lies
  * beyond `rows` or `columns` repeats the last one. Each DEPTH numbers it asks for `lines` cache lines of `next`. */
 static inline __attribute__((always_inline)) void products(
     float *result, const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns,
     int64_t K, const int height, const int width, const int lines, const weight_number *next) {
     const row_number *row[TALL];
     const weight_number *column[LINE];
-    floats sum[LINE];
+    floats sum[GROUP];
     for (int m = 0; m < height; m++) row[m] = x + least(m, rows - 1) * x_stride;
     for (int n = 0; n < width; n++) column[n] = weight + least(n, columns - 1) * K;
 #pragma GCC unroll 16
-    for (int i = 0; i < LINE; i++) sum[i] = all(0);
+    for (int i = 0; i < GROUP; i++) sum[i] = all(0);
     int64_t k = 0;
     for (; k + DEPTH <= K; k += DEPTH) {
         row_vector numbers[TALL];
@@ -86,12 +87,12 @@ static inline __attribute__((always_inline)) void store_products(
     const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns, int64_t K,
     const weight_number *bias, weight_number *out, int64_t N, const int height, const int width, const int lines,
     const weight_number *next) {
-    float result[LINE], added[LINE] = {0};
-    weight_number rounded[LINE];
+    float result[GROUP], added[GROUP] = {0};
+    weight_number rounded[GROUP];
     products(result, x, rows, x_stride, weight, columns, K, height, width, lines, next);
     if (bias) {
         to_floats(added, bias, least(width, columns), sizeof *bias == 2);
-        for (int i = 0; i < LINE; i++) result[i] += added[i % width];
+        for (int i = 0; i < GROUP; i++) result[i] += added[i % width];
     }
     round_line(rounded, result);
     if (height <= rows && width <= columns)
@@ -101,34 +102,34 @@ static inline __attribute__((always_inline)) void store_products(
             memcpy(out + row * N, rounded + row * width, least(width, columns) * sizeof *out);
 }
 
-/* A panel of M rows times the weight's rows first..last-1, in groups of LINE. The next group is asked for by the first
- * squares of this one, by the more of them the more rows there are: it should be there by then. */
+/* A panel of M rows times the weight's rows first..last-1, in groups. The next group is asked for by the first squares
+ * of this one, by the more of them the more rows there are: it should be there by then. One row alone asks for nothing,
+ * and is as fast as memory. */
 static void multiply_panel(
     const row_number *x, int64_t x_stride, const weight_number *weight, const weight_number *bias, weight_number *out,
     int64_t M, int64_t N, int64_t K, int64_t first, int64_t last) {
-    for (int64_t group = first; group < last; group += LINE) {
-        const weight_number *next = weight + (group + LINE) * K;
+#define STORE(m, n, height, width, lines, next) \
+    store_products(x + (m) * x_stride, M - (m), x_stride, weight + (n) * K, last - (n), K, bias ? bias + (n) : 0, \
+                   out + (m) * N + (n), N, height, width, lines, next)
+    if (M == 1) {
+        for (int64_t n = first; n < last; n += LINE) STORE(0, n, 1, LINE, 0, 0);
+        return;
+    }
+    for (int64_t group = first; group < last; group += GROUP) {
+        const weight_number *next = weight + (group + GROUP) * K;
         int64_t asked = 0;
         for (int64_t m = 0; m < M; m += TALL)
-            for (int64_t n = group; n < least(last, group + LINE); n += WIDE) {
-                const weight_number *more = next + asked * K;
-#define STORE(height, width, lines) \
-    store_products(x + m * x_stride, M - m, x_stride, weight + n * K, last - n, K, bias ? bias + n : 0, \
-                   out + m * N + n, N, height, width, lines, more)
-                if (M == 1) {
-                    STORE(1, LINE, LINE);
-                    break;
-                }
-                if (asked >= LINE) STORE(TALL, WIDE, 0);
-                else if (M > 3 * TALL) STORE(TALL, WIDE, 1), asked += 1;
-                else if (M > TALL) STORE(TALL, WIDE, 2), asked += 2;
-                else STORE(TALL, WIDE, 4), asked += 4;
-#undef STORE
+            for (int64_t n = group; n < least(last, group + GROUP); n += WIDE) {
+                if (asked >= GROUP) STORE(m, n, TALL, WIDE, 0, 0);
+                else if (M > 3 * TALL) STORE(m, n, TALL, WIDE, 1, next + asked * K), asked += 1;
+                else if (M > TALL) STORE(m, n, TALL, WIDE, 2, next + asked * K), asked += 2;
+                else STORE(m, n, TALL, WIDE, 4, next + asked * K), asked += 4;
             }
     }
+#undef STORE
 }
 
-/* All rows, in tasks of `columns`, a multiple of LINE. Inside a parallel region. */
+/* All rows, in tasks of `columns`, a multiple of GROUP. Inside a parallel region. */
 static void multiply(
     const row_number *x, int64_t x_stride, const weight_number *weight, const weight_number *bias, weight_number *out,
     int64_t M, int64_t N, int64_t K, int64_t columns) {
