@@ -60,7 +60,7 @@ def assert_same_text(decoder: ConsensusDecoder, prompts: list[torch.Tensor], tok
 PROMPTS = [torch.arange(1, 12), torch.tensor([7]), torch.arange(30, 50)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["consensus", "ar"])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_a_replay_has_the_bits_of_the_pass_itself(options: dict, mode: str, dtype: torch.dtype) -> None:

@@ -19,7 +19,8 @@ from tests.ops.sampling_cases import make_logits, mixed_sampling, positions_of
 
 FLAGS = {"AVX-512 without bf16": "-mno-avx512bf16", "AVX2": "-mno-avx512f"}
 CPU = torch.device("cpu")
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @pytest.fixture(scope="module", autouse=True, params=FLAGS.values(), ids=FLAGS)
@@ -47,15 +48,13 @@ def test_products(seed, dtype, M, N, K, biased) -> None:
     for rows in (1, 2, 5, 13):
         assert torch.equal(torch.cat([kernels.linear_cpu(part, weight, bias) for part in x.split(rows)]), out), rows
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias if bias is None else bias.double())
-    assert ((out - exact).abs() <= exact.abs() * (2**-8 if dtype == torch.bfloat16 else 0) + 1e-5 * K).all()
+    assert ((out - exact).abs() <= exact.abs() * ROUNDING[dtype] + 1e-5 * K).all()
 
 
-def test_products_in_bf16_are_those_of_the_numbers_in_fp32() -> None:
-    """What is multiplied is not rounded, and the sums are."""
-    x, weight = torch.randint(-8, 9, (5, 71)).float(), torch.randint(-8, 9, (40, 71)).float()
-    exact = x @ weight.T
-    assert torch.equal(kernels.linear_cpu(x.bfloat16(), weight.bfloat16(), None), exact.bfloat16())
-    assert torch.equal(kernels.linear_cpu(x, weight, None), exact)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_are_summed_in_fp32_and_rounded_once(dtype: torch.dtype) -> None:
+    x, weight = torch.randint(-99, 99, (5, 71)).float(), torch.randint(-99, 99, (40, 71)).float()
+    assert torch.equal(kernels.linear_cpu(x.to(dtype), weight.to(dtype), None), (x @ weight.T).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,14 +66,14 @@ def test_attention(dtype: torch.dtype, group: int, head_dim: int, block_size: in
     )  # fmt: skip
     out = kernels.attention_cpu(*case.args(), head_dim**-0.5)
     expected = ops.dual_view_attention(*case.args(torch.float64), impl="reference")
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+    tolerance = ROUNDING[dtype] * 4 + 2e-5
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_operations(dtype: torch.dtype) -> None:
     x, residual, weight = (torch.randn(5, 70).to(dtype), torch.randn(5, 70).to(dtype), torch.randn(70).to(dtype))
-    tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    tolerance = dict.fromkeys(("atol", "rtol"), ROUNDING[dtype] * 4 + 1e-5)
     normed, hidden = kernels.rms_norm_cpu(x, weight, 1e-6, residual)
     assert torch.equal(hidden, x + residual)
     torch.testing.assert_close(normed, ops.rms_norm(hidden, weight, 1e-6, impl="reference"), **tolerance)

@@ -14,11 +14,13 @@ from tests.ops.attention_cases import make_case
 from tests.ops.sampling_cases import sampling_of
 
 CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 needs_c = pytest.mark.skipif(c_library() is None, reason="no C kernels here")
 
 
 @needs_c
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_op_of_a_cycle_takes_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     library = c_library()
@@ -50,7 +52,7 @@ def test_every_op_of_a_cycle_takes_them(dtype: torch.dtype, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "group"), [(torch.float16, 64, 1), (torch.float64, 64, 1), (torch.float32, 264, 1),
+    ("dtype", "head_dim", "group"), [(torch.float64, 64, 1), (torch.float32, 264, 1), (torch.float16, 264, 1),
                                      (torch.float32, 8, 129)]
 )  # fmt: skip
 def test_what_they_do_not_serve_is_done_without(dtype: torch.dtype, head_dim: int, group: int) -> None:
@@ -64,7 +66,7 @@ def test_what_they_do_not_serve_is_done_without(dtype: torch.dtype, head_dim: in
 
 @needs_c
 @given(
-    seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.bfloat16]), batch=st.integers(1, 2),
+    seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES), batch=st.integers(1, 2),
     kv_heads=st.integers(1, 2), group=st.integers(1, 40), blocks=st.integers(0, 3), block_size=st.integers(1, 12),
     context=st.integers(0, 150), window=st.one_of(st.none(), st.integers(1, 90)),
 )  # fmt: skip
@@ -88,7 +90,7 @@ def test_the_number_of_threads_moves_no_bit_of_attention(
 
 @needs_c
 @given(
-    seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.bfloat16]), M=st.integers(1, 140),
+    seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES), M=st.integers(1, 140),
     N=st.integers(1, 90), K=st.integers(1, 150), biased=st.booleans(), leading=st.booleans(),
 )  # fmt: skip
 def test_a_product_of_any_shape_is_the_product_and_its_rows_are_their_own(
@@ -110,7 +112,7 @@ def test_a_product_of_any_shape_is_the_product_and_its_rows_are_their_own(
     for rows in (1, 2, 5, 13):
         assert torch.equal(torch.cat([kernels.linear_cpu(part, weight, bias) for part in x.split(rows)]), outs[0]), rows
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias if bias is None else bias.double())
-    assert ((outs[0] - exact).abs() <= exact.abs() * (2**-8 if dtype == torch.bfloat16 else 0) + 1e-5 * K).all()
+    assert ((outs[0] - exact).abs() <= exact.abs() * ROUNDING[dtype] + 1e-5 * K).all()
 
 
 @needs_c
@@ -193,7 +195,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(bad: floa
 
 
 @needs_c
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 15, 1024, 1025, 5000])
 def test_the_lowest_of_equal_logits_is_chosen(vocab: int, dtype: torch.dtype) -> None:
     logits = torch.randint(-2, 3, (7, vocab), generator=torch.Generator().manual_seed(vocab)).to(dtype)

@@ -9,7 +9,7 @@
 /* What a thread works with: query rows of one KV head, in panels of WIDTH. */
 typedef struct {
     int64_t num_rows, D, head; /* head: D filled up to whole WIDTHs */
-    int is_bf16;
+    int dtype;
     int32_t from[MAX_ROWS], to[MAX_ROWS];         /* the keys that a row sees */
     float q[MAX_ROWS * MAX_HEAD];                 /* [panel][D][WIDTH], times the scale */
     float highest[MAX_ROWS], total[MAX_ROWS];     /* of a row's scores, and of its weights */
@@ -54,8 +54,8 @@ static int load_tile(Rows *rows, const void *k, const void *v, int64_t k_stride,
     memset(rows->v, 0, TILE * head * sizeof(float));
     for (int64_t j = 0; j < n; j++) {
         float *value = rows->v + j * head;
-        to_floats(rows->k + j * D, at(k, j * k_stride, rows->is_bf16), D, rows->is_bf16);
-        to_floats(value, at(v, j * v_stride, rows->is_bf16), D, rows->is_bf16);
+        to_floats(rows->k + j * D, at(k, j * k_stride, rows->dtype), D, rows->dtype);
+        to_floats(value, at(v, j * v_stride, rows->dtype), D, rows->dtype);
         for (int64_t d = 0; d < D; d++) {
             word wide = {value[d]};
             uint32_t exponent = wide.bits & 0x7f800000;
@@ -114,7 +114,7 @@ static void attend(
     int64_t D = rows->D;
     float *weights = rows->weights, shrink[WIDTH];
     for (int64_t start = first; start < last; start += TILE) {
-        const void *tile_k = at(k, start * k_stride, rows->is_bf16), *tile_v = at(v, start * v_stride, rows->is_bf16);
+        const void *tile_k = at(k, start * k_stride, rows->dtype), *tile_v = at(v, start * v_stride, rows->dtype);
         int has_bad_value = load_tile(rows, tile_k, tile_v, k_stride, v_stride, least(TILE, last - start));
         for (int64_t panel = 0; panel < rows->num_rows; panel += WIDTH) {
             int64_t from = INT32_MAX, to = 0;
@@ -134,9 +134,9 @@ static void attend(
 }
 
 /* `num_rows` rows of which nothing is known yet. */
-static Rows *new_rows(int64_t num_rows, int64_t D, int is_bf16) {
+static Rows *new_rows(int64_t num_rows, int64_t D, int dtype) {
     Rows *rows = &workspace;
-    rows->num_rows = num_rows, rows->D = D, rows->head = (D + WIDTH - 1) / WIDTH * WIDTH, rows->is_bf16 = is_bf16;
+    rows->num_rows = num_rows, rows->D = D, rows->head = (D + WIDTH - 1) / WIDTH * WIDTH, rows->dtype = dtype;
     memset(rows->q, 0, MAX_ROWS * D * sizeof(float));
     memset(rows->sum, 0, MAX_ROWS * rows->head * sizeof(float));
     memset(rows->total, 0, sizeof rows->total);
@@ -147,7 +147,7 @@ static Rows *new_rows(int64_t num_rows, int64_t D, int is_bf16) {
 
 static void load_query(Rows *rows, int64_t row, const void *q, float scale) {
     float numbers[MAX_HEAD], *panel = rows->q + row / WIDTH * WIDTH * rows->D + row % WIDTH;
-    to_floats(numbers, q, rows->D, rows->is_bf16);
+    to_floats(numbers, q, rows->D, rows->dtype);
     for (int64_t d = 0; d < rows->D; d++) panel[d * WIDTH] = numbers[d] * scale;
 }
 
@@ -155,24 +155,24 @@ static void store_result(const Rows *rows, int64_t row, void *out, int sees_a_ke
     float numbers[MAX_HEAD];
     for (int64_t d = 0; d < rows->D; d++) /* + 0: a tile that a row does not see may turn -0 into 0 */
         numbers[d] = sees_a_key ? rows->sum[row * rows->head + d] / rows->total[row] + 0.0f : 0.0f;
-    from_floats(out, numbers, rows->D, rows->is_bf16);
+    from_floats(out, numbers, rows->D, rows->dtype);
 }
 
-/* dual_view_attention of fp32 or bf16: q and out [B, T, HQ, D], key_limit [B, T], blocks [B, T, HKV, D] or null with
+/* dual_view_attention of fp32, bf16 or fp16: q and out [B, T, HQ, D], key_limit [B, T], blocks [B, T, HKV, D] or null with
  * block_size 0, all contiguous; caches [B, HKV, S, D]; window 0 for none. A task takes `tokens`, at most MAX_ROWS rows,
  * which moves no bit. */
 void orthrus_attention(
     const void *q, const void *k_cache, const void *v_cache, const int32_t *key_limit, const void *k_block,
     const void *v_block, void *out, int64_t B, int64_t T, int64_t HQ, int64_t HKV, int64_t D, int64_t S,
     int64_t k_stride_b, int64_t k_stride_h, int64_t k_stride_s, int64_t v_stride_b, int64_t v_stride_h,
-    int64_t v_stride_s, int64_t block_size, int64_t window, int64_t tokens, float scale_log2, int is_bf16,
+    int64_t v_stride_s, int64_t block_size, int64_t window, int64_t tokens, float scale_log2, int dtype,
     int num_threads) {
     int64_t group = HQ / HKV, chunks = (T + tokens - 1) / tokens;
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < B * HKV * chunks; task++) {
         int64_t b = task / (HKV * chunks), h = task / chunks % HKV, first_t = task % chunks * tokens;
         int64_t end_t = least(first_t + tokens, T), lowest = INT32_MAX, longest = 0;
-        Rows *rows = new_rows((end_t - first_t) * group, D, is_bf16);
+        Rows *rows = new_rows((end_t - first_t) * group, D, dtype);
         int64_t token[MAX_ROWS], place[MAX_ROWS]; /* a row's token, and where its head lies in q and out */
         int sees_a_key[MAX_ROWS];
         for (int64_t row = 0; row < rows->num_rows; row++) {
@@ -182,19 +182,19 @@ void orthrus_attention(
             lowest = least(lowest, rows->from[row]), longest = most(longest, limit);
             sees_a_key[row] = block_size || rows->from[row] < limit;
             place[row] = ((b * T + t) * HQ + h * group + row % group) * D;
-            load_query(rows, row, at(q, place[row], is_bf16), scale_log2);
+            load_query(rows, row, at(q, place[row], dtype), scale_log2);
         }
-        const void *k = at(k_cache, b * k_stride_b + h * k_stride_h, is_bf16);
-        const void *v = at(v_cache, b * v_stride_b + h * v_stride_h, is_bf16);
+        const void *k = at(k_cache, b * k_stride_b + h * k_stride_h, dtype);
+        const void *v = at(v_cache, b * v_stride_b + h * v_stride_h, dtype);
         attend(rows, k, v, k_stride_s, v_stride_s, lowest / TILE * TILE, longest);
         int64_t first_block = block_size ? first_t / block_size * block_size : end_t;
         for (int64_t block = first_block; block < end_t; block += block_size) {
             for (int64_t row = 0; row < rows->num_rows; row++)
                 rows->from[row] = 0, rows->to[row] = token[row] / block_size * block_size == block ? block_size : 0;
             int64_t first = ((b * T + block) * HKV + h) * D;
-            attend(rows, at(k_block, first, is_bf16), at(v_block, first, is_bf16), HKV * D, HKV * D, 0, block_size);
+            attend(rows, at(k_block, first, dtype), at(v_block, first, dtype), HKV * D, HKV * D, 0, block_size);
         }
         for (int64_t row = 0; row < rows->num_rows; row++)
-            store_result(rows, row, at(out, place[row], is_bf16), sees_a_key[row]);
+            store_result(rows, row, at(out, place[row], dtype), sees_a_key[row]);
     }
 }

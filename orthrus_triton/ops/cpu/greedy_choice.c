@@ -4,16 +4,16 @@
 
 #define TILE 1024 /* logits */
 
-/* logits [rows, V], fp32 or bf16 -> out [rows]; `none` where no logit is larger than -inf. */
+/* logits [rows, V], fp32, bf16 or fp16 -> out [rows]; `none` where no logit is larger than -inf. */
 void orthrus_greedy_choice(
-    const void *logits, int64_t *out, int64_t rows, int64_t V, int64_t none, int is_bf16, int num_threads) {
+    const void *logits, int64_t *out, int64_t rows, int64_t V, int64_t none, int dtype, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         float numbers[TILE], best = -INFINITY;
         int64_t best_tile = -1;
         for (int64_t first = 0; first < V; first += TILE) {
             int64_t n = least(TILE, V - first);
-            to_floats(numbers, at(logits, row * V + first, is_bf16), n, is_bf16);
+            to_floats(numbers, at(logits, row * V + first, dtype), n, dtype);
             for (int64_t i = n; i % LANES; i++) numbers[i] = -INFINITY;
             floats largest = all(-INFINITY);
             for (int64_t i = 0; i < n; i += LANES)
@@ -24,7 +24,7 @@ void orthrus_greedy_choice(
         out[row] = none;
         if (best_tile < 0) continue;
         int64_t n = least(TILE, V - best_tile), i = 0;
-        to_floats(numbers, at(logits, row * V + best_tile, is_bf16), n, is_bf16);
+        to_floats(numbers, at(logits, row * V + best_tile, dtype), n, dtype);
         while (numbers[i] != best) i++;
         out[row] = best_tile + i;
     }

@@ -16,7 +16,7 @@ from orthrus_triton.ops._dispatch import PLAIN
 from orthrus_triton.ops.cpu.library import c_library
 from orthrus_triton.ops.cpu.recording import active_recorder
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbered as in vectors.h
 MAX_HEAD_DIM, MAX_ROWS = 256, 128  # what the kernels' workspaces hold: MAX_HEAD in vectors.h, MAX_ROWS in attention.c
 FEW_ROWS = 16  # no task of attention is split to fewer
 COLUMNS = 1024  # of a product, that a task takes at most
@@ -52,15 +52,15 @@ def attention_cpu(
     _call(
         library.orthrus_attention, (q, k_cache, v_cache, key_limit, *blocks, out), B, T, HQ, HKV, D, S,
         *k_cache.stride()[:3], *v_cache.stride()[:3], block_size or 0, window or 0, tokens, scale * LOG2_E,
-        _is_bf16(q), threads,
+        DTYPES[q.dtype], threads,
     )  # fmt: skip
     return out
 
 
 def has_product(like: torch.Tensor) -> bool:
-    """Whether `linear_cpu` serves numbers such as these, and nothing is faster for many rows either: bf16, except on
-    CPUs that multiply it in tiles (amx_bf16)."""
-    return like.dtype == torch.bfloat16 and like.is_cpu and _product(c_library(), like.dtype)[0] is not None
+    """Whether `linear_cpu` serves numbers such as these, and nothing is faster for many rows either: fp16, and bf16
+    except on CPUs that multiply it in tiles (amx_bf16)."""
+    return like.element_size() == 2 and like.is_cpu and _product(c_library(), like.dtype)[0] is not None
 
 
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -82,10 +82,11 @@ def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 @cache
 def _product(library: ctypes.CDLL | None, dtype: torch.dtype) -> tuple[Callable | None, bool]:
-    """The product of this dtype, if there is one, and whether it multiplies in fp32 what is given in bf16."""
-    for name in {torch.float32: ["fp32"], torch.bfloat16: ["bf16", "bf16_wide"]}.get(dtype, []):
-        if hasattr(library, f"orthrus_linear_{name}"):
-            return getattr(library, f"orthrus_linear_{name}"), name == "bf16_wide"
+    """The product of this dtype, if there is one, and whether it multiplies in fp32 what is given in two bytes."""
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    for suffix in ("", "_wide"):
+        if hasattr(library, f"orthrus_linear_{name}{suffix}"):
+            return getattr(library, f"orthrus_linear_{name}{suffix}"), bool(suffix)
     return None, False
 
 
@@ -112,7 +113,7 @@ def rope_cache_cpu(
     norms = [norm if norm is None else norm.to(qkv.dtype).contiguous() for norm in (q_norm, k_norm)]
     _call(
         library.orthrus_rope_cache, (qkv, cos, sin, slots, *norms, q, k_out, v_out), B, T, HQ, HKV, D, S, cos.stride(0),
-        *k_out.stride()[:3], *v_out.stride()[:3], eps, _is_bf16(qkv), torch.get_num_threads(),
+        *k_out.stride()[:3], *v_out.stride()[:3], eps, DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
     increment_version((k_out, v_out))  # autograd shall know that what it may have saved is gone
     return q
@@ -131,7 +132,7 @@ def rms_norm_cpu(
         residual, hidden = residual.contiguous(), x.new_empty(x.shape)
     H = weight.numel()
     _call(
-        library.orthrus_rms_norm, (x, residual, weight, out, hidden), x.numel() // max(H, 1), H, eps, _is_bf16(x),
+        library.orthrus_rms_norm, (x, residual, weight, out, hidden), x.numel() // max(H, 1), H, eps, DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return out, hidden
@@ -144,7 +145,9 @@ def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:
         return None
     gate_up, I = gate_up.contiguous(), gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], I)
-    _call(library.orthrus_swiglu, (gate_up, out), out.numel() // max(I, 1), I, _is_bf16(out), torch.get_num_threads())
+    _call(
+        library.orthrus_swiglu, (gate_up, out), out.numel() // max(I, 1), I, DTYPES[out.dtype], torch.get_num_threads()
+    )
     return out
 
 
@@ -160,7 +163,7 @@ def greedy_choice_cpu(logits: torch.Tensor, none: int) -> torch.Tensor | None:
         out.numel(),
         logits.shape[-1],
         none,
-        _is_bf16(logits),
+        DTYPES[logits.dtype],
         torch.get_num_threads(),
     )
     return out
@@ -186,7 +189,7 @@ def sample_choice_cpu(
     (B, T, V), logits, positions = logits.shape, logits.contiguous(), positions.contiguous()
     of_slot, out = [tensor.contiguous() for tensor in of_slot], logits.new_empty(B, T, dtype=torch.int64)
     _call(
-        library.orthrus_sample_choice, (logits, positions, *of_slot, out), B, T, V, stream, none, _is_bf16(logits),
+        library.orthrus_sample_choice, (logits, positions, *of_slot, out), B, T, V, stream, none, DTYPES[logits.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -219,7 +222,3 @@ def is_watched() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
-
-
-def _is_bf16(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16

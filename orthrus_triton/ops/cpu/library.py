@@ -34,6 +34,7 @@ ARGUMENTS = {
     "orthrus_greedy_choice": (*[VOID_P] * 2, *[INT64] * 3, INT, INT),
     "orthrus_linear_bf16": (*[VOID_P] * 4, *[INT64] * 4, INT),
     "orthrus_linear_bf16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
+    "orthrus_linear_fp16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
     "orthrus_linear_fp32": (*[VOID_P] * 4, *[INT64] * 4, INT),
     "orthrus_rms_norm": (*[VOID_P] * 5, *[INT64] * 2, FLOAT, INT, INT),
     "orthrus_rope_cache": (*[VOID_P] * 9, *[INT64] * 13, FLOAT, INT, INT),

@@ -2,6 +2,7 @@
 
 #include "vectors.h"
 
+#define DTYPE FP32
 #define DEPTH LANES
 typedef float row_number, weight_number;
 typedef floats row_vector, weight_vector;

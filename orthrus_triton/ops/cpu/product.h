@@ -1,7 +1,7 @@
-/* x @ weight.T, for a file that says before how numbers are multiplied: `row_number`, `weight_number`, vectors of DEPTH
- * of them, how they are loaded, `add_product`, and perhaps how a line of results is rounded. Lanes run along K, and
- * every result is summed in one order: along K, lane by lane, then over the lanes. So no row depends on others, or on
- * their number. */
+/* x @ weight.T, for a file that says before how numbers of a DTYPE are multiplied: `row_number`, `weight_number`, vectors
+ * of DEPTH of them, how they are loaded, `add_product`, perhaps how results are rounded. Lanes run along K, and every
+ * result is summed in one order: along K, lane by lane, then over the lanes. So no row depends on others, or on their
+ * number. */
 
 #define TALL 4 /* a square of products has TALL rows and WIDE columns, */
 #if LANES == 8
@@ -14,7 +14,7 @@
 #define PANEL 128           /* while as many rows stay in the cache */
 
 #ifndef round_line
-#define round_line(to, from) from_floats(to, from, GROUP, sizeof *(to) == 2)
+#define round_line(to, from) from_floats(to, from, GROUP, DTYPE)
 #endif
 
 #if LANES == 16
@@ -91,7 +91,7 @@ static inline __attribute__((always_inline)) void store_products(
     weight_number rounded[GROUP];
     products(result, x, rows, x_stride, weight, columns, K, height, width, lines, next);
     if (bias) {
-        to_floats(added, bias, least(width, columns), sizeof *bias == 2);
+        to_floats(added, bias, least(width, columns), DTYPE);
         for (int i = 0; i < GROUP; i++) result[i] += added[i % width];
     }
     round_line(rounded, result);

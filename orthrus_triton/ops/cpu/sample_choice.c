@@ -12,7 +12,7 @@ typedef int64_t longs __attribute__((vector_size(8 * LANES)));
 typedef struct {
     const void *logits;
     int64_t V;
-    int is_bf16;
+    int dtype;
     float temperature, min_p, z_max;
     float z_k;  /* what top-k leaves is at least this */
     float luck; /* a token whose noise is above weight * luck is worse than the likeliest */
@@ -35,8 +35,8 @@ static inline floats scaled(const row_data *row, int64_t first) {
     float numbers[LANES];
     int64_t n = least(LANES, row->V - first);
     for (int64_t i = n; i < LANES; i++) numbers[i] = -INFINITY;
-    if (n == LANES) to_floats(numbers, at(row->logits, first, row->is_bf16), LANES, row->is_bf16);
-    else to_floats(numbers, at(row->logits, first, row->is_bf16), n, row->is_bf16);
+    if (n == LANES) to_floats(numbers, at(row->logits, first, row->dtype), LANES, row->dtype);
+    else to_floats(numbers, at(row->logits, first, row->dtype), n, row->dtype);
     floats x = load(numbers), z = x / all(row->temperature);
     z = choose(x == x, z, all(-INFINITY));
     return choose(z < all(LARGEST), z, all(LARGEST)) + all(0.0f);
@@ -103,18 +103,18 @@ static found best_above(const row_data *row, float bound) {
 
 static float scaled_at(const row_data *row, int64_t id) { return scaled(row, id / LANES * LANES)[id % LANES]; }
 
-/* logits [B, T, V] fp32 or bf16, positions [B, T], the others [B] -> out [B, T]; `none` where no logit is larger than
+/* logits [B, T, V] fp32, bf16 or fp16, positions [B, T], the others [B] -> out [B, T]; `none` where no logit is larger than
  * -inf. */
 void orthrus_sample_choice(
     const void *logits, const int32_t *positions, const float *temperature, const int32_t *top_k, const float *top_p,
     const float *min_p, const int64_t *seed, const int32_t *sequence, int64_t *out, int64_t B, int64_t T, int64_t V,
-    int64_t stream, int64_t none, int is_bf16, int num_threads) {
+    int64_t stream, int64_t none, int dtype, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
     for (int64_t r = 0; r < B * T; r++) {
         int64_t b = r / T;
         int samples = temperature[b] > 0;
         row_data row = {
-            .logits = at(logits, r * V, is_bf16), .V = V, .is_bf16 = is_bf16, .min_p = min_p[b], .z_k = -INFINITY,
+            .logits = at(logits, r * V, dtype), .V = V, .dtype = dtype, .min_p = min_p[b], .z_k = -INFINITY,
             .temperature = samples ? temperature[b] : 1, .key = row_key(seed[b], sequence[b], positions[r], stream)};
         int64_t top = likeliest(&row);
         out[r] = top < 0 ? none : top;

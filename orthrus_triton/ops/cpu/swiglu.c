@@ -4,15 +4,15 @@
 
 #define CHUNK 512 /* numbers at a time */
 
-/* gate_up [rows, 2 * I] -> out [rows, I]; fp32 or bf16. */
-void orthrus_swiglu(const void *gate_up, void *out, int64_t rows, int64_t I, int is_bf16, int num_threads) {
+/* gate_up [rows, 2 * I] -> out [rows, I]; fp32, bf16 or fp16. */
+void orthrus_swiglu(const void *gate_up, void *out, int64_t rows, int64_t I, int dtype, int num_threads) {
     int64_t chunks = (I + CHUNK - 1) / CHUNK;
 #pragma omp parallel for num_threads(num_threads) if (rows * I > 8192)
     for (int64_t task = 0; task < rows * chunks; task++) {
         int64_t row = task / chunks, col = task % chunks * CHUNK, n = least(CHUNK, I - col);
         float gates[CHUNK], ups[CHUNK];
-        to_floats(gates, at(gate_up, row * 2 * I + col, is_bf16), n, is_bf16);
-        to_floats(ups, at(gate_up, row * 2 * I + I + col, is_bf16), n, is_bf16);
+        to_floats(gates, at(gate_up, row * 2 * I + col, dtype), n, dtype);
+        to_floats(ups, at(gate_up, row * 2 * I + I + col, dtype), n, dtype);
         for (int64_t i = n; i % LANES; i++) gates[i] = ups[i] = 0;
         for (int64_t i = 0; i < n; i += LANES) {
             floats gate = load(gates + i);
@@ -22,6 +22,6 @@ void orthrus_swiglu(const void *gate_up, void *out, int64_t rows, int64_t I, int
             floats sigmoid = choose(negative, small, all(1.0f)) / (all(1.0f) + small);
             store(gates + i, gate * sigmoid * load(ups + i));
         }
-        from_floats(at(out, row * I + col, is_bf16), gates, n, is_bf16);
+        from_floats(at(out, row * I + col, dtype), gates, n, dtype);
     }
 }

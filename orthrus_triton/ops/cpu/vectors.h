@@ -11,18 +11,24 @@
 #define LANES 16
 #define HEIGHT 8 /* of a small product: 32 registers hold 2 * HEIGHT sums and what they are made from */
 #define fused(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#elif defined(__AVX2__) && defined(__FMA__)
+#define fp16_of(x) ((halves)_mm512_cvtps_ph((__m512)(x), _MM_FROUND_TO_NEAREST_INT))
+#define fp16_as_floats(x) ((floats)_mm512_cvtph_ps((__m256i)(x)))
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #define LANES 8
 #define HEIGHT 4
 #define fused(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define fp16_of(x) ((halves)_mm256_cvtps_ph((__m256)(x), _MM_FROUND_TO_NEAREST_INT))
+#define fp16_as_floats(x) ((floats)_mm256_cvtph_ps((__m128i)(x)))
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define LANES 4
 #define HEIGHT 8
 #define fused(a, b, c) ((floats)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define fp16_of(x) ((halves)vcvt_f16_f32((float32x4_t)(x)))
+#define fp16_as_floats(x) ((floats)vcvt_f32_f16((float16x4_t)(x)))
 #else
-#error "needs fused multiply-adds: AVX2 with FMA, AVX-512 or 64-bit ARM"
+#error "needs fused multiply-adds: AVX2 with FMA and F16C, AVX-512 or 64-bit ARM"
 #endif
 #define WIDTH (2 * LANES) /* of a small product */
 #define MAX_HEAD 256      /* head_dim */
@@ -31,6 +37,9 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef struct {
+    floats first, second;
+} vectors;
 typedef union {
     float number;
     uint32_t bits;
@@ -85,48 +94,66 @@ static inline floats exp2_of(floats x) {
     return p * (floats)((ints)shifted << 23);
 }
 
-/* Number `n` of fp32 or bf16 data. */
-static inline void *at(const void *data, int64_t n, int is_bf16) { return (char *)data + n * (is_bf16 ? 2 : 4); }
+/* What numbers are kept in: DTYPES in kernels.py has the same order. */
+enum { FP32, BF16, FP16 };
 
-static inline void to_floats(float *to, const void *from, int64_t n, int is_bf16) {
-    if (!is_bf16) {
+static inline int64_t size_of(int dtype) { return dtype == FP32 ? 4 : 2; }
+static inline void *at(const void *data, int64_t n, int dtype) { return (char *)data + n * size_of(dtype); }
+
+/* Rounded to the nearest, ties to even. */
+static inline halves to_halves(floats x, int dtype) {
+    if (dtype == FP16) return fp16_of(x);
+    words bits = (words)x, odd = bits >> 16 & 1;
+    bits = (words)choose(x == x, (floats)(bits + 0x7fff + odd), all(NAN));
+    return __builtin_convertvector(bits >> 16, halves);
+}
+
+static inline floats of_halves(halves x, int dtype) {
+    if (dtype == FP16) return fp16_as_floats(x);
+    return (floats)(__builtin_convertvector(x, words) << 16);
+}
+
+static inline void to_floats(float *to, const void *from, int64_t n, int dtype) {
+    if (dtype == FP32) {
         memcpy(to, from, n * sizeof *to);
         return;
     }
-    const uint16_t *upper = from;
-    for (int64_t i = 0; i < n; i++) {
-        word wide = {.bits = (uint32_t)upper[i] << 16};
-        to[i] = wide.number;
+    const uint16_t *numbers = from;
+    halves some = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        memcpy(&some, numbers + i, sizeof some);
+        store(to + i, of_halves(some, dtype));
+    }
+    for (; i < n; i++) {
+        some[0] = numbers[i];
+        to[i] = of_halves(some, dtype)[0];
     }
 }
 
-/* x rounded to what bf16 holds, to the nearest, ties to even. */
-static inline floats rounded(floats x) {
-    words bits = (words)x, odd = bits >> 16 & 1;
-    return choose(x == x, (floats)((bits + 0x7fff + odd) & 0xffff0000), all(NAN));
-}
-
-static inline halves upper_halves(floats x) { return __builtin_convertvector((words)x >> 16, halves); }
-
-static inline void from_floats(void *to, const float *from, int64_t n, int is_bf16) {
-    if (!is_bf16) {
+static inline void from_floats(void *to, const float *from, int64_t n, int dtype) {
+    if (dtype == FP32) {
         memcpy(to, from, n * sizeof *from);
         return;
     }
-    uint16_t *upper = to;
+    uint16_t *numbers = to;
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        halves some = upper_halves(rounded(load(from + i)));
-        memcpy(upper + i, &some, sizeof some);
+        halves some = to_halves(load(from + i), dtype);
+        memcpy(numbers + i, &some, sizeof some);
     }
-    for (; i < n; i++) upper[i] = upper_halves(rounded(all(from[i])))[0];
+    for (; i < n; i++) numbers[i] = to_halves(all(from[i]), dtype)[0];
 }
 
-static inline void round_floats(float *numbers, int64_t n, int is_bf16) {
-    if (!is_bf16) return;
+static inline floats rounded(floats x, int dtype) {
+    return dtype == FP32 ? x : of_halves(to_halves(x, dtype), dtype);
+}
+
+static inline void round_floats(float *numbers, int64_t n, int dtype) {
+    if (dtype == FP32) return;
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(numbers + i, rounded(load(numbers + i)));
-    for (; i < n; i++) numbers[i] = rounded(all(numbers[i]))[0];
+    for (; i + LANES <= n; i += LANES) store(numbers + i, rounded(load(numbers + i), dtype));
+    for (; i < n; i++) numbers[i] = rounded(all(numbers[i]), dtype)[0];
 }
 
 /* Lane by lane, in order. */
