@@ -3,6 +3,7 @@ small model, the way through modules and checks takes a third of the time."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import is_
@@ -15,12 +16,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from orthrus_triton.ops._dispatch import runs_directly
 from orthrus_triton.ops.cpu.kernels import is_watched
-from orthrus_triton.ops.cpu.recording import Recorder, Recording
+from orthrus_triton.ops.cpu.recording import Pool, Recorder, Recording
 
 if TYPE_CHECKING:
     from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 
-MOST = 64  # recordings that are kept: of several block sizes, of a server's batch as it grows and shrinks
+MOST = 128  # recordings that are kept: of several block sizes, of a server's batch as it grows and shrinks
 MISSING = object()
 OWN = "orthrus_triton.modules."  # nothing is recorded of other people's modules, which may do anything
 
@@ -34,6 +35,7 @@ class RecordedPasses:
     def __init__(self) -> None:
         # those used last are last; None where not all of a pass can be recorded
         self._passes: dict[Hashable, _RecordedPass | None] = {}
+        self._pool: Pool = defaultdict(list)
 
     def __reduce__(self) -> tuple:
         return RecordedPasses, ()  # a copy of the cache has other buffers
@@ -61,7 +63,7 @@ class RecordedPasses:
         with Recorder() as recorder:
             result = eagerly(clones[id(hidden)], own_rope, _with_tensors(view_pass, clones))
         if recorder.complete and _are_ours(modules):
-            recording = recorder.recording(result)
+            recording = recorder.recording(result, self._pool)
             recorded = _RecordedPass(recording, [clones[id(tensor)] for tensor in inputs], modules, cache)
         self._passes[key] = recorded
         if len(self._passes) > MOST:

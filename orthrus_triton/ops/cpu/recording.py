@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
 MOST_BYTES = 128 << 20  # of a recorder's tensors, all of which it holds: longer passes hardly wait for Python
+Pool = defaultdict[int, list[torch.Tensor]]  # blocks of memory by their bytes
 _thread = threading.local()
 
 
@@ -80,9 +81,9 @@ class Recorder(TorchDispatchMode):
             self._steps.clear()
             self._made.clear()
 
-    def recording(self, result: torch.Tensor) -> Recording:
+    def recording(self, result: torch.Tensor, pool: Pool) -> Recording:
         """What was done, to be done again; `result` is the tensor that a replay returns."""
-        return Recording(self._steps, self._made, result)
+        return Recording(self._steps, self._made, result, pool)
 
 
 class Recording:
@@ -92,16 +93,19 @@ class Recording:
         steps: calls in order.
         made: tensors allocated meanwhile, by address. All others stay where they are, and are held.
         result: what the last step wrote.
+        pool: memory of recordings that never run at once, which this one takes and adds to.
     """
 
-    def __init__(self, steps: Sequence[Step], made: dict[int, torch.Tensor], result: torch.Tensor) -> None:
+    def __init__(
+        self, steps: Sequence[Step], made: dict[int, torch.Tensor], result: torch.Tensor, pool: Pool
+    ) -> None:  # fmt: skip
         last_step: dict[int, int] = {}
         for number, step in enumerate(steps):
             last_step |= dict.fromkeys(map(_memory, _tensors(step)), number)
         last_step[_memory(result)] = len(steps)
-        free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by bytes
+        free = defaultdict(list, {nbytes: [*blocks] for nbytes, blocks in pool.items()})
         self._blocks: dict[int, torch.Tensor] = {}
-        self._held: list[torch.Tensor] = []  # as they are now: a parameter may be given other memory
+        self._held: dict[int, torch.Tensor] = {}  # as they are now: a parameter may be given other memory
         self._calls: list[tuple[Callable, tuple]] = []
         for number, step in enumerate(steps):
             ending = []
@@ -110,8 +114,10 @@ class Recording:
                     continue
                 nbytes = made[memory].untyped_storage().nbytes()
                 if memory not in self._blocks:
-                    blocks = free[nbytes]
-                    self._blocks[memory] = blocks.pop() if blocks else torch.empty(nbytes, dtype=torch.uint8)
+                    if not free[nbytes]:
+                        free[nbytes].append(torch.empty(nbytes, dtype=torch.uint8))
+                        pool[nbytes].append(free[nbytes][-1])
+                    self._blocks[memory] = free[nbytes].pop()
                 if last_step[memory] == number:
                     ending.append((nbytes, self._blocks[memory]))
             for nbytes, block in ending:
@@ -127,7 +133,7 @@ class Recording:
 
     def reads(self, tensor: torch.Tensor) -> bool:
         """Whether a step takes numbers from this tensor's memory."""
-        return any(_memory(held) == _memory(tensor) for held in self._held)
+        return _memory(tensor) in self._held
 
     def _moved_step(self, step: Step) -> tuple[Callable, tuple]:
         if step.out is not None:
@@ -145,8 +151,8 @@ class Recording:
             return operand
         block = self._blocks.get(_memory(operand))
         if block is None:
-            self._held.append(operand.detach())
-            return self._held[-1]
+            self._held[_memory(operand)] = operand = operand.detach()
+            return operand
         values = block.view(operand.dtype)
         return values.as_strided(operand.shape, operand.stride(), operand.storage_offset())
 
