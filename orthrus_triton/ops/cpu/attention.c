@@ -10,7 +10,7 @@
 typedef struct {
     int64_t num_rows, D, head; /* head: D filled up to whole WIDTHs */
     int dtype;
-    int32_t from[MAX_ROWS], to[MAX_ROWS];         /* the keys that a row sees */
+    _Alignas(64) int32_t from[MAX_ROWS], to[MAX_ROWS]; /* the keys that a row sees; no vector is on two cache lines */
     float q[MAX_ROWS * MAX_HEAD];                 /* [panel][D][WIDTH], times the scale */
     float highest[MAX_ROWS], total[MAX_ROWS];     /* of a row's scores, and of its weights */
     float sum[MAX_ROWS * MAX_HEAD];               /* [row][head]: weights times values */
@@ -50,19 +50,15 @@ static inline __attribute__((always_inline)) void multiply(
  * finite. */
 static int load_tile(Rows *rows, const void *k, const void *v, int64_t k_stride, int64_t v_stride, int64_t n) {
     int64_t D = rows->D, head = rows->head;
-    uint32_t largest = 0;
+    ints bad = {0};
     memset(rows->v, 0, TILE * head * sizeof(float));
     for (int64_t j = 0; j < n; j++) {
         float *value = rows->v + j * head;
         to_floats(rows->k + j * D, at(k, j * k_stride, rows->dtype), D, rows->dtype);
         to_floats(value, at(v, j * v_stride, rows->dtype), D, rows->dtype);
-        for (int64_t d = 0; d < D; d++) {
-            word wide = {value[d]};
-            uint32_t exponent = wide.bits & 0x7f800000;
-            largest = exponent > largest ? exponent : largest;
-        }
+        for (int64_t d = 0; d < head; d += LANES) bad |= load(value + d) - load(value + d) != all(0);
     }
-    return largest == 0x7f800000;
+    return any(bad);
 }
 
 /* The scores of LANES rows become weights; `shrink` is what the sums so far are to be multiplied by. */
@@ -136,11 +132,12 @@ static void attend(
 /* `num_rows` rows of which nothing is known yet. */
 static Rows *new_rows(int64_t num_rows, int64_t D, int dtype) {
     Rows *rows = &workspace;
+    int64_t in_panels = (num_rows + WIDTH - 1) / WIDTH * WIDTH;
     rows->num_rows = num_rows, rows->D = D, rows->head = (D + WIDTH - 1) / WIDTH * WIDTH, rows->dtype = dtype;
-    memset(rows->q, 0, MAX_ROWS * D * sizeof(float));
-    memset(rows->sum, 0, MAX_ROWS * rows->head * sizeof(float));
+    memset(rows->q, 0, in_panels * D * sizeof(float));
+    memset(rows->sum, 0, in_panels * rows->head * sizeof(float));
     memset(rows->total, 0, sizeof rows->total);
-    for (int row = 0; row < MAX_ROWS; row++)
+    for (int row = 0; row < in_panels; row++)
         rows->highest[row] = -INFINITY, rows->from[row] = INT32_MAX, rows->to[row] = 0;
     return rows;
 }
@@ -158,7 +155,7 @@ static void store_result(const Rows *rows, int64_t row, void *out, int sees_a_ke
     from_floats(out, numbers, rows->D, rows->dtype);
 }
 
-/* dual_view_attention of fp32, bf16 or fp16: q and out [B, T, HQ, D], key_limit [B, T], blocks [B, T, HKV, D] or null with
+/* dual_view_attention of one dtype: q and out [B, T, HQ, D], key_limit [B, T], blocks [B, T, HKV, D] or null with
  * block_size 0, all contiguous; caches [B, HKV, S, D]; window 0 for none. A task takes `tokens`, at most MAX_ROWS rows,
  * which moves no bit. */
 void orthrus_attention(

@@ -4,7 +4,7 @@
 
 #define TILE 1024 /* logits */
 
-/* logits [rows, V], fp32, bf16 or fp16 -> out [rows]; `none` where no logit is larger than -inf. */
+/* logits [rows, V] of any dtype -> out [rows]; `none` where no logit is larger than -inf. */
 void orthrus_greedy_choice(
     const void *logits, int64_t *out, int64_t rows, int64_t V, int64_t none, int dtype, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (rows > 1)

@@ -1,5 +1,5 @@
-/* x @ weight.T of numbers in two bytes, multiplied as fp32: for a file that says before of which DTYPE, and how 2 * LANES
- * of them become vectors of fp32 (`widened`). x is turned into fp32 once, the weights as they are read. */
+/* x @ weight.T of numbers in two bytes, multiplied as fp32: for a file that says before of which DTYPE, and how
+ * 2 * LANES of them become vectors of fp32 (`widened`). x is turned into fp32 once, the weights as they are read. */
 
 #define DEPTH (2 * LANES)
 typedef float row_number;

@@ -7,6 +7,10 @@
 typedef struct {
     uint32_t high, low;
 } noise_words;
+typedef union {
+    float number;
+    uint32_t bits;
+} word;
 
 /* Philox-2x32. */
 static inline noise_words philox(uint32_t c0, uint32_t c1, uint32_t key) {

@@ -1,7 +1,7 @@
-/* x @ weight.T, for a file that says before how numbers of a DTYPE are multiplied: `row_number`, `weight_number`, vectors
- * of DEPTH of them, how they are loaded, `add_product`, perhaps how results are rounded. Lanes run along K, and every
- * result is summed in one order: along K, lane by lane, then over the lanes. So no row depends on others, or on their
- * number. */
+/* x @ weight.T, for a file that says before how numbers of a DTYPE are multiplied: `row_number`, `weight_number`,
+ * vectors of DEPTH of them, how they are loaded, `add_product`, perhaps how results are rounded. Lanes run along K, and
+ * every result is summed in one order: along K, lane by lane, then over the lanes. So no row depends on others, or on
+ * their number. */
 
 #define TALL 4 /* a square of products has TALL rows and WIDE columns, */
 #if LANES == 8

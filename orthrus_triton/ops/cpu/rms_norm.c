@@ -4,7 +4,7 @@
 
 #define CHUNK 512 /* numbers at a time */
 
-/* x, residual (or null), hidden (their sum; null without residual) and out [rows, H], weight [H]; fp32, bf16 or fp16. */
+/* x, residual (or null), hidden (their sum; null without residual) and out [rows, H], weight [H], of one dtype. */
 void orthrus_rms_norm(
     const void *x, const void *residual, const void *weight, void *out, void *hidden, int64_t rows, int64_t H,
     float eps, int dtype, int num_threads) {

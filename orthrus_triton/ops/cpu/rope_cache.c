@@ -16,7 +16,7 @@ static void norm_head(float *numbers, const void *weight, int64_t D, float eps, 
     round_floats(numbers, D, dtype);
 }
 
-/* rope_cache of fp32, bf16 or fp16: qkv [B, T, (HQ + 2 * HKV) * D], cos and sin [B, T, D / 2] with a stride of their own
+/* rope_cache of one dtype: qkv [B, T, (HQ + 2 * HKV) * D], cos and sin [B, T, D / 2] with a stride of their own
  * along B, slots [B, T], norms [D] or null, q_out [B, T, HQ, D]; k_out and v_out [B, HKV, S, D]. */
 void orthrus_rope_cache(
     const void *qkv, const float *cos, const float *sin, const int32_t *slots, const void *q_norm, const void *k_norm,

@@ -24,12 +24,6 @@ typedef struct {
     float score;
 } found;
 
-static inline int any(ints mask) {
-    int32_t some = 0;
-    for (int i = 0; i < LANES; i++) some |= mask[i];
-    return some;
-}
-
 /* Logits / temperature of LANES tokens; -inf for NaN and beyond V. Zero has one sign. */
 static inline floats scaled(const row_data *row, int64_t first) {
     float numbers[LANES];
@@ -103,7 +97,7 @@ static found best_above(const row_data *row, float bound) {
 
 static float scaled_at(const row_data *row, int64_t id) { return scaled(row, id / LANES * LANES)[id % LANES]; }
 
-/* logits [B, T, V] fp32, bf16 or fp16, positions [B, T], the others [B] -> out [B, T]; `none` where no logit is larger than
+/* logits [B, T, V] of any dtype, positions [B, T], the others [B] -> out [B, T]; `none` where no logit is larger than
  * -inf. */
 void orthrus_sample_choice(
     const void *logits, const int32_t *positions, const float *temperature, const int32_t *top_k, const float *top_p,

@@ -4,7 +4,7 @@
 
 #define CHUNK 512 /* numbers at a time */
 
-/* gate_up [rows, 2 * I] -> out [rows, I]; fp32, bf16 or fp16. */
+/* gate_up [rows, 2 * I] -> out [rows, I] of one dtype. */
 void orthrus_swiglu(const void *gate_up, void *out, int64_t rows, int64_t I, int dtype, int num_threads) {
     int64_t chunks = (I + CHUNK - 1) / CHUNK;
 #pragma omp parallel for num_threads(num_threads) if (rows * I > 8192)

@@ -40,10 +40,6 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef struct {
     floats first, second;
 } vectors;
-typedef union {
-    float number;
-    uint32_t bits;
-} word;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -76,6 +72,12 @@ static inline ints all_ints(int32_t x) { return x - (ints){}; }
 
 static inline floats choose(ints which, floats yes, floats no) {
     return (floats)((which & (ints)yes) | (~which & (ints)no));
+}
+
+static inline int any(ints mask) {
+    int32_t some = 0;
+    for (int i = 0; i < LANES; i++) some |= mask[i];
+    return some != 0;
 }
 
 /* 2^x for x <= 0, to about one unit in the last place; NaN stays. */
