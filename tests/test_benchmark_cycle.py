@@ -69,6 +69,7 @@ def test_cycles_are_timed_where_the_host_is_a_step_behind(mode: str, monkeypatch
     assert len(measured.seconds) >= 6 and all(0 < seconds < 5 for seconds in measured.seconds)
 
 
+@pytest.mark.usefixtures("without_c")
 def test_the_inexact_cycle_has_products_of_the_library_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, also where ours are fused, in the passes of both views; and the prefill is not part of it."""
     model = shapes.build(shapes.SHAPES["tiny"], torch.float32, torch.device("cpu"))

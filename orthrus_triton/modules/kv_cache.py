@@ -140,8 +140,10 @@ class SharedKVCache:
         else:
             # laid out once here, not by every layer's kernels
             slots, key_limit = rows.repeat(start.shape[0], 1), start[:, None].repeat(1, num_rows)
-        if linear_impl is None or (linear_impl, impl) == ("library", "torch") and has_product(self.layers[0].k):
-            linear_impl = impl  # nor is the library's product taken where ours is the fastest there is
+        if linear_impl is None:
+            linear_impl = impl
+        elif (linear_impl, impl) == ("library", "torch") and has_product(self.layers[0].k, positions.numel()):
+            linear_impl = impl  # the library's is not taken where ours is the fastest there is
         return ViewPass(view, positions, slots, key_limit, self.prompt_len, impl, linear_impl)
 
     def draft_pass(self, block_size: int, anchor_rows: int = 0, *, impl: str = "auto") -> ViewPass:

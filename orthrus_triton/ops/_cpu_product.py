@@ -35,7 +35,7 @@ def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """All rows in one call of the fastest library there is; x [..., K] -> [..., N]."""
-    if has_product(x) and (out := linear_cpu(x, weight, bias)) is not None:
+    if has_product(x, x.shape[:-1].numel()) and (out := linear_cpu(x, weight, bias)) is not None:
         return out
     if x.device.type != "cpu" or not has_onednn(x.dtype):
         return F.linear(x, weight, bias)

@@ -281,6 +281,7 @@ def test_triton_consensus_is_triton_ar(name: str) -> None:
         assert torch.equal(ours.k[:, :, :length], theirs.k[:, :, :length])
 
 
+@pytest.mark.usefixtures("without_c")
 @pytest.mark.parametrize(("exact", "products"), [(True, "torch"), (False, "library")])
 def test_ar_takes_single_rows(exact: bool, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """AR mode is no verify pass in disguise; exact=False trades its bits for the library's products."""

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orthrus_triton import ops
+from orthrus_triton.modules import SharedKVCache
 from orthrus_triton.ops.cpu import kernels
 from orthrus_triton.ops.cpu.library import c_library
 from tests.ops.attention_cases import make_case
@@ -113,6 +114,23 @@ def test_a_product_of_any_shape_is_the_product_and_its_rows_are_their_own(
         assert torch.equal(torch.cat([kernels.linear_cpu(part, weight, bias) for part in x.split(rows)]), outs[0]), rows
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias if bias is None else bias.double())
     assert ((outs[0] - exact).abs() <= exact.abs() * ROUNDING[dtype] + 1e-5 * K).all()
+
+
+@needs_c
+def test_the_librarys_product_is_taken_where_it_is_faster() -> None:
+    """Of many rows in fp32, and of bf16 on CPUs with AMX."""
+    rows = [(torch.float32, 8), (torch.float32, 9), (torch.float16, 1), (torch.float16, 500), (torch.float64, 1)]
+    assert [kernels.has_product(torch.empty(0, dtype=dtype), n) for dtype, n in rows] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert not kernels.has_product(torch.empty(0, device="meta"))
+    cache = SharedKVCache(1, 1, 8, batch_size=2, max_len=9, block_size=9, dtype=torch.float32)
+    passes = [cache.view_pass("ar", n, impl="torch", linear_impl="library") for n in (4, 5)]
+    assert [view_pass.linear_impl for view_pass in passes] == ["torch", "library"]
 
 
 @needs_c

@@ -19,6 +19,7 @@ from orthrus_triton.ops.cpu.recording import active_recorder
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbered as in vectors.h
 MAX_HEAD_DIM, MAX_ROWS = 256, 128  # what the kernels' workspaces hold: MAX_HEAD in vectors.h, MAX_ROWS in attention.c
 FEW_ROWS = 16  # no task of attention is split to fewer
+FP32_ROWS = 8  # of a product of fp32, up to which no library is faster
 COLUMNS = 1024  # of a product, that a task takes at most
 LOG2_E = 1.4426950408889634
 
@@ -57,10 +58,12 @@ def attention_cpu(
     return out
 
 
-def has_product(like: torch.Tensor) -> bool:
-    """Whether `linear_cpu` serves numbers such as these, and nothing is faster for many rows either: fp16, and bf16
-    except on CPUs that multiply it in tiles (amx_bf16)."""
-    return like.element_size() == 2 and like.is_cpu and _product(c_library(), like.dtype)[0] is not None
+def has_product(like: torch.Tensor, rows: int = 1) -> bool:
+    """Whether `linear_cpu` serves numbers such as these, and no library multiplies so many rows faster: oneDNN does in
+    fp32. Nothing of ours is for bf16 on CPUs that multiply it in tiles (amx_bf16)."""
+    if not like.is_cpu or like.dtype == torch.float32 and rows > FP32_ROWS:
+        return False
+    return _product(c_library(), like.dtype)[0] is not None
 
 
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
