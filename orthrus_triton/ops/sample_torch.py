@@ -58,7 +58,7 @@ def sample_choice_torch(
     choice[z_max == -torch.inf] = VOID
     sampling = (temperature > 0) & (choice != VOID)
     if (highest > LARGEST).any():  # among such, greedy rows do not distinguish
-        choice = torch.where(sampling, choice, greedy_choice_torch(flat.clamp(max=LARGEST)))
+        choice = torch.where(temperature > 0, choice, greedy_choice_torch(flat.clamp(max=LARGEST)))
     if sampling.any():
         choice[sampling] = _sample(rows if sampling.all() else rows.pick(sampling))
     return choice.view(B, T)
