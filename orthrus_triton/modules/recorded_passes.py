@@ -33,8 +33,7 @@ class RecordedPasses:
     """The recordings over one cache's buffers. A replay has the bits of the pass that was recorded."""
 
     def __init__(self) -> None:
-        # those used last are last; None where not all of a pass can be recorded
-        self._passes: dict[Hashable, _RecordedPass | None] = {}
+        self._passes: dict[Hashable, _RecordedPass] = {}  # those used last are last
         self._pool: Pool = defaultdict(list)
 
     def __reduce__(self) -> tuple:
@@ -50,39 +49,37 @@ class RecordedPasses:
             return eagerly(hidden, rope, view_pass)
         inputs = [hidden, *rope, *_tensors(view_pass)]
         key = _key(inputs, cache, view_pass)
-        is_new = key not in self._passes
-        recorded = self._passes.pop(key, None)
-        if recorded is not None and recorded.is_of(modules, cache):
-            self._passes[key] = recorded
-            return recorded.replay(inputs)
-        if recorded is None and not is_new:
-            self._passes[key] = None
-            return eagerly(hidden, rope, view_pass)
-        clones = {id(tensor): tensor.clone() for tensor in inputs}
-        own_rope = (clones[id(rope[0])], clones[id(rope[1])])
-        with Recorder() as recorder:
-            result = eagerly(clones[id(hidden)], own_rope, _with_tensors(view_pass, clones))
-        if recorder.complete and _are_ours(modules):
-            recording = recorder.recording(result, self._pool)
-            recorded = _RecordedPass(recording, [clones[id(tensor)] for tensor in inputs], modules, cache)
-        self._passes[key] = recorded
+        known = self._passes.pop(key, None)
+        if known is not None and known.is_of(modules, cache):
+            result = known.replay(inputs) if known.is_whole else eagerly(hidden, rope, view_pass)
+        else:
+            known = _RecordedPass(modules, cache)
+            result = known.record(eagerly, hidden, rope, view_pass, inputs, self._pool)
+        self._passes[key] = known  # a pass that fails leaves nothing
         if len(self._passes) > MOST:
             del self._passes[next(iter(self._passes))]
         return result
 
 
 class _RecordedPass:
-    def __init__(
-        self, recording: Recording, inputs: Sequence[torch.Tensor], modules: Sequence[nn.Module], cache: SharedKVCache
-    ) -> None:
-        self._recording = recording
-        self._inputs = [tensor if recording.reads(tensor) else None for tensor in inputs]
+    """A recording, or none where not all of a pass can be recorded, and what it depends on, as that was."""
+
+    def __init__(self, modules: Sequence[nn.Module], cache: SharedKVCache) -> None:
         self._modules, self._buffers = list(modules), [*chain.from_iterable(cache.layers)]
-        everything = [*chain.from_iterable(module.modules() for module in modules)]
-        self._attributes = [*zip(*chain.from_iterable(map(_attributes, everything)))]
-        self._parameters = [tensor for module in everything for tensor in module.parameters(recurse=False)]
-        self._addresses = _addresses(self._parameters), _addresses(self._buffers)
-        self._hooks = [hooks for module in everything for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._everything = [*chain.from_iterable(module.modules() for module in modules)]
+        self._types, self._sizes = self._types_and_sizes()
+        self._attributes = [*zip(*chain.from_iterable(map(_attributes, self._everything)))]
+        self._tensors = [value for value in self._attributes[2] if isinstance(value, torch.Tensor)]
+        self._addresses = _addresses(self._tensors), _addresses(self._buffers)
+        self._hooks = [hooks for of in self._everything for hooks in (of._forward_hooks, of._forward_pre_hooks)]
+        self._has_hooks = any(self._hooks)
+        self._recording: Recording | None = None
+        self._inputs: list[torch.Tensor | None] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is something to replay."""
+        return self._recording is not None
 
     def is_of(self, modules: Sequence[nn.Module], cache: SharedKVCache) -> bool:
         """Whether these are the modules and the buffers, as they were."""
@@ -90,18 +87,42 @@ class _RecordedPass:
         return (
             len(modules) == len(self._modules)
             and all(map(is_, modules, self._modules))
+            and self._types_and_sizes() == (self._types, self._sizes)
             and all(map(is_, map(dict.get, holders, names, repeat(MISSING)), values))
-            and (_addresses(self._parameters), _addresses(chain.from_iterable(cache.layers))) == self._addresses
-            and not any(self._hooks)
+            and (_addresses(self._tensors), _addresses(chain.from_iterable(cache.layers))) == self._addresses
+            and any(self._hooks) == self._has_hooks
         )
 
+    def record(
+        self, eagerly: RunLayers, hidden: torch.Tensor, rope: Rope, view_pass: ViewPass,
+        inputs: Sequence[torch.Tensor], pool: Pool,
+    ) -> torch.Tensor:  # fmt: skip
+        """Run the pass, and keep what it does if that can be done again."""
+        if self._has_hooks or not all(map(_is_ours, self._everything)):
+            return eagerly(hidden, rope, view_pass)
+        clones = {id(tensor): tensor.clone() for tensor in inputs}
+        own_rope = (clones[id(rope[0])], clones[id(rope[1])])
+        with Recorder() as recorder:
+            result = eagerly(clones[id(hidden)], own_rope, _with_tensors(view_pass, clones))
+        if recorder.complete:
+            recording = recorder.recording(result, pool)
+            own = [clones[id(tensor)] for tensor in inputs]
+            self._inputs = [tensor if recording.reads(tensor) else None for tensor in own]
+            self._recording = recording
+        return result
+
     def replay(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The pass again, with these inputs."""
         for own, given in zip(self._inputs, inputs):
             if own is not None:
                 own.copy_(given)
         result = self._recording.replay().clone()
         increment_version(self._buffers)
         return result
+
+    def _types_and_sizes(self) -> tuple[list[type], list[int]]:
+        """Of the modules: which code is theirs, and in how many attributes; a method may be among these."""
+        return [*map(type, self._everything)], [*map(len, map(vars, self._everything))]
 
 
 def _key(inputs: Sequence[torch.Tensor], cache: SharedKVCache, view_pass: ViewPass) -> Hashable:
@@ -126,19 +147,17 @@ def _with_tensors(view_pass: ViewPass, others: dict[int, torch.Tensor]) -> ViewP
     return view_pass._replace(**tensors, parts=tuple(_with_tensors(part, others) for part in view_pass.parts))
 
 
-def _are_ours(modules: Sequence[nn.Module]) -> bool:
-    """Whether it is this package's code that runs in all of them."""
-    everything = chain.from_iterable(module.modules() for module in modules)
-    return all(type(module).__module__.startswith(OWN) for module in everything)
+def _is_ours(module: nn.Module) -> bool:
+    """Whether it is this package's code that runs in it, and no method of it was replaced."""
+    return type(module).__module__.startswith(OWN) and not any(map(callable, vars(module).values()))
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[dict, str, Any]]:
-    """(where it is, its name, what it is) of all that a module computes with, and of what would change how it does."""
+    """(where it is, its name, what it is) of all that a module computes with."""
     own = vars(module)
     for name, value in own.items():
-        if isinstance(value, (bool, int, float, type(None))) and name != "training":
+        if isinstance(value, (bool, int, float, type(None), torch.Tensor)) and name != "training":
             yield own, name, value
-    yield from ((own, name, MISSING) for name in ("forward", "_compiled_call_impl"))
     for held in (module._parameters, module._buffers, module._modules):
         yield from ((held, name, value) for name, value in held.items())
 

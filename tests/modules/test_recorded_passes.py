@@ -1,20 +1,17 @@
-"""Passes that a CPU replays: the bits of those that it does not, whatever was changed since they were recorded."""
+"""Passes that a CPU replays: the bits of those that it does not."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
 
 from orthrus_triton.modules import ConsensusDecoder, SharedKVCache, recorded_passes
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
-from orthrus_triton.modules.rms_norm import RMSNorm
 from orthrus_triton.ops.cpu import recording
 from orthrus_triton.ops.cpu.kernels import c_library
-from orthrus_triton.testing import TinyDualViewModel
+from tests.modules.recorded_cases import PROMPTS, make_model, replays
 
 pytestmark = pytest.mark.skipif(c_library() is None, reason="no C kernels here")
 MODELS = {
@@ -26,20 +23,6 @@ MODELS = {
     "window": {"window": 20},
     "anchor and window": {"anchor_rows": 1, "window": 20},
 }
-
-
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) -> TinyDualViewModel:
-    torch.manual_seed(seed)
-    model = TinyDualViewModel(**options).to(dtype)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() == 2:
-            parameter.normal_(std=0.15)
-    return model
-
-
-def replays(decoder: ConsensusDecoder) -> list:
-    return [recorded for recorded in decoder.cache.recorded._passes.values() if recorded is not None]
 
 
 def assert_same_text(decoder: ConsensusDecoder, prompts: list[torch.Tensor], tokens: int = 30) -> None:
@@ -55,9 +38,6 @@ def assert_same_text(decoder: ConsensusDecoder, prompts: list[torch.Tensor], tok
         for ours, theirs in zip(decoder.cache.layers, eager.cache.layers):
             assert torch.equal(ours.k[b, :, :rows], theirs.k[b, :, :rows])
             assert torch.equal(ours.v[b, :, :rows], theirs.v[b, :, :rows])
-
-
-PROMPTS = [torch.arange(1, 12), torch.tensor([7]), torch.arange(30, 50)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -88,80 +68,14 @@ def test_a_replay_runs_no_module() -> None:
     assert counts == [2, 2, 2, 2, 2]  # recorded, then replayed
 
 
-def write(weight: torch.Tensor) -> None:
-    weight.mul_(1.5)
-
-
-CHANGES: dict[str, Callable[[TinyDualViewModel], object]] = {
-    "written": lambda model: write(model.layers[1].mlp.down_proj.weight),
-    "written through data": lambda model: write(model.layers[1].mlp.down_proj.weight.data),
-    "other memory": lambda model: setattr(
-        model.layers[0].self_attn.o_proj.weight, "data", model.layers[0].self_attn.o_proj.weight * -1
-    ),
-    "another parameter": lambda model: setattr(
-        model.layers[0].mlp.down_proj, "weight", nn.Parameter(model.layers[0].mlp.down_proj.weight * 2, False)
-    ),
-    "a bias more": lambda model: setattr(
-        model.layers[0].self_attn.qkv_proj, "bias", nn.Parameter(torch.ones(8 * 64), False)
-    ),
-    "another module": lambda model: setattr(model.layers[1], "mlp", make_model(seed=3).layers[0].mlp),
-    "another layer": lambda model: model.layers.__setitem__(0, make_model(seed=4).layers[1]),
-    "another norm": lambda model: setattr(model, "norm", make_norm(2.0)),
-    "another epsilon": lambda model: setattr(model.layers[0].input_layernorm, "eps", 0.5),
-    "a window": lambda model: setattr(model.layers[0].self_attn, "window", 4),
-    "a method": lambda model: setattr(model.layers[0].mlp, "forward", doubling(model.layers[0].mlp.forward)),
-    "a hook": lambda model: model.layers[0].mlp.register_forward_hook(doubled),
-    "a hook before": lambda model: model.layers[1].self_attn.register_forward_pre_hook(negated),
-    "a hook for all": lambda model: nn.modules.module.register_module_forward_hook(doubled_mlp),
-    "threads": lambda model: torch.set_num_threads(3),
-}  # fmt: skip
-
-
-def make_norm(scale: float) -> RMSNorm:
-    norm = RMSNorm(48).requires_grad_(False)
-    norm.weight.fill_(scale)
-    return norm
-
-
-def doubling(forward: Callable) -> Callable:
-    return lambda *arguments, **options: doubled(None, arguments, forward(*arguments, **options))
-
-
-def doubled(_module: nn.Module | None, _arguments: tuple, result: tuple) -> tuple:
-    return (result[0] * 2, result[1])
-
-
-def negated(_module: nn.Module, arguments: tuple) -> tuple:
-    return (-arguments[0], *arguments[1:])
-
-
-def doubled_mlp(module: nn.Module, _arguments: tuple, result: object) -> object:
-    return (result[0] * 2, *result[1:]) if type(module).__name__ == "SwiGLU" else result
-
-
-@pytest.mark.parametrize("between", ["calls", "steps"])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_changes_after_the_recording_is_heeded(change: Callable, between: str) -> None:
-    threads = torch.get_num_threads()
-    texts = []
-    for graph in (False, None):
-        model = make_model()
-        decoder = ConsensusDecoder(model, cuda_graph=graph)
-        decoder.generate(PROMPTS[:1], max_new_tokens=20)
-        run = decoder.open(1, 100)
-        run.admit(0, PROMPTS[0], 60)
-        handle = None
-        try:
-            for step in range(16):
-                if (step == 8 and between == "steps") or (step == 0 and between == "calls"):
-                    handle = change(model)
-                run.advance()
-        finally:
-            torch.set_num_threads(threads)
-            if hasattr(handle, "remove"):
-                handle.remove()
-        texts.append(run.slots[0].tokens)
-    assert texts[0] == texts[1]
+def test_memory_is_the_cpus_whatever_the_default_device() -> None:
+    decoder = ConsensusDecoder(make_model(), mode="ar")
+    run = decoder.open(1, 100)
+    run.admit(0, PROMPTS[0], 50)
+    with torch.device("meta"):
+        run.advance()
+        (recorded,) = replays(decoder)
+    assert {block.device.type for block in recorded._recording._blocks.values()} == {"cpu"}
 
 
 def test_int8_copies_for_drafts_are_read_once_they_are_there() -> None:
@@ -269,5 +183,5 @@ def test_recorder_is_left_when_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(type(model.layers[1].mlp), "forward", failing)
         with pytest.raises(KeyboardInterrupt):
             run.advance()
-    assert recording.active_recorder() is None
+    assert recording.active_recorder() is None and not decoder.cache.recorded._passes
     assert_same_text(decoder, PROMPTS[:1])

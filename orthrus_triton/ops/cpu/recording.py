@@ -115,7 +115,7 @@ class Recording:
                 nbytes = made[memory].untyped_storage().nbytes()
                 if memory not in self._blocks:
                     if not free[nbytes]:
-                        free[nbytes].append(torch.empty(nbytes, dtype=torch.uint8))
+                        free[nbytes].append(_block(nbytes))
                         pool[nbytes].append(free[nbytes][-1])
                     self._blocks[memory] = free[nbytes].pop()
                 if last_step[memory] == number:
@@ -160,6 +160,10 @@ class Recording:
 def active_recorder() -> Recorder | None:
     """The one this thread is inside of."""
     return getattr(_thread, "recorder", None)
+
+
+def _block(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever torch.set_default_device says
 
 
 def _memory(tensor: torch.Tensor) -> int:
