@@ -19,19 +19,34 @@ Pool = defaultdict[int, list[torch.Tensor]]  # blocks of memory by their bytes
 _thread = threading.local()
 
 
-def _copy(source: torch.Tensor, *, out: torch.Tensor, memory_format: torch.memory_format | None = None) -> None:
-    out.copy_(source)
-
-
-COPIES = {aten.cat.default: torch.cat, aten.clone.default: _copy, aten.add.Tensor: torch.add}  # as calls with `out`
-
-
 class Step(NamedTuple):
-    """A call: a C kernel's, with tensors before numbers, or an operation's with `out`."""
+    """A call: of torch, or of a C kernel, which takes the addresses of tensors."""
 
     call: Callable
-    operands: list[Any]
-    out: torch.Tensor | None = None
+    operands: Sequence[Any]
+    of_kernel: bool = False
+
+
+def _cat_steps(out: torch.Tensor, tensors: Sequence[torch.Tensor], dim: int = 0) -> list[Step]:
+    pieces = out.split([tensor.shape[dim] for tensor in tensors], dim)
+    return [Step(torch.Tensor.copy_, pair) for pair in zip(pieces, tensors)]
+
+
+def _clone_steps(
+    out: torch.Tensor, source: torch.Tensor, memory_format: torch.memory_format | None = None
+) -> list[Step]:
+    return [Step(torch.Tensor.copy_, (out, source))]
+
+
+def _add_steps(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1) -> list[Step]:
+    return [Step(partial(_write_sum, alpha=alpha), (out, a, b))]
+
+
+def _write_sum(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float) -> None:
+    torch.add(a, b, alpha=alpha, out=out)
+
+
+COPIES = {aten.cat.default: _cat_steps, aten.clone.default: _clone_steps, aten.add.Tensor: _add_steps}
 
 
 class Recorder(TorchDispatchMode):
@@ -63,15 +78,15 @@ class Recorder(TorchDispatchMode):
         if op in ALLOCATIONS or op in COPIES:
             self._made[_memory(result)] = result
             self._bytes += result.untyped_storage().nbytes()
-            if op in COPIES:
-                self._add(Step(partial(COPIES[op], **(kwargs or {})), list(args), result))
+            for step in COPIES[op](result, *args, **(kwargs or {})) if op in COPIES else ():
+                self._add(step)
         elif not op.is_view:
             self.complete = False
         return result
 
     def kernel(self, kernel: Callable, tensors: Sequence[torch.Tensor | None], numbers: Sequence[int | float]) -> None:
         """Take down a call that is made as well."""
-        self._add(Step(kernel, [*tensors, *numbers]))
+        self._add(Step(kernel, (*tensors, *numbers), of_kernel=True))
 
     def _add(self, step: Step) -> None:
         self.complete &= self._bytes <= MOST_BYTES
@@ -136,14 +151,10 @@ class Recording:
         return _memory(tensor) in self._held
 
     def _moved_step(self, step: Step) -> tuple[Callable, tuple]:
-        if step.out is not None:
-            operands = [self._moved_all(operand) for operand in step.operands]
-            return partial(step.call, out=self._moved(step.out)), tuple(operands)
-        operands = [self._moved(operand) for operand in step.operands]
-        return step.call, tuple(o.data_ptr() if isinstance(o, torch.Tensor) else o for o in operands)
-
-    def _moved_all(self, operand: Any) -> Any:
-        return [self._moved(tensor) for tensor in operand] if isinstance(operand, list) else self._moved(operand)
+        operands = map(self._moved, step.operands)
+        if step.of_kernel:
+            operands = (o.data_ptr() if isinstance(o, torch.Tensor) else o for o in operands)
+        return step.call, tuple(operands)
 
     def _moved(self, operand: Any) -> Any:
         """A tensor where replays have it; anything else as it is."""
@@ -171,7 +182,4 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def _tensors(step: Step) -> list[torch.Tensor]:
-    flat = [
-        part for operand in [*step.operands, step.out] for part in (operand if isinstance(operand, list) else [operand])
-    ]
-    return [operand for operand in flat if isinstance(operand, torch.Tensor)]
+    return [operand for operand in step.operands if isinstance(operand, torch.Tensor)]
