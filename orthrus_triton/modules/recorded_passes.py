@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 
 MOST = 128  # recordings that are kept: of several block sizes, of a server's batch as it grows and shrinks
+REST = 8  # passes that are run before one that could not be recorded is looked at again
 MISSING = object()
 OWN = "orthrus_triton.modules."  # nothing is recorded of other people's modules, which may do anything
 
@@ -50,7 +51,7 @@ class RecordedPasses:
         inputs = [hidden, *rope, *_tensors(view_pass)]
         key = _key(inputs, cache, view_pass)
         known = self._passes.pop(key, None)
-        if known is not None and known.is_of(modules, cache):
+        if known is not None and (known.rests() or known.is_of(modules, cache)):
             result = known.replay(inputs) if known.is_whole else eagerly(hidden, rope, view_pass)
         else:
             known = _RecordedPass(modules, cache)
@@ -74,12 +75,18 @@ class _RecordedPass:
         self._hooks = [hooks for of in self._everything for hooks in (of._forward_hooks, of._forward_pre_hooks)]
         self._has_hooks = any(self._hooks)
         self._recording: Recording | None = None
+        self._runs = 0
         self._inputs: list[torch.Tensor | None] = []
 
     @property
     def is_whole(self) -> bool:
         """Whether there is something to replay."""
         return self._recording is not None
+
+    def rests(self) -> bool:
+        """Whether there is nothing to replay, and it is too early to ask whether there could be by now."""
+        self._runs += 1
+        return self._recording is None and self._runs % REST != 0
 
     def is_of(self, modules: Sequence[nn.Module], cache: SharedKVCache) -> bool:
         """Whether these are the modules and the buffers, as they were."""

@@ -128,7 +128,7 @@ def test_what_was_changed_before_the_recording_may_change_again(how: str) -> Non
         decoder = ConsensusDecoder(model, cuda_graph=graph)
         run = decoder.open(1, 100)
         run.admit(0, PROMPTS[0], 60)
-        for step in range(12):
+        for step in range(24):
             if step == 6:
                 recorded.append(graph is None and len(replays(decoder)))
                 if how == "a hook":
