@@ -4,7 +4,7 @@ small model, the way through modules and checks takes a third of the time."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class _RecordedPass:
         self._types, self._sizes = self._types_and_sizes()
         self._attributes = [*zip(*chain.from_iterable(map(_attributes, self._everything)))]
         self._tensors = [value for value in self._attributes[2] if isinstance(value, torch.Tensor)]
-        self._addresses = _addresses(self._tensors), _addresses(self._buffers)
+        self._memory = _memory(self._tensors), _memory(self._buffers)
         self._hooks = [hooks for of in self._everything for hooks in (of._forward_hooks, of._forward_pre_hooks)]
         self._has_hooks = any(self._hooks)
         self._recording: Recording | None = None
@@ -96,7 +96,7 @@ class _RecordedPass:
             and all(map(is_, modules, self._modules))
             and self._types_and_sizes() == (self._types, self._sizes)
             and all(map(is_, map(dict.get, holders, names, repeat(MISSING)), values))
-            and (_addresses(self._tensors), _addresses(chain.from_iterable(cache.layers))) == self._addresses
+            and (_memory(self._tensors), _memory([*chain.from_iterable(cache.layers)])) == self._memory
             and any(self._hooks) == self._has_hooks
         )
 
@@ -169,5 +169,10 @@ def _attributes(module: nn.Module) -> Iterator[tuple[dict, str, Any]]:
         yield from ((held, name, value) for name, value in held.items())
 
 
-def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
-    return [*map(torch.Tensor.data_ptr, tensors)]
+def _memory(tensors: Sequence[torch.Tensor]) -> tuple[list, ...]:
+    """Where their numbers are, how many and in which order."""
+    return (
+        [*map(torch.Tensor.data_ptr, tensors)],
+        [*map(torch.Tensor.stride, tensors)],
+        [tensor.nbytes for tensor in tensors],
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.decoder_layer import SwiGLU
@@ -141,3 +142,26 @@ def test_what_was_changed_before_the_recording_may_change_again(how: str) -> Non
         texts.append(run.slots[0].tokens)
     assert texts[0] == texts[1] and len(replays(decoder)) == 2
     assert recorded == [False, 2 if how == "a tensor" else 0]
+
+
+def test_weights_that_are_cast_leave_no_memory_behind() -> None:
+    model = make_model()
+    decoder = ConsensusDecoder(model)
+    decoder.generate(PROMPTS[:1], max_new_tokens=20)
+    assert replays(decoder)
+    before = [StorageWeakRef(parameter.untyped_storage()) for parameter in model.layers.parameters()]
+    model.to(torch.bfloat16)
+    assert all(storage.expired() for storage in before)
+
+
+def test_a_weight_that_is_turned_is_refused_as_it_is_without_a_recording() -> None:
+    model = make_model(hidden_size=256)
+    decoder = ConsensusDecoder(model, mode="ar")
+    run = decoder.open(1, 100)
+    run.admit(0, PROMPTS[0], 50)
+    run.advance()
+    assert replays(decoder)
+    weight = model.layers[0].self_attn.o_proj.weight
+    weight.data = weight.data.t()
+    with pytest.raises(ValueError, match="contiguous"):
+        run.advance()

@@ -106,7 +106,8 @@ class Recording:
 
     Args:
         steps: calls in order.
-        made: tensors allocated meanwhile, by address. All others stay where they are, and are held.
+        made: tensors allocated meanwhile, by address. All others stay where they are, and are held; but whoever
+            replays sees to it that parameters have not been given other memory, and theirs can be freed.
         result: what the last step wrote.
         pool: memory of recordings that never run at once, which this one takes and adds to.
     """
@@ -120,7 +121,7 @@ class Recording:
         last_step[_memory(result)] = len(steps)
         free = defaultdict(list, {nbytes: [*blocks] for nbytes, blocks in pool.items()})
         self._blocks: dict[int, torch.Tensor] = {}
-        self._held: dict[int, torch.Tensor] = {}  # as they are now: a parameter may be given other memory
+        self._held: dict[int, torch.Tensor] = {}
         self._calls: list[tuple[Callable, tuple]] = []
         for number, step in enumerate(steps):
             ending = []
@@ -162,8 +163,9 @@ class Recording:
             return operand
         block = self._blocks.get(_memory(operand))
         if block is None:
-            self._held[_memory(operand)] = operand = operand.detach()
-            return operand
+            held = operand if isinstance(operand, torch.nn.Parameter) else operand.detach()
+            self._held[_memory(operand)] = held
+            return held
         values = block.view(operand.dtype)
         return values.as_strided(operand.shape, operand.stride(), operand.storage_offset())
 
