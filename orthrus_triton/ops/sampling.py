@@ -69,6 +69,7 @@ def check_sampling(logits: torch.Tensor, positions: torch.Tensor, sampling: Samp
     if logits.dim() != 3:
         raise ValueError(f"logits must be [B, T, V], but got {tuple(logits.shape)}")
     require_same("positions", tuple(positions.shape), tuple(logits.shape[:2]), "shape")
+    require_same("positions", positions.dtype, torch.int32, "dtype")
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int32)
     for (name, tensor), dtype in zip(sampling._asdict().items(), dtypes):
         require_same(name, tuple(tensor.shape), (logits.shape[0],), "shape")

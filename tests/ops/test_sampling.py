@@ -300,6 +300,8 @@ def test_wrong_arguments_are_named() -> None:
     logits, positions = make_logits(0, 2, 3, 9), positions_of(2, 3)
     with pytest.raises(ValueError, match="positions must have shape"):
         sample_choice(logits, positions[:, :2], sampling_of(2))
+    with pytest.raises(ValueError, match="positions must have dtype torch.int32"):
+        sample_choice(logits, positions.long(), sampling_of(2))
     with pytest.raises(ValueError, match="temperature must have shape"):
         sample_choice(logits, positions, sampling_of(3))
     with pytest.raises(ValueError, match="top_k must have dtype"):
