@@ -10,7 +10,7 @@ import torch
 from orthrus_triton.modules import ConsensusDecoder, SharedKVCache, recorded_passes
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
 from orthrus_triton.ops.cpu import recording
-from orthrus_triton.ops.cpu.kernels import c_library
+from orthrus_triton.ops.cpu.kernels import c_library, has_product
 from tests.modules.recorded_cases import PROMPTS, make_model, replays
 
 pytestmark = pytest.mark.skipif(c_library() is None, reason="no C kernels here")
@@ -45,10 +45,11 @@ def assert_same_text(decoder: ConsensusDecoder, prompts: list[torch.Tensor], tok
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_a_replay_has_the_bits_of_the_pass_itself(options: dict, mode: str, dtype: torch.dtype) -> None:
     model = make_model(dtype=dtype, **options)
+    has_ours = dtype == torch.float32 or has_product(torch.empty(0, dtype=dtype))  # not on CPUs with AMX
     for prompts in (PROMPTS[:1], PROMPTS):
         decoder = ConsensusDecoder(model, mode=mode)
         assert_same_text(decoder, prompts)
-        assert len(replays(decoder)) >= (1 if mode == "ar" else 2)
+        assert len(replays(decoder)) >= (1 if mode == "ar" else 2) * has_ours
 
 
 def test_a_replay_runs_no_module() -> None:

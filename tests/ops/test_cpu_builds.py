@@ -18,6 +18,7 @@ from tests.ops.attention_cases import make_case
 from tests.ops.sampling_cases import make_logits, mixed_sampling, positions_of
 
 FLAGS = {"AVX-512 without bf16": "-mno-avx512bf16", "AVX2": "-mno-avx512f"}
+NO_TILES = "-U__AMX_BF16__"  # which compilers older than AMX take, too
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -29,7 +30,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("needs a C compiler for x86")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(library, "FLAGS", (*library.FLAGS, request.param))
+        patch.setattr(library, "FLAGS", (*library.FLAGS, NO_TILES, request.param))
         built = library.c_library.__wrapped__()
         patch.setattr(kernels, "c_library", lambda: built)
         assert built is not None and not hasattr(built, "orthrus_linear_bf16")
