@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from orthrus_triton.modules import ConsensusDecoder, SharedKVCache, recorded_passes
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
@@ -169,6 +171,18 @@ def test_a_pass_that_needs_much_memory_is_not_recorded(monkeypatch: pytest.Monke
     decoder = ConsensusDecoder(make_model())
     assert_same_text(decoder, PROMPTS)
     assert not replays(decoder)
+
+
+def test_threads_that_recorded_at_the_same_time_leave_the_compiler_as_it_was() -> None:
+    recorders = [recording.Recorder() for _ in range(2)]
+    threads = [ThreadPoolExecutor(1) for _ in range(2)]
+    for step in ("__enter__", "__exit__"):  # left in the order in which they were entered
+        for thread, recorder in zip(threads, recorders):
+            arguments = (None, None, None) if step == "__exit__" else ()
+            thread.submit(getattr(recorder, step), *arguments).result()
+    for thread in threads:
+        thread.shutdown()
+    assert not is_in_torch_dispatch_mode()  # where torch.compile refuses to run
 
 
 def test_recorder_is_left_when_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
@@ -63,13 +63,16 @@ class Recorder(TorchDispatchMode):
         self._made: dict[int, torch.Tensor] = {}  # by the address of what was allocated meanwhile
         self._bytes = 0
 
+    # not by way of the base class, which notes in a global that some thread is in such a mode: torch.compile then
+    # refuses to run, and for good where two threads leave their modes in the order in which they entered
     def __enter__(self) -> Recorder:
         _thread.recorder = self
-        return super().__enter__()
+        _push_mode(self)
+        return self
 
     def __exit__(self, *error: Any) -> None:
         _thread.recorder = None
-        super().__exit__(*error)
+        _pop_mode()
 
     def __torch_dispatch__(self, op: Any, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = op(*args, **(kwargs or {}))
