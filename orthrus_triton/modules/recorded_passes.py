@@ -163,7 +163,8 @@ def _attributes(module: nn.Module) -> Iterator[tuple[dict, str, Any]]:
     """(where it is, its name, what it is) of all that a module computes with."""
     own = vars(module)
     for name, value in own.items():
-        if isinstance(value, (bool, int, float, type(None), torch.Tensor)) and name != "training":
+        # torch's own attributes begin with _
+        if name[0] != "_" and name != "training" and isinstance(value, (bool, int, float, type(None), torch.Tensor)):
             yield own, name, value
     for held in (module._parameters, module._buffers, module._modules):
         yield from ((held, name, value) for name, value in held.items())

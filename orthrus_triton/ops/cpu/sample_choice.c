@@ -117,6 +117,7 @@ void orthrus_sample_choice(
         /* one hundredth covers what scores are rounded by, unless they are large */
         row.luck = fabsf(row.z_max) < 1024 ? exponential(words_of(top, row.key)) * 1.01f : LARGEST;
         found best = best_above(&row, -INFINITY);
+        if (best.id < 0) continue; /* min_p is above 1 */
         out[r] = best.id;
         if (!(top_p[b] < 1)) continue;
         /* what top-p drops has `enough` mass above it; then so has everything that is not likelier */
