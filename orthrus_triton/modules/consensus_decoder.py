@@ -57,8 +57,8 @@ class ConsensusDecoder(DecodeCycle):
         batch_invariant_prefill: prefill with the cycle's own product instead of the library's, so that the prompt's
             K/V too are the bits that decoding token by token would leave.
         cuda_graph: replay each cycle as one CUDA graph. None does so for Triton on a GPU. On a CPU, None replays the
-            calls of C kernels that a pass through the layers consists of, unless it runs other people's modules, and
-            False runs every module each time.
+            calls of C kernels that a pass through the layers consists of, as they were when the run was opened; not
+            where other people's modules are among them. False runs every module each time.
         compile: run the cycle through torch.compile; True, or the name of a backend. No bit changes: whatever rounds
             is opaque to the compiler.
 
@@ -224,6 +224,8 @@ class ConsensusDecoder(DecodeCycle):
         self._state.reset(eos_ids, choosing, self.model.vocab_size)
         self.choosing = choosing
         forget_changed()
+        if self.cache.recorded is not None:
+            self.cache.recorded.begin_run()
         impl = resolve_impl(self.impl, self.cache.context_len)
         # what runs on the host cannot be captured
         runner = StepRunner(None, self._state.idle) if choosing.hosted else self._runner

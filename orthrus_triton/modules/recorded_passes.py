@@ -4,7 +4,7 @@ small model, the way through modules and checks takes a third of the time."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 
 MOST = 128  # recordings that are kept: of several block sizes, of a server's batch as it grows and shrinks
-REST = 8  # passes that are run before one that could not be recorded is looked at again
 MISSING = object()
 OWN = "orthrus_triton.modules."  # nothing is recorded of other people's modules, which may do anything
 
@@ -31,14 +30,21 @@ RunLayers = Callable[[torch.Tensor, Rope, "ViewPass"], torch.Tensor]
 
 
 class RecordedPasses:
-    """The recordings over one cache's buffers. A replay has the bits of the pass that was recorded."""
+    """The recordings over one cache's buffers. A replay has the bits of the pass that was recorded. Whether anything
+    was changed since is looked up once in a run: in small models that takes as long as many a kernel. Where weights and
+    buffers lie is looked at each time."""
 
     def __init__(self) -> None:
         self._passes: dict[Hashable, _RecordedPass] = {}  # those used last are last
         self._pool: Pool = defaultdict(list)
+        self._run = 0
 
     def __reduce__(self) -> tuple:
         return RecordedPasses, ()  # a copy of the cache has other buffers
+
+    def begin_run(self) -> None:
+        """Look at everything again before the next replays."""
+        self._run += 1
 
     def run(
         self, eagerly: RunLayers, modules: Sequence[nn.Module], hidden: torch.Tensor, rope: Rope, cache: SharedKVCache,
@@ -51,10 +57,10 @@ class RecordedPasses:
         inputs = [hidden, *rope, *_tensors(view_pass)]
         key = _key(inputs, cache, view_pass)
         known = self._passes.pop(key, None)
-        if known is not None and (known.rests() or known.is_of(modules, cache)):
+        if known is not None and known.is_of(modules, cache, self._run):
             result = known.replay(inputs) if known.is_whole else eagerly(hidden, rope, view_pass)
         else:
-            known = _RecordedPass(modules, cache)
+            known = _RecordedPass(modules, cache, self._run)
             result = known.record(eagerly, hidden, rope, view_pass, inputs, self._pool)
         self._passes[key] = known  # a pass that fails leaves nothing
         if len(self._passes) > MOST:
@@ -65,17 +71,16 @@ class RecordedPasses:
 class _RecordedPass:
     """A recording, or none where not all of a pass can be recorded, and what it depends on, as that was."""
 
-    def __init__(self, modules: Sequence[nn.Module], cache: SharedKVCache) -> None:
+    def __init__(self, modules: Sequence[nn.Module], cache: SharedKVCache, run: int) -> None:
+        self._run = run  # in which all was looked at
         self._modules, self._buffers = list(modules), [*chain.from_iterable(cache.layers)]
         self._everything = [*chain.from_iterable(module.modules() for module in modules)]
-        self._types, self._sizes = self._types_and_sizes()
         self._attributes = [*zip(*chain.from_iterable(map(_attributes, self._everything)))]
         self._tensors = [value for value in self._attributes[2] if isinstance(value, torch.Tensor)]
-        self._memory = _memory(self._tensors), _memory(self._buffers)
+        self._addresses = _addresses(self._tensors), _addresses(self._buffers)
         self._hooks = [hooks for of in self._everything for hooks in (of._forward_hooks, of._forward_pre_hooks)]
-        self._has_hooks = any(self._hooks)
+        self._outline = self._new_outline()
         self._recording: Recording | None = None
-        self._runs = 0
         self._inputs: list[torch.Tensor | None] = []
 
     @property
@@ -83,29 +88,26 @@ class _RecordedPass:
         """Whether there is something to replay."""
         return self._recording is not None
 
-    def rests(self) -> bool:
-        """Whether there is nothing to replay, and it is too early to ask whether there could be by now."""
-        self._runs += 1
-        return self._recording is None and self._runs % REST != 0
-
-    def is_of(self, modules: Sequence[nn.Module], cache: SharedKVCache) -> bool:
+    def is_of(self, modules: Sequence[nn.Module], cache: SharedKVCache, run: int) -> bool:
         """Whether these are the modules and the buffers, as they were."""
-        holders, names, values = self._attributes
-        return (
-            len(modules) == len(self._modules)
-            and all(map(is_, modules, self._modules))
-            and self._types_and_sizes() == (self._types, self._sizes)
-            and all(map(is_, map(dict.get, holders, names, repeat(MISSING)), values))
-            and (_memory(self._tensors), _memory([*chain.from_iterable(cache.layers)])) == self._memory
-            and any(self._hooks) == self._has_hooks
-        )
+        is_same = len(modules) == len(self._modules) and all(map(is_, modules, self._modules))
+        if not is_same or (_addresses(self._tensors), _addresses(chain(*cache.layers))) != self._addresses:
+            return False
+        if self._run != run:
+            holders, names, values = self._attributes
+            if not all(map(is_, map(dict.get, holders, names, repeat(MISSING)), values)):
+                return False
+            if self._new_outline() != self._outline:
+                return False
+            self._run = run
+        return True
 
     def record(
         self, eagerly: RunLayers, hidden: torch.Tensor, rope: Rope, view_pass: ViewPass,
         inputs: Sequence[torch.Tensor], pool: Pool,
     ) -> torch.Tensor:  # fmt: skip
         """Run the pass, and keep what it does if that can be done again."""
-        if self._has_hooks or not all(map(_is_ours, self._everything)):
+        if any(self._hooks) or not all(map(_is_ours, self._everything)):
             return eagerly(hidden, rope, view_pass)
         clones = {id(tensor): tensor.clone() for tensor in inputs}
         own_rope = (clones[id(rope[0])], clones[id(rope[1])])
@@ -127,9 +129,13 @@ class _RecordedPass:
         increment_version(self._buffers)
         return result
 
-    def _types_and_sizes(self) -> tuple[list[type], list[int]]:
-        """Of the modules: which code is theirs, and in how many attributes; a method may be among these."""
-        return [*map(type, self._everything)], [*map(len, map(vars, self._everything))]
+    def _new_outline(self) -> tuple:
+        """Which code is the modules' and in how many attributes, for a method may be among these; whether there are
+        hooks; and how many numbers the weights have, in which order."""
+        return (
+            [*map(type, self._everything)], [*map(len, map(vars, self._everything))], any(self._hooks),
+            [*map(torch.Tensor.stride, self._tensors)], [tensor.nbytes for tensor in self._tensors],
+        )  # fmt: skip
 
 
 def _key(inputs: Sequence[torch.Tensor], cache: SharedKVCache, view_pass: ViewPass) -> Hashable:
@@ -170,10 +176,5 @@ def _attributes(module: nn.Module) -> Iterator[tuple[dict, str, Any]]:
         yield from ((held, name, value) for name, value in held.items())
 
 
-def _memory(tensors: Sequence[torch.Tensor]) -> tuple[list, ...]:
-    """Where their numbers are, how many and in which order."""
-    return (
-        [*map(torch.Tensor.data_ptr, tensors)],
-        [*map(torch.Tensor.stride, tensors)],
-        [tensor.nbytes for tensor in tensors],
-    )
+def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
+    return [*map(torch.Tensor.data_ptr, tensors)]
