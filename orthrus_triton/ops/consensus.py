@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.cpu.token_kernels import consensus_cpu
 
 
 def consensus_(
@@ -61,10 +62,15 @@ def consensus_(
             f"block and accepted_histogram must have one shape [B, W >= {K}], "
             f"but got {tuple(block.shape)} and {tuple(accepted_histogram.shape)}"
         )
-    torch.ops.orthrus_triton.consensus_(
+    arguments = (
         candidate, choice, eos_ids, limit, mask_token_id, context_len, output_ids, output_len, finished, block,
-        accepted_histogram, resolve_impl(impl, candidate),
+        accepted_histogram,
     )  # fmt: skip
+    impl = resolve_impl(impl, candidate)
+    if runs_directly(impl, candidate):
+        consensus_torch(*arguments)
+    else:
+        torch.ops.orthrus_triton.consensus_(*arguments, impl)
 
 
 # A prefill commits to one slot, whose tensors begin anywhere in those of all slots. Compiled for every alignment, the
@@ -131,7 +137,10 @@ def launch_consensus(
 def consensus_torch(
     candidate, choice, eos_ids, limit, mask_token_id, context_len, output_ids, output_len, finished, block, histogram
 ) -> None:
-    """The same rules in batched torch, any device, no host synchronisation."""
+    """The same rules in batched torch, any device, no host synchronisation; or in C on a CPU."""
+    changed = (context_len, output_ids, output_len, finished, block, histogram)
+    if consensus_cpu(candidate, choice, eos_ids, limit, mask_token_id, *changed):
+        return
     K, L = candidate.shape[1], output_ids.shape[1]
     rows = torch.arange(K, device=candidate.device)
     active = ~finished

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
 from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl
+from orthrus_triton.ops.cpu.token_kernels import recall_cpu
 
 LONGEST = 8  # newest tokens that are compared, and the most that count for a bonus
 BONUS = 0.5  # logits per token: a whole one gave the shipped view more drafts of quoted text, and fewer of code
@@ -119,6 +120,9 @@ def recall_torch(
     prompt_ids: torch.Tensor, output_ids: torch.Tensor, prompt_len: torch.Tensor, newest: torch.Tensor,
     last: torch.Tensor, count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    given = (prompt_ids, output_ids, prompt_len, newest, last)
+    if (of_c := recall_cpu(*given, count, LONGEST, BONUS)) is not None:
+        return of_c
     L = prompt_ids.shape[1]
     at = torch.arange(L, device=prompt_ids.device)
     last, prompt_len = last.long().clamp(max=L - 1)[:, None], prompt_len[:, None]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
 from orthrus_triton.ops._dispatch import on_its_device, resolve_impl
-from orthrus_triton.ops.cpu.kernels import greedy_choice_cpu
+from orthrus_triton.ops.cpu.token_kernels import greedy_choice_cpu
 from orthrus_triton.ops.void_rows import VOID
 
 TILE = 128  # logits, on a CPU

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from orthrus_triton.ops.cpu.kernels import sample_choice_cpu
+from orthrus_triton.ops.cpu.token_kernels import sample_choice_cpu
 from orthrus_triton.ops.gumbel import exponential_torch, noise_words_torch, row_key_torch
 from orthrus_triton.ops.logits_filter import LARGEST, divided_torch, mass_of_torch
 from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
-from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl
+from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops.cpu.token_kernels import void_rows_cpu
 
 VOID = -2  # no token: ends a sequence as a stop token does, and is not part of it
 BLOCK, NUM_WARPS = 1024, 4
@@ -24,7 +25,10 @@ def void_rows(choice: torch.Tensor, hidden: torch.Tensor, *, impl: str = "auto")
         [B, T] int64.
     """
     require_same("choice", tuple(choice.shape), tuple(hidden.shape[:-1]), "shape")
-    return torch.ops.orthrus_triton.void_rows(choice, hidden, resolve_impl(impl, hidden))
+    impl = resolve_impl(impl, hidden)
+    if runs_directly(impl, hidden):
+        return void_rows_torch(choice, hidden)
+    return torch.ops.orthrus_triton.void_rows(choice, hidden, impl)
 
 
 @triton.jit
@@ -49,13 +53,20 @@ def launch_void_rows(choice: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor
     return out
 
 
+def void_rows_torch(choice: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Any device."""
+    if (of_c := void_rows_cpu(choice, hidden, VOID)) is not None:
+        return of_c
+    return torch.where(hidden.isfinite().all(dim=-1), choice, VOID)
+
+
 @torch.library.custom_op(
     "orthrus_triton::void_rows", mutates_args=(), schema="(Tensor choice, Tensor hidden, str impl) -> Tensor"
 )
 def _void_rows_op(choice, hidden, impl):
     if impl == "triton":
         return launch_void_rows(choice, hidden)
-    return torch.where(hidden.isfinite().all(dim=-1), choice, VOID)
+    return void_rows_torch(choice, hidden)
 
 
 @_void_rows_op.register_fake

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from orthrus_triton.ops import VOID, consensus_
 
+pytestmark = pytest.mark.usefixtures("with_and_without_c")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MASK = 99
 

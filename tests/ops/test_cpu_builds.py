@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orthrus_triton import ops
 from orthrus_triton.modules import ConsensusDecoder
-from orthrus_triton.ops.cpu import kernels, library
+from orthrus_triton.ops.cpu import kernels, library, token_kernels
 from orthrus_triton.testing import TinyDualViewModel
 from tests.ops.attention_cases import make_case
 from tests.ops.sampling_cases import make_logits, mixed_sampling, positions_of
@@ -80,7 +80,7 @@ def test_small_operations(dtype: torch.dtype) -> None:
     torch.testing.assert_close(normed, ops.rms_norm(hidden, weight, 1e-6, impl="reference"), **tolerance)
     torch.testing.assert_close(kernels.swiglu_cpu(x), ops.swiglu(x, impl="reference"), **tolerance)
     logits = torch.randint(0, 9, (7, 333)).to(dtype)
-    assert torch.equal(kernels.greedy_choice_cpu(logits, -1), logits.argmax(-1))
+    assert torch.equal(token_kernels.greedy_choice_cpu(logits, -1), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,6 +11,8 @@ from orthrus_triton import ops
 from orthrus_triton.ops.recall import BLOCK, BONUS, LONGEST
 from tests.ops.sampling_cases import DEVICE
 
+pytestmark = pytest.mark.usefixtures("with_and_without_c")
+
 
 def recall_by_hand(ids: list[int], count: int) -> tuple[list[int] | None, list[float]]:
     best = (0, 0)

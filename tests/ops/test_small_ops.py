@@ -255,3 +255,19 @@ def test_greedy_choice_ignores_nan() -> None:
 def test_errors_name_the_argument(call, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call(torch.ones(2, 8))
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@torch.no_grad()
+def test_rows_that_are_not_finite_have_no_token(impl: str, dtype: torch.dtype) -> None:
+    hidden, choice = randn(0, 2, 70, 37, dtype=dtype), torch.arange(140, device=DEVICE).view(2, 70)
+    bad = {(0, 0): (0, torch.nan), (0, 5): (36, torch.inf), (1, 69): (16, -torch.inf)}
+    for (b, row), (at, number) in bad.items():
+        hidden[b, row, at] = number
+    expected = choice.clone()
+    for place in bad:
+        expected[place] = ops.VOID
+    assert torch.equal(ops.void_rows(choice, hidden, impl=impl), expected)
+    assert torch.equal(ops.void_rows(choice.t(), hidden.transpose(0, 1), impl=impl), expected.t())

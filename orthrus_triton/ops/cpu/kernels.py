@@ -5,7 +5,7 @@ implementation, which is next, says what it always said of tensors that do not g
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 
 import torch
@@ -39,7 +39,7 @@ def attention_cpu(
     beyond its limit, and the number of threads."""
     (B, T, HQ, D), (HKV, S) = q.shape, k_cache.shape[1:3]
     group = HQ // HKV
-    library = _library_for(q, k_cache, v_cache, key_limit, k_block, v_block)
+    library = library_for(q, k_cache, v_cache, key_limit, k_block, v_block)
     if library is None or D > MAX_HEAD_DIM or group > MAX_ROWS or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         return None
     q, key_limit, out = q.contiguous(), key_limit.contiguous(), q.new_empty(q.shape)
@@ -50,7 +50,7 @@ def attention_cpu(
     while heads * chunks % threads and heads * chunks < 4 * threads and T * group >= FEW_ROWS * (chunks + 1):
         chunks += 1
     tokens = -(-T // chunks)
-    _call(
+    call(
         library.orthrus_attention, (q, k_cache, v_cache, key_limit, *blocks, out), B, T, HQ, HKV, D, S,
         *k_cache.stride()[:3], *v_cache.stride()[:3], block_size or 0, window or 0, tokens, scale * LOG2_E,
         DTYPES[q.dtype], threads,
@@ -68,7 +68,7 @@ def has_product(like: torch.Tensor, rows: int = 1) -> bool:
 
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """`linear`. A row has the same bits whatever other rows there are, and whatever the number of threads."""
-    kernel, is_wide = _product(_library_for(x, weight, bias), x.dtype)
+    kernel, is_wide = _product(library_for(x, weight, bias), x.dtype)
     if kernel is None or weight.dtype != x.dtype or not weight.is_contiguous():
         return None
     N, K = weight.shape
@@ -79,7 +79,7 @@ def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     tasks = threads * max(-(-N // (threads * (COLUMNS if M <= MAX_ROWS else COLUMNS // 4))), 1)
     columns = -(-N // (tasks * 16)) * 16
     wide = [x.new_empty(M, -(-K // 32) * 32, dtype=torch.float32)] if is_wide else []  # for x in fp32
-    _call(kernel, (x, weight, bias, out, *wide), M, N, K, columns, threads)
+    call(kernel, (x, weight, bias, out, *wide), M, N, K, columns, threads)
     return out
 
 
@@ -106,7 +106,7 @@ def rope_cache_cpu(
 ) -> torch.Tensor | None:
     """`rope_cache`."""
     (B, T), (HKV, S, D) = slots.shape, k_out.shape[1:]
-    library = _library_for(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm)
+    library = library_for(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     if library is None or D > MAX_HEAD_DIM or 0 in (*k_out.stride(), *v_out.stride()):  # torch refuses expanded ones
         return None
     HQ = qkv.shape[-1] // D - 2 * HKV
@@ -114,7 +114,7 @@ def rope_cache_cpu(
         cos, sin = cos.contiguous(), sin.contiguous()
     qkv, slots, q = qkv.contiguous(), slots.contiguous(), qkv.new_empty(B, T, HQ, D)
     norms = [norm if norm is None else norm.to(qkv.dtype).contiguous() for norm in (q_norm, k_norm)]
-    _call(
+    call(
         library.orthrus_rope_cache, (qkv, cos, sin, slots, *norms, q, k_out, v_out), B, T, HQ, HKV, D, S, cos.stride(0),
         *k_out.stride()[:3], *v_out.stride()[:3], eps, DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -126,7 +126,7 @@ def rms_norm_cpu(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`rms_norm` and what it is the norm of: x + residual, or x without one."""
-    library = _library_for(x, weight, residual)
+    library = library_for(x, weight, residual)
     if library is None:
         return None
     x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty(x.shape)
@@ -134,7 +134,7 @@ def rms_norm_cpu(
     if residual is not None:
         residual, hidden = residual.contiguous(), x.new_empty(x.shape)
     H = weight.numel()
-    _call(
+    call(
         library.orthrus_rms_norm, (x, residual, weight, out, hidden), x.numel() // max(H, 1), H, eps, DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
@@ -143,72 +143,31 @@ def rms_norm_cpu(
 
 def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:
     """`swiglu`."""
-    library = _library_for(gate_up)
+    library = library_for(gate_up)
     if library is None:
         return None
     gate_up, I = gate_up.contiguous(), gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], I)
-    _call(
+    call(
         library.orthrus_swiglu, (gate_up, out), out.numel() // max(I, 1), I, DTYPES[out.dtype], torch.get_num_threads()
     )
     return out
 
 
-def greedy_choice_cpu(logits: torch.Tensor, none: int) -> torch.Tensor | None:
-    """`greedy_choice`; `none` where a row has no logit."""
-    library = _library_for(logits)
-    if library is None:
-        return None
-    logits, out = logits.contiguous(), logits.new_empty(logits.shape[:-1], dtype=torch.int64)
-    _call(
-        library.orthrus_greedy_choice,
-        (logits, out),
-        out.numel(),
-        logits.shape[-1],
-        none,
-        DTYPES[logits.dtype],
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def sample_choice_cpu(
-    logits: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seed: torch.Tensor,
-    sequence: torch.Tensor,
-    stream: int,
-    none: int,
-) -> torch.Tensor | None:
-    """`sample_choice`; `none` where a row has no logit."""
-    of_slot = (temperature, top_k, top_p, min_p, seed, sequence)
-    library = _library_for(logits, positions, *of_slot)
-    if library is None:
-        return None
-    (B, T, V), logits, positions = logits.shape, logits.contiguous(), positions.contiguous()
-    of_slot, out = [tensor.contiguous() for tensor in of_slot], logits.new_empty(B, T, dtype=torch.int64)
-    _call(
-        library.orthrus_sample_choice, (logits, positions, *of_slot, out), B, T, V, stream, none, DTYPES[logits.dtype],
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def _call(kernel: Callable, tensors: Sequence[torch.Tensor | None], *numbers: int | float) -> None:
+def call(kernel: Callable, tensors: Sequence[torch.Tensor | None], *numbers: int | float) -> None:
+    """Run a kernel, and have it taken down where a pass is recorded."""
     recorder = active_recorder()
     if recorder is not None:
         recorder.kernel(kernel, tensors, numbers)
     kernel(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *numbers)
 
 
-def _library_for(tensor: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:
+def library_for(
+    tensor: torch.Tensor, *others: torch.Tensor | None, dtypes: Collection[torch.dtype] = DTYPES
+) -> ctypes.CDLL | None:  # fmt: skip
     """None unless all are numbers in this machine's memory, which an address is enough to find, and only asked for
-    their values."""
-    if tensor.dtype not in DTYPES or is_watched():
+    their values; the first one of `dtypes`."""
+    if tensor.dtype not in dtypes or is_watched():
         return None
     for argument in (tensor, *others):
         if argument is not None and not (argument.is_cpu and type(argument) in PLAIN):
