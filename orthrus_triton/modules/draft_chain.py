@@ -135,7 +135,9 @@ class DraftChain(nn.Module):
 def _top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest of [..., V] and their indices. They lie in the `count` tiles of the largest maxima, and on a
     CPU maxima are far cheaper than an order."""
-    tiles = F.pad(logits, (0, -logits.shape[-1] % TOP_TILE), value=-torch.inf).unflatten(-1, (-1, TOP_TILE))
+    missing = -logits.shape[-1] % TOP_TILE
+    # padded by nothing, they would be copied all the same
+    tiles = (F.pad(logits, (0, missing), value=-torch.inf) if missing else logits).unflatten(-1, (-1, TOP_TILE))
     chosen = tiles.amax(dim=-1).topk(min(count, tiles.shape[-2])).indices
     values, places = tiles.take_along_dim(chosen[..., None], dim=-2).flatten(-2).topk(count)
     tile_of = chosen.take_along_dim(places // TOP_TILE, dim=-1)
