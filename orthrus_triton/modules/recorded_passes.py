@@ -37,13 +37,14 @@ class RecordedPasses:
     def __init__(self) -> None:
         self._passes: dict[Hashable, _RecordedPass] = {}  # those used last are last
         self._pool: Pool = defaultdict(list)
+        self._snapshot: _Snapshot | None = None
         self._run = 0
 
     def __reduce__(self) -> tuple:
         return RecordedPasses, ()  # a copy of the cache has other buffers
 
     def begin_run(self) -> None:
-        """Look at everything again before the next replays."""
+        """Look at everything again before the next replay."""
         self._run += 1
 
     def run(
@@ -55,43 +56,43 @@ class RecordedPasses:
         if not can_record or is_watched() or _has_any_global_hook():
             return eagerly(hidden, rope, view_pass)
         inputs = [hidden, *rope, *_tensors(view_pass)]
+        if self._snapshot is None or not self._snapshot.is_of(modules, self._run):
+            self._passes.clear()
+            self._snapshot = _Snapshot(modules, self._run)
         key = _key(inputs, cache, view_pass)
         known = self._passes.pop(key, None)
-        if known is not None and known.is_of(modules, cache, self._run):
+        if known is not None and known.is_of(cache):
             result = known.replay(inputs) if known.is_whole else eagerly(hidden, rope, view_pass)
         else:
-            known = _RecordedPass(modules, cache, self._run)
-            result = known.record(eagerly, hidden, rope, view_pass, inputs, self._pool)
+            known = _RecordedPass(cache)
+            if self._snapshot.can_be_recorded:
+                result = known.record(eagerly, hidden, rope, view_pass, inputs, self._pool)
+            else:
+                result = eagerly(hidden, rope, view_pass)
         self._passes[key] = known  # a pass that fails leaves nothing
         if len(self._passes) > MOST:
             del self._passes[next(iter(self._passes))]
         return result
 
 
-class _RecordedPass:
-    """A recording, or none where not all of a pass can be recorded, and what it depends on, as that was."""
+class _Snapshot:
+    """Modules, and all that they compute with, as it is now."""
 
-    def __init__(self, modules: Sequence[nn.Module], cache: SharedKVCache, run: int) -> None:
+    def __init__(self, modules: Sequence[nn.Module], run: int) -> None:
         self._run = run  # in which all was looked at
-        self._modules, self._buffers = list(modules), [*chain.from_iterable(cache.layers)]
+        self._modules = list(modules)
         self._everything = [*chain.from_iterable(module.modules() for module in modules)]
         self._attributes = [*zip(*chain.from_iterable(map(_attributes, self._everything)))]
         self._tensors = [value for value in self._attributes[2] if isinstance(value, torch.Tensor)]
-        self._addresses = _addresses(self._tensors), _addresses(self._buffers)
+        self._addresses = _addresses(self._tensors)
         self._hooks = [hooks for of in self._everything for hooks in (of._forward_hooks, of._forward_pre_hooks)]
         self._outline = self._new_outline()
-        self._recording: Recording | None = None
-        self._inputs: list[torch.Tensor | None] = []
+        self.can_be_recorded = not any(self._hooks) and all(map(_is_ours, self._everything))
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether there is something to replay."""
-        return self._recording is not None
-
-    def is_of(self, modules: Sequence[nn.Module], cache: SharedKVCache, run: int) -> bool:
-        """Whether these are the modules and the buffers, as they were."""
+    def is_of(self, modules: Sequence[nn.Module], run: int) -> bool:
+        """Whether these are the modules, with weights where they were; and in a new run, with all as it was."""
         is_same = len(modules) == len(self._modules) and all(map(is_, modules, self._modules))
-        if not is_same or (_addresses(self._tensors), _addresses(chain(*cache.layers))) != self._addresses:
+        if not is_same or _addresses(self._tensors) != self._addresses:
             return False
         if self._run != run:
             holders, names, values = self._attributes
@@ -102,13 +103,38 @@ class _RecordedPass:
             self._run = run
         return True
 
+    def _new_outline(self) -> tuple:
+        """Which code is the modules' and in how many attributes, for a method may be among these; whether there are
+        hooks; and how many numbers the weights have, in which order."""
+        return (
+            [*map(type, self._everything)], [*map(len, map(vars, self._everything))], any(self._hooks),
+            [*map(torch.Tensor.stride, self._tensors)], [tensor.nbytes for tensor in self._tensors],
+        )  # fmt: skip
+
+
+class _RecordedPass:
+    """A recording over a cache's buffers, or none where not all of a pass can be recorded."""
+
+    def __init__(self, cache: SharedKVCache) -> None:
+        self._buffers = [*chain.from_iterable(cache.layers)]
+        self._addresses = _addresses(self._buffers)
+        self._recording: Recording | None = None
+        self._inputs: list[torch.Tensor | None] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is something to replay."""
+        return self._recording is not None
+
+    def is_of(self, cache: SharedKVCache) -> bool:
+        """Whether these are the buffers."""
+        return _addresses(chain.from_iterable(cache.layers)) == self._addresses
+
     def record(
         self, eagerly: RunLayers, hidden: torch.Tensor, rope: Rope, view_pass: ViewPass,
         inputs: Sequence[torch.Tensor], pool: Pool,
     ) -> torch.Tensor:  # fmt: skip
         """Run the pass, and keep what it does if that can be done again."""
-        if any(self._hooks) or not all(map(_is_ours, self._everything)):
-            return eagerly(hidden, rope, view_pass)
         clones = {id(tensor): tensor.clone() for tensor in inputs}
         own_rope = (clones[id(rope[0])], clones[id(rope[1])])
         with Recorder() as recorder:
@@ -128,14 +154,6 @@ class _RecordedPass:
         result = self._recording.replay().clone()
         increment_version(self._buffers)
         return result
-
-    def _new_outline(self) -> tuple:
-        """Which code is the modules' and in how many attributes, for a method may be among these; whether there are
-        hooks; and how many numbers the weights have, in which order."""
-        return (
-            [*map(type, self._everything)], [*map(len, map(vars, self._everything))], any(self._hooks),
-            [*map(torch.Tensor.stride, self._tensors)], [tensor.nbytes for tensor in self._tensors],
-        )  # fmt: skip
 
 
 def _key(inputs: Sequence[torch.Tensor], cache: SharedKVCache, view_pass: ViewPass) -> Hashable:

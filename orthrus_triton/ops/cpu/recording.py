@@ -155,22 +155,30 @@ class Recording:
         return _memory(tensor) in self._held
 
     def _moved_step(self, step: Step) -> tuple[Callable, tuple]:
-        operands = map(self._moved, step.operands)
-        if step.of_kernel:
-            operands = (o.data_ptr() if isinstance(o, torch.Tensor) else o for o in operands)
-        return step.call, tuple(operands)
+        moved = self._address if step.of_kernel else self._moved
+        return step.call, tuple(moved(o) if isinstance(o, torch.Tensor) else o for o in step.operands)
 
-    def _moved(self, operand: Any) -> Any:
-        """A tensor where replays have it; anything else as it is."""
-        if not isinstance(operand, torch.Tensor):
-            return operand
-        block = self._blocks.get(_memory(operand))
+    def _address(self, tensor: torch.Tensor) -> int:
+        """Where replays have a tensor's numbers."""
+        memory = _memory(tensor)
+        block = self._blocks.get(memory)
         if block is None:
-            held = operand if isinstance(operand, torch.nn.Parameter) else operand.detach()
-            self._held[_memory(operand)] = held
-            return held
-        values = block.view(operand.dtype)
-        return values.as_strided(operand.shape, operand.stride(), operand.storage_offset())
+            self._hold(memory, tensor)
+            return tensor.data_ptr()
+        return block.data_ptr() + tensor.data_ptr() - memory
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor where replays have it."""
+        memory = _memory(tensor)
+        block = self._blocks.get(memory)
+        if block is None:
+            return self._hold(memory, tensor)
+        return block.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _hold(self, memory: int, tensor: torch.Tensor) -> torch.Tensor:
+        held = tensor if isinstance(tensor, torch.nn.Parameter) else tensor.detach()
+        self._held[memory] = held
+        return held
 
 
 def active_recorder() -> Recorder | None:
