@@ -21,7 +21,7 @@ from orthrus_triton.ops.cpu.recording import Pool, Recorder, Recording
 if TYPE_CHECKING:
     from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 
-MOST = 128  # recordings that are kept: of several block sizes, of a server's batch as it grows and shrinks
+MOST = 256  # recordings that are kept: of several block sizes, of a server's batch as it grows and shrinks
 MISSING = object()
 OWN = "orthrus_triton.modules."  # nothing is recorded of other people's modules, which may do anything
 
