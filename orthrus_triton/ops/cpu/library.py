@@ -26,7 +26,7 @@ FLAGS = (
 )  # fmt: skip
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS = 60
-SLOWER = "PyTorch's own operations are taken, and decoding takes over 1.5 times as long"
+SLOWER = "PyTorch's own operations are taken, and decoding takes about twice as long"
 
 VOID_P, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 ARGUMENTS = {
