@@ -42,7 +42,7 @@ def attention_cpu(
     library = library_for(q, k_cache, v_cache, key_limit, k_block, v_block)
     if library is None or D > MAX_HEAD_DIM or group > MAX_ROWS or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         return None
-    q, key_limit, out = q.contiguous(), key_limit.contiguous(), q.new_empty(q.shape)
+    q, key_limit, out = q.contiguous(), key_limit.contiguous(), empty(q, q.shape)
     blocks = [block if block is None else block.contiguous() for block in (k_block, v_block)]
     threads, heads = torch.get_num_threads(), B * HKV
     chunks = -(-T // (MAX_ROWS // group))
@@ -72,13 +72,13 @@ def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     if kernel is None or weight.dtype != x.dtype or not weight.is_contiguous():
         return None
     N, K = weight.shape
-    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], N)
+    x, out = x.contiguous(), empty(x, (*x.shape[:-1], N))
     bias = bias if bias is None else bias.contiguous()
     M, threads = x.shape[:-1].numel(), torch.get_num_threads()
     # tasks of about equal size, as many for every thread; of many rows smaller ones, whose weights a cache holds
     tasks = threads * max(-(-N // (threads * (COLUMNS if M <= MAX_ROWS else COLUMNS // 4))), 1)
     columns = -(-N // (tasks * 16)) * 16
-    wide = [x.new_empty(M, -(-K // 32) * 32, dtype=torch.float32)] if is_wide else []  # for x in fp32
+    wide = [empty(x, (M, -(-K // 32) * 32), torch.float32)] if is_wide else []  # for x in fp32
     call(kernel, (x, weight, bias, out, *wide), M, N, K, columns, threads)
     return out
 
@@ -112,7 +112,7 @@ def rope_cache_cpu(
     HQ = qkv.shape[-1] // D - 2 * HKV
     if cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    qkv, slots, q = qkv.contiguous(), slots.contiguous(), qkv.new_empty(B, T, HQ, D)
+    qkv, slots, q = qkv.contiguous(), slots.contiguous(), empty(qkv, (B, T, HQ, D))
     norms = [norm if norm is None else norm.to(qkv.dtype).contiguous() for norm in (q_norm, k_norm)]
     call(
         library.orthrus_rope_cache, (qkv, cos, sin, slots, *norms, q, k_out, v_out), B, T, HQ, HKV, D, S, cos.stride(0),
@@ -129,10 +129,10 @@ def rms_norm_cpu(
     library = library_for(x, weight, residual)
     if library is None:
         return None
-    x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty(x.shape)
+    x, weight, out = x.contiguous(), weight.contiguous(), empty(x, x.shape)
     hidden = x
     if residual is not None:
-        residual, hidden = residual.contiguous(), x.new_empty(x.shape)
+        residual, hidden = residual.contiguous(), empty(x, x.shape)
     H = weight.numel()
     call(
         library.orthrus_rms_norm, (x, residual, weight, out, hidden), x.numel() // max(H, 1), H, eps, DTYPES[x.dtype],
@@ -147,7 +147,7 @@ def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:
     if library is None:
         return None
     gate_up, I = gate_up.contiguous(), gate_up.shape[-1] // 2
-    out = gate_up.new_empty(*gate_up.shape[:-1], I)
+    out = empty(gate_up, (*gate_up.shape[:-1], I))
     call(
         library.orthrus_swiglu, (gate_up, out), out.numel() // max(I, 1), I, DTYPES[out.dtype], torch.get_num_threads()
     )
@@ -160,6 +160,12 @@ def call(kernel: Callable, tensors: Sequence[torch.Tensor | None], *numbers: int
     if recorder is not None:
         recorder.kernel(kernel, tensors, numbers)
     kernel(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *numbers)
+
+
+def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What a kernel writes to; a recorder that had to be told of it by torch would take ten times as long."""
+    recorder = active_recorder()
+    return like.new_empty(shape, dtype=dtype) if recorder is None else recorder.empty(shape, dtype or like.dtype)
 
 
 def library_for(

@@ -79,17 +79,31 @@ class Recorder(TorchDispatchMode):
         if not self.complete:
             return result
         if op in ALLOCATIONS or op in COPIES:
-            self._made[_memory(result)] = result
-            self._bytes += result.untyped_storage().nbytes()
+            self._note(result)
             for step in COPIES[op](result, *args, **(kwargs or {})) if op in COPIES else ():
                 self._add(step)
         elif not op.is_view:
             self.complete = False
         return result
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that is allocated meanwhile."""
+        _pop_mode()
+        try:
+            made = torch.empty(shape, dtype=dtype, device="cpu")
+        finally:
+            _push_mode(self)
+        if self.complete:
+            self._note(made)
+        return made
+
     def kernel(self, kernel: Callable, tensors: Sequence[torch.Tensor | None], numbers: Sequence[int | float]) -> None:
         """Take down a call that is made as well."""
         self._add(Step(kernel, (*tensors, *numbers), of_kernel=True))
+
+    def _note(self, made: torch.Tensor) -> None:
+        self._made[_memory(made)] = made
+        self._bytes += made.untyped_storage().nbytes()
 
     def _add(self, step: Step) -> None:
         self.complete &= self._bytes <= MOST_BYTES
@@ -118,17 +132,16 @@ class Recording:
     def __init__(
         self, steps: Sequence[Step], made: dict[int, torch.Tensor], result: torch.Tensor, pool: Pool
     ) -> None:  # fmt: skip
-        last_step: dict[int, int] = {}
-        for number, step in enumerate(steps):
-            last_step |= dict.fromkeys(map(_memory, _tensors(step)), number)
+        memories = [dict.fromkeys(map(_memory, _tensors(step))) for step in steps]
+        last_step = {memory: number for number, of_step in enumerate(memories) for memory in of_step}
         last_step[_memory(result)] = len(steps)
         free = defaultdict(list, {nbytes: [*blocks] for nbytes, blocks in pool.items()})
         self._blocks: dict[int, torch.Tensor] = {}
         self._held: dict[int, torch.Tensor] = {}
         self._calls: list[tuple[Callable, tuple]] = []
-        for number, step in enumerate(steps):
+        for number, (step, of_step) in enumerate(zip(steps, memories)):
             ending = []
-            for memory in dict.fromkeys(map(_memory, _tensors(step))):
+            for memory in of_step:
                 if memory not in made:
                     continue
                 nbytes = made[memory].untyped_storage().nbytes()
