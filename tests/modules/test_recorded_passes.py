@@ -200,3 +200,11 @@ def test_recorder_is_left_when_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> 
             run.advance()
     assert recording.active_recorder() is None and not decoder.cache.recorded._passes
     assert_same_text(decoder, PROMPTS[:1])
+
+
+def test_kernels_that_an_op_of_torch_calls_are_no_steps() -> None:
+    """Nine rows of fp32 with `exact=False`: the library's products, and SwiGLU by way of its registered op."""
+    model, prompts = make_model(), [torch.arange(n, n + 5) for n in range(9)]
+    decoders = [ConsensusDecoder(model, mode="ar", exact=False, cuda_graph=graph) for graph in (None, False)]
+    texts = [decoder.generate(prompts, max_new_tokens=12).sequences for decoder in decoders]
+    assert all(map(torch.equal, *texts)) and not replays(decoders[0])

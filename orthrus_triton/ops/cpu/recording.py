@@ -75,7 +75,11 @@ class Recorder(TorchDispatchMode):
         _pop_mode()
 
     def __torch_dispatch__(self, op: Any, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = op(*args, **(kwargs or {}))
+        _thread.recorder = None  # nor is torch in this mode meanwhile, and an op may call kernels of its own
+        try:
+            result = op(*args, **(kwargs or {}))
+        finally:
+            _thread.recorder = self
         if not self.complete:
             return result
         if op in ALLOCATIONS or op in COPIES:
