@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import orthrus_triton
 from orthrus_triton.cli import common
+from orthrus_triton.cli.load import load_apart
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.ops.cpu import kernels
@@ -209,6 +211,14 @@ def test_what_auto_is_depends_on_the_device(monkeypatch):
     # so is the size of a block, which is the model's own where rows cost little
     sizes = [common.fast_block(size, torch.device(kind)) for kind in ("cpu", "cuda") for size in (None, 4)]
     assert sizes == ["auto", 4, None, 4]
+
+
+def test_what_a_server_has_loaded_is_not_looked_through_for_garbage(model_folder):
+    try:
+        load_apart(str(model_folder), torch.float32, torch.device("cpu"))
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_doctor_says_what_runs_where_and_why(monkeypatch):
