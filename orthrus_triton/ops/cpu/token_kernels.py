@@ -57,7 +57,7 @@ def sample_choice_cpu(
 def void_rows_cpu(choice: torch.Tensor, hidden: torch.Tensor, none: int) -> torch.Tensor | None:
     """`void_rows`; `none` in rows that are not finite."""
     library = library_for(hidden, choice)
-    if library is None:
+    if library is None or choice.dtype != torch.int64:
         return None
     choice, hidden = choice.contiguous(), hidden.contiguous()
     out = choice.new_empty(choice.shape)
