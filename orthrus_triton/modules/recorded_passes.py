@@ -1,5 +1,5 @@
 """Passes through a model's layers on a CPU, recorded when they first come and replayed from then on: in a small model,
-the way through modules and checks takes a third of an AR step, and a fifth of a cycle."""
+the way through modules and checks takes a good part of the time."""
 
 from __future__ import annotations
 
