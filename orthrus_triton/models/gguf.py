@@ -3,6 +3,7 @@ Only the `gguf` package's block formats are used; names, rotary layout and token
 
 from __future__ import annotations
 
+import os
 from os import PathLike
 from typing import Any
 
@@ -57,6 +58,7 @@ def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.T
 
 
 def _open(path: str | PathLike[str]) -> Any:
+    os.stat(path)  # a file that is missing is named before a package that is
     try:
         from gguf import GGUFReader
     except ImportError as error:

@@ -129,8 +129,10 @@ def rope_cache_kernel(
             mean_square = (tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D
             scale = 1.0 / tl.sqrt(mean_square + EPS)
             # [BLOCK_HALF] each; a choice between values, not between pointers, which Triton 3.6 cannot compile for AMD
-            low_weight = _norm_weight(q_norm_ptr, k_norm_ptr, half, mask, head < HQ)
-            high_weight = _norm_weight(q_norm_ptr, k_norm_ptr, HALF + half, mask, head < HQ)
+            # and by a block: to Triton 3.9's interpreter, a mask & a scalar is no mask
+            is_query = head + tl.zeros_like(half) < HQ
+            low_weight = _norm_weight(q_norm_ptr, k_norm_ptr, half, mask, is_query)
+            high_weight = _norm_weight(q_norm_ptr, k_norm_ptr, HALF + half, mask, is_query)
             # rounded between norm, weight and rotation, as the unfused layers are
             low = (low * scale).to(dtype).to(tl.float32) * low_weight
             high = (high * scale).to(dtype).to(tl.float32) * high_weight

@@ -16,6 +16,7 @@ from orthrus_triton.autotune.defaults import FAMILIES
 from orthrus_triton.autotune.space import SPACES
 from orthrus_triton.autotune.tuner import MODEL_ORIGIN
 from orthrus_triton.autotune.worker import compiler_environment
+from tests.compile_only.problems import that_count
 
 PATHS = sorted(files.PACKAGED.glob("*.json"))
 HOW = "tune again and export (docs/autotuning.md), or take the entries out"
@@ -89,7 +90,7 @@ def test_it_fits_and_compiles_for_its_target(path: Path, tmp_path: Path):
     answers = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(answers) == len(jobs)
     for job, answer in zip(jobs, answers):
-        assert answer["problems"] == [], (job, answer)
+        assert that_count(answer["problems"]) == [], (job, answer)
         assert answer["kernels"] >= 1 and answer["shared"] > 0
 
 

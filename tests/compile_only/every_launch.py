@@ -28,6 +28,7 @@ from orthrus_triton.ops.rms_norm import launch_rms_norm
 from orthrus_triton.ops.rope_cache import launch_rope_cache
 from orthrus_triton.ops.sample import launch_greedy_choice
 from orthrus_triton.ops.swiglu import launch_swiglu
+from tests.compile_only.problems import that_count
 from tests.compile_only.sampling_launches import sampling
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -196,7 +197,7 @@ def main() -> int:
         line = {"kernel": launch.kernel.__name__, "arguments": {k: str(v) for k, v in constants.items()}}
         try:
             report = compile_launch(launch, options.family)
-            line |= {"shared": report.shared, "registers": report.registers, "problems": report.problems()}
+            line |= {"shared": report.shared, "registers": report.registers, "problems": that_count(report.problems())}
         except Exception as error:  # the compiler raises many types; each is a finding
             line["problems"] = [f"{type(error).__name__}: {error}"]
         failed += bool(line["problems"])
