@@ -1,5 +1,5 @@
-"""x @ weight.T on a CPU with row bits that do not depend on the row count: products of eight rows, or of more rows
-where a bit test on this very machine shows that they are the same."""
+"""x @ weight.T on a CPU with row bits that do not depend on the row count: products of eight rows, or of more rows or
+one, as bit tests on this very machine allow."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAX_ROWS = 128  # of one product
 def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N]: every row has the bits that it would have alone.
 
-    Rows are filled up to whole tiles. A product of one tile has one shape, and so one kernel, for every number of rows.
-    Taller ones read the weight once for all their rows; see `has_tile_bits`.
+    Rows are filled up to whole tiles. A product of one tile has one shape, and so one kernel, for every number of rows;
+    see `row_tile`. Taller ones read the weight once for all their rows; see `has_tile_bits`.
     """
     if (out := linear_cpu(x, weight, bias)) is not None:
         return out
     x, M = x.contiguous(), x.shape[:-1].numel()  # a library may have another kernel for rows that lie apart
-    if M % ROW_TILE:
-        filled = F.pad(x.reshape(M, -1), (0, 0, 0, -M % ROW_TILE))
+    if missing := -M % row_tile(*weight.shape, weight.dtype, torch.get_num_threads()):
+        filled = F.pad(x.reshape(M, -1), (0, 0, 0, missing))
         return tiled_product(filled, weight, bias)[:M].view(*x.shape[:-1], -1)
     if M > MAX_ROWS:
         pieces = [_rows_product(rows, weight, bias) for rows in x.reshape(M, -1).split(MAX_ROWS)]
@@ -47,35 +47,48 @@ def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 def _rows_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] of whole tiles."""
     of = (*weight.shape, weight.dtype, torch.get_num_threads())
-    packed, M = packed_weight(weight), x.shape[:-1].numel()
-    for rows in (M, ROW_TILE):
+    packed, M, tile = packed_weight(weight), x.shape[:-1].numel(), row_tile(*of)
+    for rows in (M, tile):
         if packed is not None and has_tile_bits(rows, *of, True):
             product, factor = _onednn, packed
-        elif rows == ROW_TILE or has_tile_bits(rows, *of, False):
+        elif rows == tile or has_tile_bits(rows, *of, False):
             product, factor = _plain, weight
         else:
             continue
         break
     if rows == M:
         return product(x, factor, bias)
-    tiles = x.reshape(M, -1).split(ROW_TILE)
+    tiles = x.reshape(M, -1).split(tile)
     return torch.cat([product(tile, factor, bias) for tile in tiles]).view(*x.shape[:-1], -1)
 
 
 @cache
-def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: int, packed: bool) -> bool:
-    """Whether one product of `rows` rows has, here and now, the bits of the same rows in tiles of eight, times the
-    weight as it is.
+def row_tile(N: int, K: int, dtype: torch.dtype, num_threads: int) -> int:
+    """Rows of a tile, here and now: eight, or one where it matters to a row which of the eight it is. On 64-bit ARM,
+    oneDNN multiplies six rows of fp32 together and then two, which it sums in another order."""
+    x, weight = _numbers(ROW_TILE, N, K, dtype)
+    tile = _plain(x, weight, None)
+    shifted = (_plain(x.roll(by, 0), weight, None).roll(-by, 0) for by in range(1, ROW_TILE))
+    return ROW_TILE if all(torch.equal(tile, other) for other in shifted) else 1
 
-    A library chooses its kernel by shape, layout, dtype and threads, not by the numbers, so random ones decide for all.
-    """
+
+@cache
+def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: int, packed: bool) -> bool:
+    """Whether one product of `rows` rows has, here and now, the bits of the same rows in tiles, times the weight as it
+    is."""
+    x, weight = _numbers(rows, N, K, dtype)
+    tiles = torch.cat([_plain(tile, weight, None) for tile in x.split(row_tile(N, K, dtype, num_threads))])
+    return torch.equal(_onednn(x, pack(weight), None) if packed else _plain(x, weight, None), tiles)
+
+
+def _numbers(rows: int, N: int, K: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, K] and a weight [N, K]: a library chooses its kernel by shape, layout, dtype and threads, not by the
+    numbers, so random ones decide for all."""
     generator = torch.Generator().manual_seed(rows)
     # on the CPU, whatever torch.set_default_device says
     x = torch.randn(rows, K, generator=generator, device="cpu").to(dtype)
-    some = torch.randn(min(N, 512), K, generator=generator, device="cpu").to(dtype)
-    weight = some.repeat(-(-N // len(some)), 1)[:N].contiguous()
-    tiles = torch.cat([_plain(tile, weight, None) for tile in x.split(ROW_TILE)])
-    return torch.equal(_onednn(x, pack(weight), None) if packed else _plain(x, weight, None), tiles)
+    some = torch.randn(min(N, 512) or 1, K, generator=generator, device="cpu").to(dtype)
+    return x, some.repeat(-(-N // len(some)), 1)[:N].contiguous()
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from orthrus_triton import ops
 from orthrus_triton.ops import _cpu_packing, _cpu_product
+from tests.ops.test_surroundings import forget_bit_tests
 
 pytestmark = pytest.mark.usefixtures("with_and_without_c")
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -101,7 +102,7 @@ def test_taller_products_are_taken_only_where_they_have_the_bits_of_tiles(produc
         """A library that rounds otherwise for more than eight rows."""
         shapes.append(len(x))
         out = multiply(x, weight, bias)
-        return out if len(x) == 8 else out * (1 + 2**-6)
+        return out if len(x) <= 8 else out * (1 + 2**-6)
 
     assert torch.equal(ops.linear(x, weight, impl="torch"), tiles)
     _cpu_product.has_tile_bits.cache_clear()
@@ -117,3 +118,33 @@ def test_taller_products_are_taken_only_where_they_have_the_bits_of_tiles(produc
     torch.set_num_threads(threads)
     _cpu_product.has_tile_bits.cache_clear()
     assert shapes.count(40) == 2 * tests
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@torch.no_grad()
+def test_rows_are_multiplied_one_by_one_where_their_place_in_a_tile_matters(packed, dtype, monkeypatch):
+    monkeypatch.setattr(_cpu_product, "linear_cpu", lambda *_: None)  # which would take all rows
+    x, weight = torch.randn(20, 96).to(dtype), torch.randn(64, 96).to(dtype)
+    weight = torch.nn.Parameter(weight) if packed else weight
+    expected = ops.linear(x, weight, impl="torch")
+
+    def in_sixes(multiply):
+        """As oneDNN does in fp32 on 64-bit ARM: rows beyond the last whole six are rounded otherwise."""
+
+        def product(x, weight, bias):
+            out = multiply(x, weight, bias)
+            out[len(x) // 6 * 6 :] *= 1 + 2**-6
+            return out
+
+        return product
+
+    for name in ("_plain", "_onednn"):
+        monkeypatch.setattr(_cpu_product, name, in_sixes(getattr(_cpu_product, name)))
+    forget_bit_tests()
+    together = ops.linear(x, weight, impl="torch")
+    alone = torch.cat([ops.linear(row, weight, impl="torch") for row in x.split(1)])
+    forget_bit_tests()
+    assert torch.equal(together, alone)
+    assert torch.allclose(together.double(), expected.double(), rtol=2**-4)
+    assert not torch.equal(together, expected)

@@ -53,6 +53,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
 
 def forget_bit_tests() -> None:
     _cpu_product.has_tile_bits.cache_clear()
+    _cpu_product.row_tile.cache_clear()
     key_tails.safe_tails.cache_clear()
 
 
