@@ -20,9 +20,9 @@ from orthrus_triton.modules.sampling_params import SamplingRule
 
 # what callers pass out of habit, with the only values that mean what happens here
 HABITS = {
-    "use_cache": (True, None), "synced_gpus": (False, None), "past_key_values": (None,), "inputs_embeds": (None,),
-    "assistant_model": (None,), "negative_prompt_ids": (None,), "token_type_ids": None, "position_ids": (None,),
-    "cache_implementation": (None,), "return_legacy_cache": None, "custom_generate": (None,),
+    "use_cache": (True, None), "synced_gpus": (False, None), "past_key_values": (None,), "cache": (None,),
+    "inputs_embeds": (None,), "assistant_model": (None,), "negative_prompt_ids": (None,), "token_type_ids": None,
+    "position_ids": (None,), "cache_implementation": (None,), "return_legacy_cache": None, "custom_generate": (None,),
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ class OrthrusGenerationMixin:
         for name, allowed in HABITS.items():
             value = options.pop(name, None)
             if allowed is not None and value is not None and value not in allowed:
-                hint = "; reuse_cache=True continues a text" if name == "past_key_values" else ""
+                hint = "; reuse_cache=True continues a text" if name in ("past_key_values", "cache") else ""
                 raise ValueError(f"{name} must be {allowed[0]}, but got {type(value).__name__} {value!r:.40}{hint}")
         config, unknown = merged_config(self.generation_config, generation_config, options)
         if unknown:

@@ -124,8 +124,10 @@ class ViewTrainingArguments(TrainingArguments):
             self.frozen_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         _require(self.frozen_dtype in ("float32", "bfloat16", "float16"), "frozen_dtype",
                  "auto, float32, bfloat16 or float16", self.frozen_dtype)  # fmt: skip
-        for name in ("gradient_checkpointing", "neftune_noise_alpha", "label_smoothing_factor"):
-            value = getattr(self, name)  # Trainer asks a language model for it, and what it trains here is none
+        # Trainer asks a language model for them, and what it trains here is none; the first two are one, old name last
+        for name in ("activation_checkpointing", "gradient_checkpointing", "neftune_noise_alpha",
+                     "label_smoothing_factor"):  # fmt: skip
+            value = getattr(self, name, None)
             _require(not value, name, "off where a view is trained", value)
         _require(not self.load_best_model_at_end, "load_best_model_at_end", "false", self.load_best_model_at_end)
         self.dataloader_pin_memory &= self.device.type != "cpu"  # there, torch would only warn of it

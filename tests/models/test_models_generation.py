@@ -265,6 +265,7 @@ def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
         ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature must be > 0 with do_sample"),
         ({"do_sample": True, "top_p": 1.2}, ValueError, r"top_p must be in \(0, 1\], but got 1.2"),
         ({"past_key_values": ()}, ValueError, "past_key_values must be None.*reuse_cache=True"),
+        ({"cache": ()}, ValueError, "cache must be None.*reuse_cache=True"),
         ({"use_cache": False}, ValueError, "use_cache must be True"),
         ({"beam_width": 3}, TypeError, "does not know.*beam_width"),
         ({"max_length": 3}, ValueError, "max_length must exceed the prompt's 4 tokens, but is 3"),

@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
         ),
         ({"domain_weights": "code"}, "domain_weights must be a share for each domain or null, but got 'code'"),
         ({"frozen_dtype": "int8"}, "frozen_dtype must be auto, float32, bfloat16 or float16"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing must be off"),
+        ({"gradient_checkpointing": True}, "(gradient|activation)_checkpointing must be off"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be off .*, but got 5.0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be off"),
     ],
