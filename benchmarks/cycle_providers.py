@@ -179,6 +179,8 @@ def hf_compiled(load: Workload) -> Cycles:
 PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours": ours,
     "ours-ar": lambda load: ours(load, "ar"),
+    "ours-eager": lambda load: ours(load, cuda_graph=False),  # nothing captured or recorded: all modules, every time
+    "ours-ar-eager": lambda load: ours(load, "ar", cuda_graph=False),
     "ours-int8-drafts": ours_int8_drafts,
     "ours-sampled": lambda load: ours(load, params=SAMPLED),
     "ours-rejection": lambda load: ours(load, params=SAMPLED, rule="rejection"),

@@ -26,8 +26,8 @@ def run(*arguments: str, ok: bool = True):
 
 
 def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
-    drafted = "ours,ours-int8-drafts,ours-sampled,ours-rejection,ours-inexact"
-    ours = f"{drafted},ours-ar,ours-ar-sampled,ours-ar-inexact"
+    drafted = "ours,ours-eager,ours-int8-drafts,ours-sampled,ours-rejection,ours-inexact"
+    ours = f"{drafted},ours-ar,ours-ar-eager,ours-ar-sampled,ours-ar-inexact"
     providers = f"{ours},official,hf,hf-compiled"
     result = run(
         "--context", "40", "--batch", "1,2", "--cycles", "3", "--providers", providers, "--tokens-per-cycle", "4",
