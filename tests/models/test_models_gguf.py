@@ -213,5 +213,9 @@ def test_what_a_file_lacks_is_named(options: dict, message: str, tmp_path: Path)
 
 def test_a_missing_gguf_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "gguf", None)
+    path = tmp_path / "model.gguf"
+    with pytest.raises(FileNotFoundError, match="model.gguf"):  # the package would not help
+        load_gguf(path)
+    path.touch()
     with pytest.raises(ImportError, match="needs the package gguf: pip install gguf"):
-        load_gguf(tmp_path / "model.gguf")
+        load_gguf(path)

@@ -3,6 +3,8 @@ Rows come in eights, because libraries pick their kernels by the row count; keys
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 
 from orthrus_triton import ops
 from orthrus_triton.ops import _cpu_packing, _cpu_product
+from orthrus_triton.ops.dual_view_attention.torch_impl import attention_torch
 from tests.ops.test_surroundings import forget_bit_tests
 
 pytestmark = pytest.mark.usefixtures("with_and_without_c")
+torch_impl = sys.modules[attention_torch.__module__]  # the package has a function of its own name
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
@@ -148,3 +152,16 @@ def test_rows_are_multiplied_one_by_one_where_their_place_in_a_tile_matters(pack
     assert torch.equal(together, alone)
     assert torch.allclose(together.double(), expected.double(), rtol=2**-4)
     assert not torch.equal(together, expected)
+
+
+@torch.no_grad()
+def test_attention_gives_a_library_rows_that_lie_together(monkeypatch):
+    """On 64-bit ARM, torch's kernel rounds rows that lie apart otherwise."""
+    monkeypatch.setattr(torch_impl, "attention_cpu", lambda *_: None)
+    attend, seen = torch_impl._sdpa, []
+    monkeypatch.setattr(torch_impl, "_sdpa", lambda rows, *rest: seen.append(rows.stride()) or attend(rows, *rest))
+    k, v = torch.randn(2, 1, 2, 512, 16)
+    for tokens, group in ((8, 1), (1, 8), (3, 4), (16, 2)):
+        limit = torch.full((1, tokens), 300, dtype=torch.int32)
+        ops.dual_view_attention(torch.randn(1, tokens, 2 * group, 16), k, v, limit, impl="torch")
+    assert [stride[2:] for stride in seen] == [(16, 1)] * 4

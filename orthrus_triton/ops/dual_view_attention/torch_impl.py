@@ -61,9 +61,10 @@ def attention_torch(
 
 
 def _pack(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """[B, T, HQ, D] -> [B, HKV, T * group, D]: the heads of a group lie beside each other."""
+    """[B, T, HQ, D] -> [B, HKV, T * group, D]: the heads of a group lie beside each other. So do the rows of a head:
+    where they lie apart, a library may take another kernel (on 64-bit ARM it does)."""
     B, T, HQ, D = q.shape
-    return q.view(B, T, num_kv_heads, -1, D).transpose(1, 2).reshape(B, num_kv_heads, -1, D)
+    return q.view(B, T, num_kv_heads, -1, D).transpose(1, 2).reshape(B, num_kv_heads, -1, D).contiguous()
 
 
 def _unpack(packed: torch.Tensor, num_heads: int) -> torch.Tensor:
