@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -84,11 +85,10 @@ def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: in
 def _numbers(rows: int, N: int, K: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, K] and a weight [N, K]: a library chooses its kernel by shape, layout, dtype and threads, not by the
     numbers, so random ones decide for all."""
-    generator = torch.Generator().manual_seed(rows)
-    # on the CPU, whatever torch.set_default_device says
-    x = torch.randn(rows, K, generator=generator, device="cpu").to(dtype)
-    some = torch.randn(min(N, 512) or 1, K, generator=generator, device="cpu").to(dtype)
-    return x, some.repeat(-(-N // len(some)), 1)[:N].contiguous()
+    random = np.random.default_rng(rows)  # torch's would depend on its default device, and vmap forbids it
+    x, some = (random.standard_normal((count, K), dtype=np.float32) for count in (rows, min(N, 512) or 1))
+    weight = torch.from_numpy(some).to(dtype).repeat(-(-N // len(some)), 1)[:N]
+    return torch.from_numpy(x).to(dtype), weight.contiguous()
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -165,3 +165,13 @@ def test_attention_gives_a_library_rows_that_lie_together(monkeypatch):
         limit = torch.full((1, tokens), 300, dtype=torch.int32)
         ops.dual_view_attention(torch.randn(1, tokens, 2 * group, 16), k, v, limit, impl="torch")
     assert [stride[2:] for stride in seen] == [(16, 1)] * 4
+
+
+@pytest.mark.parametrize("rows", [3, 16])
+@torch.no_grad()
+def test_a_machine_may_be_tested_within_a_vmap(rows):
+    x, weight = torch.randn(4, rows, 24), torch.nn.Parameter(torch.randn(10, 24))
+    forget_bit_tests()
+    out = torch.vmap(lambda tokens: ops.linear(tokens, weight, impl="torch"))(x)
+    forget_bit_tests()
+    torch.testing.assert_close(out, x @ weight.T)
