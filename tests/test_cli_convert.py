@@ -52,7 +52,7 @@ def test_convert_bad_input(base_folder, model_folder, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     assert_bad_input(run("convert", tmp_path / "missing", target), "missing")
-    assert_bad_input(run("convert", tmp_path / "missing.gguf", target), "missing.gguf")
+    assert_bad_input(run("convert", tmp_path / "missing.gguf", target), "missing.gguf' must be a GGUF file")
     assert_bad_input(run("convert", base_folder, file), "TARGET", "is a file")
     for same in (base_folder, f"{base_folder}/../{base_folder.name}"):
         assert_bad_input(run("convert", base_folder, same, "--force"), "TARGET must not be SOURCE")

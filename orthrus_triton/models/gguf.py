@@ -3,8 +3,8 @@ Only the `gguf` package's block formats are used; names, rotary layout and token
 
 from __future__ import annotations
 
-import os
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,9 @@ def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.T
     """A Llama in GGUF as transformers would have it: configuration, fp32 weights by name, tokenizer.
 
     Raises:
-        ImportError: gguf is not installed. ValueError: the file is damaged, lacks a field, or has another architecture,
-            another tokenizer, an unknown tensor or storage type, or a stretched rotary embedding of an unknown kind.
+        FileNotFoundError: there is no such file. ImportError: gguf is not installed. ValueError: the file is damaged,
+            lacks a field, or has another architecture, another tokenizer, an unknown tensor or storage type, or a
+            stretched rotary embedding of an unknown kind.
     """
     reader = _open(path)
     fields = Fields({name: field.contents() for name, field in reader.fields.items()})
@@ -58,7 +59,8 @@ def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.T
 
 
 def _open(path: str | PathLike[str]) -> Any:
-    os.stat(path)  # a file that is missing is named before a package that is
+    if not Path(path).is_file():  # said before the package is missed, which would not help
+        raise FileNotFoundError(f"{str(path)!r} must be a GGUF file, but there is no such file")
     try:
         from gguf import GGUFReader
     except ImportError as error:
