@@ -59,8 +59,7 @@ def _rows_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         break
     if rows == M:
         return product(x, factor, bias)
-    tiles = x.reshape(M, -1).split(tile)
-    return torch.cat([product(tile, factor, bias) for tile in tiles]).view(*x.shape[:-1], -1)
+    return torch.cat([product(some, factor, bias) for some in x.reshape(M, -1).split(tile)]).view(*x.shape[:-1], -1)
 
 
 @cache
@@ -78,7 +77,7 @@ def has_tile_bits(rows: int, N: int, K: int, dtype: torch.dtype, num_threads: in
     """Whether one product of `rows` rows has, here and now, the bits of the same rows in tiles, times the weight as it
     is."""
     x, weight = _numbers(rows, N, K, dtype)
-    tiles = torch.cat([_plain(tile, weight, None) for tile in x.split(row_tile(N, K, dtype, num_threads))])
+    tiles = torch.cat([_plain(some, weight, None) for some in x.split(row_tile(N, K, dtype, num_threads))])
     return torch.equal(_onednn(x, pack(weight), None) if packed else _plain(x, weight, None), tiles)
 
 
