@@ -8,16 +8,15 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define DEPTH 32
+#define PARTS 1
 typedef uint16_t row_number, weight_number;
-typedef __m512i row_vector, weight_vector;
+typedef __m512i factors;
 
-static inline row_vector load_rows(const uint16_t *from) { return _mm512_loadu_si512(from); }
-static inline row_vector load_last_rows(const uint16_t *from, int64_t n) {
-    return _mm512_maskz_loadu_epi16((1u << n) - 1, from);
-}
-#define load_weights load_rows
-#define load_last_weights load_last_rows
-static inline floats add_product(floats sum, row_vector rows, weight_vector weights) {
+#define load_rows(from) _mm512_loadu_si512(from)
+#define load_last_rows(from, n) _mm512_maskz_loadu_epi16((1u << (n)) - 1, from)
+#define load_weights(from, part) load_rows(from)
+#define load_last_weights(from, n, part) load_last_rows(from, n)
+static inline floats add_product(floats sum, factors rows, factors weights) {
     return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)rows, (__m512bh)weights);
 }
 #define round_line(to, from) _mm256_storeu_si256((__m256i *)(to), (__m256i)_mm512_cvtneps_pbh((__m512)load(from)))
@@ -33,9 +32,9 @@ void orthrus_linear_bf16(
 
 #else
 /* The numbers at even places, then those at odd ones: a shift and a mask are all it takes. */
-static inline vectors widened(const uint16_t *from) {
+static inline floats widened(const uint16_t *from, int part) {
     ints pairs = load_ints((const int32_t *)from);
-    return (vectors){(floats)(pairs << 16), (floats)(pairs & all_ints(0xffff0000))};
+    return (floats)(part ? pairs & all_ints(0xffff0000) : pairs << 16);
 }
 #include "linear_wide.h"
 

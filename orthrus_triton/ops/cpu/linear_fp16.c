@@ -4,10 +4,10 @@
 
 #define DTYPE FP16
 
-static inline vectors widened(const uint16_t *from) {
-    halves two[2];
-    memcpy(two, from, sizeof two);
-    return (vectors){of_halves(two[0], FP16), of_halves(two[1], FP16)};
+static inline floats widened(const uint16_t *from, int part) {
+    halves numbers;
+    memcpy(&numbers, from + part * LANES, sizeof numbers);
+    return of_halves(numbers, FP16);
 }
 #include "linear_wide.h"
 

@@ -4,17 +4,18 @@
 
 #define DTYPE FP32
 #define DEPTH LANES
+#define PARTS 1
 typedef float row_number, weight_number;
-typedef floats row_vector, weight_vector;
+typedef floats factors;
 
-static inline floats load_rows(const float *from) { return held(load(from)); }
-#define load_weights load_rows
+#define load_rows(from) held(load(from))
 static inline floats load_last_rows(const float *from, int64_t n) {
     float padded[DEPTH] = {0};
     memcpy(padded, from, n * sizeof *from);
     return load(padded);
 }
-#define load_last_weights load_last_rows
+#define load_weights(from, part) load_rows(from)
+#define load_last_weights(from, n, part) load_last_rows(from, n)
 static inline floats add_product(floats sum, floats rows, floats weights) { return fused(rows, weights, sum); }
 #include "product.h"
 

@@ -1,33 +1,29 @@
 /* x @ weight.T of numbers in two bytes, multiplied as fp32: for a file that says before of which DTYPE, and how
- * 2 * LANES of them become vectors of fp32 (`widened`). x is turned into fp32 once, the weights as they are read. */
+ * 2 * LANES of them become two vectors of fp32 (`widened`). x becomes fp32 once, the weights as they are read. */
 
 #define DEPTH (2 * LANES)
+#define PARTS 2
 typedef float row_number;
 typedef uint16_t weight_number;
-typedef vectors row_vector, weight_vector;
+typedef floats factors;
 
-static inline row_vector load_rows(const float *from) {
+static inline floats load_rows(const float *from) {
 #if LANES == 8 /* not enough registers to hold them */
-    return (row_vector){load(from), load(from + LANES)};
+    return load(from);
 #else
-    return (row_vector){held(load(from)), held(load(from + LANES))};
+    return held(load(from));
 #endif
 }
-static inline row_vector load_last_rows(const float *from, int64_t n) { return (void)n, load_rows(from); }
+#define load_last_rows(from, n) load_rows(from)
 
-static inline weight_vector load_weights(const uint16_t *from) {
-    vectors wide = widened(from);
-    return (weight_vector){held(wide.first), held(wide.second)};
-}
-static inline weight_vector load_last_weights(const uint16_t *from, int64_t n) {
+static inline floats load_weights(const uint16_t *from, int part) { return held(widened(from, part)); }
+static inline floats load_last_weights(const uint16_t *from, int64_t n, int part) {
     uint16_t padded[DEPTH] = {0};
     memcpy(padded, from, n * sizeof *from);
-    return load_weights(padded);
+    return load_weights(padded, part);
 }
 
-static inline floats add_product(floats sum, row_vector rows, weight_vector weights) {
-    return fused(rows.second, weights.second, fused(rows.first, weights.first, sum));
-}
+static inline floats add_product(floats sum, floats rows, floats weights) { return fused(rows, weights, sum); }
 #include "product.h"
 
 /* x [M, K], weight [N, K], bias [N] or null -> out [M, N], all in two bytes; `wide` [M, K rounded up to 32] is for x in
@@ -41,9 +37,12 @@ static void linear_wide(
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++)
             for (int64_t k = 0; k < K; k += DEPTH) {
-                weight_vector numbers = load_last_weights(x + m * K + k, least(DEPTH, K - k));
-                store(wide + m * stride + k, numbers.first);
-                store(wide + m * stride + k + LANES, numbers.second);
+                const uint16_t *from = x + m * K + k;
+                float *to = wide + m * stride + k;
+                for (int part = 0; part < PARTS; part++)
+                    store(
+                        to + part * LANES,
+                        k + DEPTH <= K ? load_weights(from, part) : load_last_weights(from, K - k, part));
             }
         multiply(wide, stride, weight, bias, out, M, N, K, columns);
     }

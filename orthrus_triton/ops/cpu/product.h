@@ -1,7 +1,7 @@
-/* x @ weight.T, for a file that says before how numbers of a DTYPE are multiplied: `row_number`, `weight_number`,
- * vectors of DEPTH of them, how they are loaded, `add_product`, perhaps how results are rounded. Lanes run along K, and
- * every result is summed in one order: along K, lane by lane, then over the lanes. So no row depends on others, or on
- * their number. */
+/* x @ weight.T, for a file that says before how numbers of a DTYPE are multiplied: `row_number`, `weight_number`, how
+ * DEPTH of them are loaded as `factors`, in PARTS vectors, `add_product`, perhaps how results are rounded. Lanes run
+ * along K, and every result is summed in one order: along K, lane by lane, then over the lanes. So no row depends on
+ * others, or on their number. */
 
 #define TALL 4 /* a square of products has TALL rows and WIDE columns, */
 #if LANES == 8
@@ -17,32 +17,49 @@
 #define round_line(to, from) from_floats(to, from, GROUP, DTYPE)
 #endif
 
-#if LANES == 16
-#define PLACE(i) ((i) % 4 * 4 + (i) / 4) /* of product i among the vectors whose sums `sum_up` takes */
+/* Sums over the lanes of each of GROUP vectors, of which number PLACE(i) is product i's: pairs are added, half to half, to
+ * one vector each, until one is left. */
+#if LANES == 4
+#define PLACE(i) (i)
 static inline void sum_up(float *result, const floats *vectors) {
-    __m512 of[GROUP];
-    memcpy(of, vectors, sizeof of);
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP; i += 4) {
+        float32x4_t of[4];
+        memcpy(of, vectors + i, sizeof of);
+        vst1q_f32(result + i, vpaddq_f32(vpaddq_f32(of[0], of[1]), vpaddq_f32(of[2], of[3])));
+    }
+}
+#else
+#define PLACE(i) ((i) % 4 * (GROUP / 4) + (i) / 4)
+#if LANES == 16
+typedef __m512 lanes;
+#define SHUFFLE _mm512_shuffle_ps
+#else
+typedef __m256 lanes;
+#define SHUFFLE _mm256_shuffle_ps
+#endif
 #define BOTH(shuffle, low, high, i) shuffle(of[2 * i], of[2 * i + 1], low) + shuffle(of[2 * i], of[2 * i + 1], high)
+static inline void sum_up(float *result, const floats *vectors) {
+    lanes of[GROUP];
+    memcpy(of, vectors, sizeof of);
+#if LANES == 16
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) of[i] = BOTH(_mm512_shuffle_f32x4, 0x44, 0xee, i);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) of[i] = BOTH(_mm512_shuffle_f32x4, 0x88, 0xdd, i);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) of[i] = BOTH(_mm512_shuffle_ps, 0x44, 0xee, i);
-    store(result, (floats)(BOTH(_mm512_shuffle_ps, 0x88, 0xdd, 0)));
-#undef BOTH
-}
 #else
-#define PLACE(i) (i)
-static inline void sum_up(float *result, const floats *vectors) {
-#pragma GCC unroll 16
-    for (int i = 0; i < GROUP; i++) result[i] = sum_of_lanes(vectors[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) of[i] = BOTH(_mm256_permute2f128_ps, 0x20, 0x31, i);
+#endif
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) of[i] = BOTH(SHUFFLE, 0x44, 0xee, i);
+    store(result, (floats)(BOTH(SHUFFLE, 0x88, 0xdd, 0)));
 }
 #endif
 
 /* Numbers of `height` rows times those of column n, each to its sum. */
 static inline __attribute__((always_inline)) void add_products(
-    floats *sum, const row_vector *rows, weight_vector column, const int n, const int height, const int width) {
+    floats *sum, const factors *rows, factors column, const int n, const int height, const int width) {
 #pragma GCC unroll 4
     for (int m = 0; m < height; m++) {
         floats *of = sum + PLACE(m * width + n);
@@ -64,20 +81,27 @@ static inline __attribute__((always_inline)) void products(
     for (int i = 0; i < GROUP; i++) sum[i] = all(0);
     int64_t k = 0;
     for (; k + DEPTH <= K; k += DEPTH) {
-        row_vector numbers[TALL];
 #pragma GCC unroll 16
         for (int line = 0; line < lines; line++) __builtin_prefetch(next + (k * lines + DEPTH * line));
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++) {
+            factors numbers[TALL];
 #pragma GCC unroll 4
-        for (int m = 0; m < height; m++) numbers[m] = load_rows(row[m] + k);
+            for (int m = 0; m < height; m++) numbers[m] = load_rows(row[m] + k + part * LANES);
 #pragma GCC unroll 16
-        for (int n = 0; n < width; n++) add_products(sum, numbers, load_weights(column[n] + k), n, height, width);
+            for (int n = 0; n < width; n++)
+                add_products(sum, numbers, load_weights(column[n] + k, part), n, height, width);
+        }
     }
     if (k < K) {
-        row_vector numbers[TALL];
-        for (int m = 0; m < height; m++) numbers[m] = load_last_rows(row[m] + k, K - k);
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++) {
+            factors numbers[TALL];
+            for (int m = 0; m < height; m++) numbers[m] = load_last_rows(row[m] + k + part * LANES, K - k);
 #pragma GCC unroll 16
-        for (int n = 0; n < width; n++)
-            add_products(sum, numbers, load_last_weights(column[n] + k, K - k), n, height, width);
+            for (int n = 0; n < width; n++)
+                add_products(sum, numbers, load_last_weights(column[n] + k, K - k, part), n, height, width);
+        }
     }
     sum_up(result, sum);
 }
@@ -121,8 +145,8 @@ static void multiply_panel(
         for (int64_t m = 0; m < M; m += TALL)
             for (int64_t n = group; n < least(last, group + GROUP); n += WIDE) {
                 if (asked >= GROUP) STORE(m, n, TALL, WIDE, 0, 0);
-                else if (M > 3 * TALL) STORE(m, n, TALL, WIDE, 1, next + asked * K), asked += 1;
-                else if (M > TALL) STORE(m, n, TALL, WIDE, 2, next + asked * K), asked += 2;
+                else if (M > (WIDE - 1) * TALL) STORE(m, n, TALL, WIDE, 1, next + asked * K), asked += 1;
+                else if (2 * M > (WIDE - 2) * TALL) STORE(m, n, TALL, WIDE, 2, next + asked * K), asked += 2;
                 else STORE(m, n, TALL, WIDE, 4, next + asked * K), asked += 4;
             }
     }
