@@ -17,8 +17,8 @@
 #define round_line(to, from) from_floats(to, from, GROUP, DTYPE)
 #endif
 
-/* Sums over the lanes of each of GROUP vectors, of which number PLACE(i) is product i's: pairs are added, half to half, to
- * one vector each, until one is left. */
+/* Sums over the lanes of each of GROUP vectors, of which number PLACE(i) is product i's: pairs are added, half to half,
+ * to one vector each, until one is left. */
 #if LANES == 4
 #define PLACE(i) (i)
 static inline void sum_up(float *result, const floats *vectors) {
