@@ -272,9 +272,9 @@ def test_triton_consensus_is_triton_ar(name: str) -> None:
     model = TinyDualViewModel(num_layers=1, num_heads=2, num_kv_heads=1, block_size=4, **options).to(DEVICE)
     prompts = prompts_of(13, [3, 6])
     ar = ConsensusDecoder(model, mode="ar", impl="triton")
-    answers = [s[len(p) :] for s, p in zip(ar.generate(prompts, max_new_tokens=6).sequences, prompts)]
+    answers = [s[len(p) :] for s, p in zip(ar.generate(prompts, max_new_tokens=5).sequences, prompts)]
     consensus = ScriptedDrafts(model, answers, [3, -1, 1], impl="triton")
-    output = consensus.generate(prompts, max_new_tokens=6)
+    output = consensus.generate(prompts, max_new_tokens=5)
     assert [s[len(p) :].tolist() for s, p in zip(output.sequences, prompts)] == [a.tolist() for a in answers]
     length = int(ar.cache.context_len.min())
     for ours, theirs in zip(consensus.cache.layers, ar.cache.layers):

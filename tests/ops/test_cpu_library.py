@@ -18,7 +18,12 @@ needs_c = pytest.mark.skipif(c.c_library() is None, reason="no C kernels here")
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """`c_library` as a process begins with it, and an empty cache folder."""
+    """`c_library` as a process begins with it, an empty cache folder, and few kernels: all take seconds to compile."""
+    sources = tmp_path / "few"
+    sources.mkdir()
+    for name in ("vectors.h", "swiglu.c", "void_rows.c"):
+        shutil.copy(c.SOURCES / name, sources)
+    monkeypatch.setattr(c, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("ORTHRUS_TRITON_CONFIG_DIR", raising=False)
     c.c_library.cache_clear()

@@ -22,8 +22,8 @@ pytestmark = [
     ),
 ]
 CODE_PROMPTS = Path(__file__).parents[2] / "examples" / "prompts" / "code.txt"
-TRAINING_PROMPTS, HELD_OUT_PROMPTS, ANSWER_TOKENS = 40, 12, 64
-STEPS, ROWS, ANCHORS, BLOCK_SIZE = 28, 8, 6, 8
+TRAINING_PROMPTS, HELD_OUT_PROMPTS, ANSWER_TOKENS = 32, 12, 48
+STEPS, ROWS, ANCHORS, BLOCK_SIZE = 18, 8, 6, 8
 
 
 def prompts() -> tuple[list[Prompt], list[Prompt]]:
