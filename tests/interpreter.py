@@ -1,10 +1,15 @@
-"""Two repairs to Triton's interpreter, for tests only; import after TRITON_INTERPRET=1 is set.
-It computes on the raw bits of bfloat16, and its dot is a BLAS call whose rows round by their place in the tile."""
+"""Repairs to Triton's interpreter, for tests only; import after TRITON_INTERPRET=1 is set. It computes on the raw bits
+of bfloat16, its dot is a BLAS call whose rows round by their place in the tile, and half its time goes into replacing
+triton.language's functions, which it does anew for each call of one of ours."""
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
+
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
@@ -34,6 +39,37 @@ def narrow(data: np.ndarray) -> TensorHandle:
     if data.dtype == np.bool_:
         return TensorHandle(data, tl.int1)
     return TensorHandle(to_bfloat16(data), tl.bfloat16)
+
+
+@cache
+def builtins_of(package: object) -> list[str]:
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def patch_builtin(package: object, *how: object) -> None:
+    for name in builtins_of(package):
+        if tl.core.is_builtin(member := getattr(package, name)):
+            interpreter._patch_attr(package, name, member, *how)
+
+
+def patch_once_a_launch() -> None:
+    """Functions of one module see the same triton.language."""
+    launch, patch, patched = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def launch_anew(*args, **kwargs):
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    def patch_lang(function):
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    # Python keeps frames in chunks of 16 KB, and a loop whose calls reach into the next one maps and unmaps it each time;
+    # a frame that needs more begins a larger chunk, in which there is room for those of its calls, too
+    launch_anew.__code__ = launch_anew.__code__.replace(co_stacksize=20_000)
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_lang
 
 
 def install() -> None:
@@ -66,6 +102,8 @@ def install() -> None:
         left, right = widen(a).data.astype(np.float32), widen(b).data.astype(np.float32)
         return TensorHandle(np.einsum("mk,kn->mn", left, right) + accumulator.data, accumulator.dtype.scalar)
 
+    interpreter._patch_builtin = patch_builtin
+    patch_once_a_launch()
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.binary_op = binary_op
