@@ -66,7 +66,7 @@ def patch_once_a_launch() -> None:
         patched.add(function.__module__)
         return patch(function)
 
-    # Python keeps frames in chunks of 16 KB, and a loop whose calls reach into the next one maps and unmaps it each time;
+    # Python keeps frames in chunks of 16 KB, and a loop whose calls reach the next one maps and unmaps it each time:
     # a frame that needs more begins a larger chunk, in which there is room for those of its calls, too
     launch_anew.__code__ = launch_anew.__code__.replace(co_stacksize=20_000)
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_lang
