@@ -29,8 +29,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # the longest first, in both halves of the list: two processes start with one half each
-    long = [item for item in items if "compile_only" in item.path.parts]
-    rest = [item for item in items if "compile_only" not in item.path.parts]
+    long = [item for item in items if "compile_only" in item.path.parts or "slow" in item.keywords]
+    rest = [item for item in items if item not in long]
     middle = max(len(items) // 2 - len(long[::2]), 0)
     items[:] = long[::2] + rest[:middle] + long[1::2] + rest[middle:]
     if torch.cuda.is_available():
