@@ -27,7 +27,8 @@ def convert(
     dtype: Annotated[Literal["keep", "bf16", "fp16", "fp32"], typer.Option(help="keep: the source's own.")] = "keep",
     force: Annotated[bool, typer.Option("--force", help="Replace the model in a TARGET that is not empty.")] = False,
 ) -> None:
-    """Give a frozen base model (Llama, Mistral, Qwen2, Qwen3) a diffusion view that starts as a copy of its AR weights.
+    """Give a frozen base model a diffusion view that starts as a copy of its AR weights. Llama, Mistral, Phi-3, Qwen2,
+    Qwen3, Seed-OSS and SmolLM3 can be one, and whatever has one of these as its model_type.
 
     The AR weights are stored unchanged. The view drafts poorly until it is trained.
 

@@ -1,4 +1,4 @@
-"""Dual-view models of transformers' Llama, Mistral, Qwen2 and Qwen3: OrthrusForCausalLM and its configuration."""
+"""Dual-view models of transformers' families (`families.FAMILIES`): OrthrusForCausalLM and its configuration."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING

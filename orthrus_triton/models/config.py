@@ -6,14 +6,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import PreTrainedConfig
 
-FAMILIES: dict[str, type[PreTrainedConfig]] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-}
+from orthrus_triton.models.families import FAMILIES
+
 VIEW_FIELDS = (
     "base_model_type",
     "block_size",
@@ -34,16 +30,16 @@ def family_config(model_type: str, fields: dict[str, Any]) -> PreTrainedConfig:
         ValueError: that class cannot make sense of the fields.
     """
     try:
-        return FAMILIES[model_type](**copy.deepcopy(fields))
+        return FAMILIES[model_type].config(**copy.deepcopy(fields))
     except Exception as error:
         raise ValueError(f"config must be readable as that of a {model_type}, but: {error}") from error
 
 
 class OrthrusConfig(PreTrainedConfig):
-    """Configuration of a dual-view model: every field of its base (Llama, Mistral, Qwen2 or Qwen3), and
+    """Configuration of a dual-view model: every field of its base, and
 
     Args:
-        base_model_type: "llama", "mistral", "qwen2" or "qwen3"; fields left out take that family's defaults.
+        base_model_type: a key of `FAMILIES`, such as "qwen3"; fields left out take that family's defaults.
         block_size: rows of the block the diffusion view drafts, anchor included, >= 2.
         mask_token_id: the token that stands for a position to be drafted, inside the vocabulary.
         view_rank: None when the diffusion view has full projections, r when it is a rank-r delta of the AR ones.
@@ -130,24 +126,26 @@ class OrthrusConfig(PreTrainedConfig):
 
     def layer_options(self) -> list[dict[str, Any]]:
         """For each layer, the options of `OrthrusDecoderLayer` beyond its sizes."""
-        has_bias = self.base_model_type in ("llama", "qwen3") and self.attention_bias
+        family = FAMILIES[self.base_model_type]
+        biases = {name: getattr(family, name) for name in ("qkv_bias", "o_bias", "mlp_bias")}
         shared = {
             "norm_eps": self.rms_norm_eps,
-            "qk_norm": self.base_model_type == "qwen3",
-            "qkv_bias": has_bias or self.base_model_type == "qwen2",
-            "o_bias": has_bias,
-            "mlp_bias": self.base_model_type == "llama" and self.mlp_bias,
+            "qk_norm": family.qk_norm,
+            **{name: getattr(self, said) if isinstance(said, str) else said for name, said in biases.items()},
             "view_rank": self.view_rank,
         }
-        return [{**shared, "window": window} for window in self._windows()]
+        rotated = getattr(self, "no_rope_layers", [True] * self.num_hidden_layers)  # 1 where there is a rotation
+        return [
+            {**shared, "window": window, "use_rope": bool(use_rope)}
+            for window, use_rope in zip(self._windows(), rotated)
+        ]
 
     def _windows(self) -> list[int | None]:
-        """The sliding window of each layer. Mistral slides in all layers or none, Qwen layer by layer."""
-        if self.base_model_type == "llama":
-            return [None] * self.num_hidden_layers
-        if self.base_model_type == "mistral":
-            return [self.sliding_window] * self.num_hidden_layers
-        return [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
+        """The sliding window of each layer."""
+        windows = FAMILIES[self.base_model_type].windows
+        if windows == "listed":
+            return [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
+        return [self.sliding_window if windows == "all" else None] * self.num_hidden_layers
 
     def _check(self) -> None:
         # True is an int, too
@@ -178,17 +176,22 @@ class OrthrusConfig(PreTrainedConfig):
                 f"num_key_value_heads must divide num_attention_heads={self.num_attention_heads}, "
                 f"but got {self.num_key_value_heads}"
             )
+        rotated = getattr(self, "no_rope_layers", None)
+        if rotated is not None and len(rotated) < self.num_hidden_layers:
+            raise ValueError(
+                f"no_rope_layers must hold a 0 or a 1 for each of {self.num_hidden_layers} layers, but got {rotated}"
+            )
         self._check_layer_types()
 
     def _check_layer_types(self) -> None:
         layer_types, window = getattr(self, "layer_types", None), getattr(self, "sliding_window", None)
-        if self.base_model_type == "llama" and window is not None:
-            raise ValueError(f"sliding_window must be absent from a llama config, but got {window}")
+        windows = FAMILIES[self.base_model_type].windows
+        if windows == "none" and window is not None:
+            raise ValueError(f"sliding_window must be absent from a {self.base_model_type} config, but got {window}")
         if layer_types is None:
             return
         known = ["full_attention", "sliding_attention"]
-        if self.base_model_type in ("llama", "mistral"):
-            # these two have one kind of layer, whatever the list says
+        if windows != "listed":  # one kind of layer, whatever the list says
             known = [known[window is not None]]
         unknown = sorted(set(layer_types) - set(known))
         if unknown:

@@ -26,7 +26,7 @@ from orthrus_triton.ops._cpu_packing import forget_changed
 
 
 class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedModel):
-    """A frozen Llama, Mistral, Qwen2 or Qwen3 with a diffusion view. Runs in `ConsensusDecoder` (`DualViewModel`).
+    """A frozen model of one of `FAMILIES` with a diffusion view. Runs in `ConsensusDecoder` (`DualViewModel`).
 
     Make one with `from_base` or `from_pretrained`. Only the diffusion view's parameters require gradients.
 
@@ -162,8 +162,8 @@ class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedM
         """A dual-view model of a frozen base, whose diffusion view starts as a copy of the AR weights.
 
         Args:
-            model_or_path: a transformers model (Llama, Mistral, Qwen2, Qwen3; its weights are copied), a folder with
-                its config.json and safetensors, or a hub id.
+            model_or_path: a transformers model of one of `FAMILIES` (its weights are copied), a folder with its
+                config.json and safetensors, or a hub id.
             block_size: rows of a draft block, anchor included, >= 2.
             mask_token_id: the token that stands for a position to be drafted. None takes the base config's
                 mask_token_id; without one, the first embedding row that the tokenizer in the folder does not use; else

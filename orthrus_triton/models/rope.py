@@ -4,31 +4,24 @@ What depends on the sequence's length (longrope, dynamic) becomes a rule that lo
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from orthrus_triton.models.families import FAMILIES
 from orthrus_triton.modules.rotary import RotaryEmbedding
 
-DEFAULT_RULE = {
-    "llama": LlamaRotaryEmbedding.compute_default_rope_parameters,
-    "mistral": MistralRotaryEmbedding.compute_default_rope_parameters,
-    "qwen2": Qwen2RotaryEmbedding.compute_default_rope_parameters,
-    "qwen3": Qwen3RotaryEmbedding.compute_default_rope_parameters,
-}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 def rotary_from_config(config: PreTrainedConfig) -> RotaryEmbedding:
-    """Rotary embedding of a Llama, Mistral, Qwen2 or Qwen3 configuration, its buffers fp32 on the CPU.
+    """Rotary embedding of a base configuration, its buffers fp32 on the CPU.
 
     They are real even inside `torch.device("meta")`: they are computed, never loaded.
 
     Raises:
-        ValueError: an unknown rope type, rope parameters per kind of layer, or a rotation of part of a head.
+        ValueError: an unknown rope type, rope parameters per kind of layer, or a rotation of part of a head in a family
+            that has none.
     """
     parameters = config.rope_parameters
     if any(isinstance(value, dict) for value in parameters.values()):
@@ -36,20 +29,27 @@ def rotary_from_config(config: PreTrainedConfig) -> RotaryEmbedding:
     kind = parameters["rope_type"]
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_parameters: rope_type must be one of {ROPE_TYPES}, but got {kind!r}")
-    rule = DEFAULT_RULE[config.model_type] if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+    family = FAMILIES[config.model_type]
+    rule = family.rotary.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def frequencies(**length: int) -> tuple[torch.Tensor, float]:
+        """inv_freq [head_dim // 2], 0 where a partial rotation leaves a pair alone; and what scales cos and sin."""
+        inv_freq, scaling = rule(config, **length)
+        return F.pad(inv_freq, (0, head_dim // 2 - inv_freq.shape[0])) if family.partial_rotary else inv_freq, scaling
+
     options = {}
     with torch.device("cpu"):
-        inv_freq, attention_scaling = rule(config)
+        inv_freq, attention_scaling = frequencies()
         if kind == "longrope":
             original = parameters["original_max_position_embeddings"]
-            long_inv_freq, _ = rule(config, seq_len=original + 1)
+            long_inv_freq, _ = frequencies(seq_len=original + 1)
             options = {"long_inv_freq": long_inv_freq, "original_max_len": original}
         elif kind == "dynamic":
             # the stretch is relative to max_position_embeddings, as in transformers
             stretch = (parameters["rope_theta"], parameters["factor"])
             options = {"dynamic_ntk": stretch, "original_max_len": config.max_position_embeddings}
         rotary = RotaryEmbedding(inv_freq, attention_scaling, **options)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if 2 * rotary.inv_freq.shape[0] != head_dim:
         raise ValueError(
             f"rope_parameters: the rotation must cover head_dim={head_dim}, but covers {2 * rotary.inv_freq.shape[0]} "

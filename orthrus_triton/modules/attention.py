@@ -28,6 +28,7 @@ class DualViewAttention(nn.Module):
         qkv_bias, o_bias: biases of the projections.
         norm_eps: of the q/k norms.
         window: sliding window in tokens, or None.
+        use_rope: False for a layer that rotates nothing (every fourth of SmolLM3).
         view_rank: None gives the diffusion view full matrices of its own, as in the paper; r stores each of its
             projections as the frozen AR weight plus a rank-r delta.
 
@@ -49,6 +50,7 @@ class DualViewAttention(nn.Module):
         o_bias: bool = False,
         norm_eps: float = 1e-6,
         window: int | None = None,
+        use_rope: bool = True,
         view_rank: int | None = None,
     ) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class DualViewAttention(nn.Module):
             raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, but got {num_heads}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.qk_norm, self.norm_eps = head_dim, qk_norm, norm_eps
-        self.window, self.view_rank = window, view_rank
+        self.window, self.use_rope, self.view_rank = window, use_rope, view_rank
         sizes = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
         for suffix in SUFFIX.values():
             if suffix and view_rank is not None:
@@ -147,7 +149,7 @@ class DualViewAttention(nn.Module):
             qkv = self._by_view(
                 lambda rows, part: self._project_qkv(rows, part.view == "diffusion", impl), hidden, parts
             )
-            q = ops.rope_cache(qkv, *rope, k, v, view_pass.slots, impl=impl)
+            q = ops.rope_cache(qkv, *self._angles(rope), k, v, view_pass.slots, impl=impl)
         attended = ops.dual_view_attention(q, k, v, view_pass.key_limit, impl=impl).flatten(2)
         if next_norm is not None and impl == "torch":  # one norm of all rows is less work, and the same
             return next_norm(self._by_view(self._project_out, attended, parts), residual, impl=impl)
@@ -178,12 +180,15 @@ class DualViewAttention(nn.Module):
     ) -> torch.Tensor:
         """hidden [B, T, hidden_size] -> q [B, T, HQ, D]; k and v to `slots`."""
         drafting, impl = view_pass.view == "diffusion", view_pass.impl
-        where = (*rope, k_out, v_out, slots, *self._norms(view_pass.view))
+        where = (*self._angles(rope), k_out, v_out, slots, *self._norms(view_pass.view))
         if impl == view_pass.linear_impl and not (drafting and self.view_rank is not None):
             projection = self.qkv_proj_diff if drafting else self.qkv_proj
             weight, scale = projection.factors(drafting)
             return ops.qkv_rope_cache(hidden, weight, projection.bias, *where, impl=impl, weight_scale=scale)
         return ops.rope_cache(self._project_qkv(hidden, drafting, view_pass.linear_impl), *where, impl=impl)
+
+    def _angles(self, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return rope if self.use_rope else (None, None)
 
     def _norms(self, view: View) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
         """Weights of the view's q and k norm, and their epsilon."""
@@ -240,7 +245,7 @@ class DualViewAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}, "
-            f"window={self.window}, view_rank={self.view_rank}"
+            f"window={self.window}, use_rope={self.use_rope}, view_rank={self.view_rank}"
         )
 
 

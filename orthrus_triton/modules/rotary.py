@@ -14,8 +14,8 @@ class RotaryEmbedding(nn.Module):
     """cos and sin of `position * inv_freq`, in fp32.
 
     Args:
-        inv_freq: [D // 2] frequencies.
-        attention_scaling: multiplies cos and sin (yarn, longrope).
+        inv_freq: [D // 2] frequencies; a pair of frequency 0 is left as it is.
+        attention_scaling: multiplies cos and sin (yarn, longrope), except those of frequency 0.
         long_inv_freq: [D // 2] frequencies for sequences longer than `original_max_len` (longrope), or None.
         dynamic_ntk: (theta, factor) to stretch the base past `original_max_len` (dynamic NTK), or None.
         original_max_len: length the frequencies were trained for; needed by the two rules above.

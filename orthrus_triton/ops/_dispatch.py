@@ -111,3 +111,9 @@ def require_same(name: str, got: object, expected: object, what: str) -> None:
     """Raise a ValueError that names the argument, what was expected and what came."""
     if got != expected:
         raise ValueError(f"{name} must have {what} {expected}, but got {got}")
+
+
+def require_both_or_neither(first: str, one: object, second: str, other: object) -> None:
+    """Raise a ValueError if only one of two arguments that belong together was given."""
+    if (one is None) != (other is None):
+        raise ValueError(f"{first} and {second} must be given together: got only one of them")

@@ -16,8 +16,8 @@ def qkv_rope_cache(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     slots: torch.Tensor,
@@ -75,7 +75,7 @@ def launch_qkv_rope_cache(
 @torch.library.custom_op(
     "orthrus_triton::qkv_rope_cache",
     mutates_args=("k_out", "v_out"),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor cos, Tensor sin, Tensor(a!) k_out, Tensor(b!) v_out, "
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? cos, Tensor? sin, Tensor(a!) k_out, Tensor(b!) v_out, "
     "Tensor slots, Tensor? q_norm, Tensor? k_norm, float eps, str impl, Tensor? weight_scale=None) -> "
     "Tensor",
 )

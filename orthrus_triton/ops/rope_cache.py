@@ -6,15 +6,22 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import accumulate_dtype, on_its_device, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import (
+    accumulate_dtype,
+    on_its_device,
+    require_both_or_neither,
+    require_same,
+    resolve_impl,
+    runs_directly,
+)
 from orthrus_triton.ops.rope_cache_torch import rope_cache_torch
 from orthrus_triton.ops.split_sum import split_sum
 
 
 def rope_cache(
     qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     slots: torch.Tensor,
@@ -28,7 +35,8 @@ def rope_cache(
 
     Args:
         qkv: [B, T, (HQ + 2 * HKV) * D], the product of the fused projection: queries, then keys, then values.
-        cos, sin: [B, T, D // 2] fp32, one angle per pair (i, i + D // 2): the half-rotation of Llama and Qwen.
+        cos, sin: [B, T, D // 2] fp32, one angle per pair (i, i + D // 2): the half-rotation of Llama and Qwen. None,
+            both, in a layer without one (every fourth of SmolLM3).
         k_out, v_out: [B, HKV, S, D], written in place at row `slots[b, t]`. In the KV cache rows are positions; in the
             scratch block of a draft with a sliding window, rows of the block. Any strides, last dimension contiguous.
         slots: [B, T] int32. A slot outside 0..S-1 is not written: rows past the end of the cache are dropped.
@@ -56,8 +64,8 @@ def rope_cache(
 def check_rope_cache(
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     slots: torch.Tensor,
@@ -71,7 +79,8 @@ def check_rope_cache(
         raise ValueError(f"qkv must have (HQ + 2 * {HKV}) * {D} columns with HQ >= 1, but got {width}")
     if D % 2:
         raise ValueError(f"head_dim must be even to be rotated by halves, but got {D}")
-    for name, tensor in (("cos", cos), ("sin", sin)):
+    require_both_or_neither("cos", cos, "sin", sin)
+    for name, tensor in (("cos", cos), ("sin", sin)) if cos is not None else ():
         require_same(name, tuple(tensor.shape), (B, T, D // 2), "shape")
         require_same(name, tensor.dtype, torch.float32, "dtype")
     require_same("slots", tuple(slots.shape), (B, T), "shape")
@@ -83,8 +92,7 @@ def check_rope_cache(
     for name, out in (("k_out", k_out), ("v_out", v_out)):
         if out.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, but has strides {out.stride()}")
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q_norm and k_norm must be given together: got only one of them")
+    require_both_or_neither("q_norm", q_norm, "k_norm", k_norm)
     if q_norm is not None:
         require_same("q_norm", tuple(q_norm.shape), (D,), "shape")
         require_same("k_norm", tuple(k_norm.shape), (D,), "shape")
@@ -111,7 +119,7 @@ def rope_cache_kernel(
     qkv_ptr, bias_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, v_out_ptr, rows, T, S,
     stride_angle_b, stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
     EPS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    HAS_NORM: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr, ROTATES: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)  # b * T + t
     head = tl.program_id(1)  # queries, then keys, then values
@@ -138,13 +146,14 @@ def rope_cache_kernel(
             high = (high * scale).to(dtype).to(tl.float32) * high_weight
             low = low.to(dtype).to(tl.float32)
             high = high.to(dtype).to(tl.float32)
-        # [BLOCK_HALF]
-        angle = token // T * stride_angle_b + token % T * HALF + half
-        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-        rotated_low = low * cos - high * sin
-        rotated_high = high * cos + low * sin
-        low, high = rotated_low, rotated_high
+        if ROTATES:
+            # [BLOCK_HALF]
+            angle = token // T * stride_angle_b + token % T * HALF + half
+            cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+            sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+            rotated_low = low * cos - high * sin
+            rotated_high = high * cos + low * sin
+            low, high = rotated_low, rotated_high
     if head < HQ:
         q_row_ptr = q_out_ptr + (token * HQ + head) * D
         tl.store(q_row_ptr + half, low.to(dtype), mask=mask)
@@ -190,15 +199,15 @@ def launch_rope_cache(
     (B, T), (HKV, S, D) = slots.shape, k_out.shape[1:]
     HQ = qkv.shape[-1] // D - 2 * HKV
     q = k_out.new_empty(B, T, HQ, D)
-    if cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride():
+    if cos is not None and (cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride()):
         cos, sin = cos.contiguous(), sin.contiguous()
     rope_cache_kernel[(B * T, HQ + 2 * HKV)](
-        qkv.contiguous(), q if bias is None else bias.contiguous(), cos, sin, slots.contiguous(),
-        *(q if norm is None else norm.contiguous() for norm in (q_norm, k_norm)), q, k_out, v_out, B * T, T, S,
-        cos.stride(0),
+        qkv.contiguous(), q if bias is None else bias.contiguous(), *((slots, slots) if cos is None else (cos, sin)),
+        slots.contiguous(), *(q if norm is None else norm.contiguous() for norm in (q_norm, k_norm)), q, k_out, v_out,
+        B * T, T, S, 0 if cos is None else cos.stride(0),
         *k_out.stride()[:3], *v_out.stride()[:3],
         EPS=float(eps), HQ=HQ, HKV=HKV, D=D, BLOCK_HALF=max(next_power_of_2(D // 2), 16), HAS_NORM=q_norm is not None,
-        SPLIT_K=split_k, HAS_BIAS=bias is not None, num_warps=NUM_WARPS, **EXACT_LAUNCH,
+        ROTATES=cos is not None, SPLIT_K=split_k, HAS_BIAS=bias is not None, num_warps=NUM_WARPS, **EXACT_LAUNCH,
     )  # fmt: skip
     return q
 
@@ -206,8 +215,8 @@ def launch_rope_cache(
 @torch.library.custom_op(
     "orthrus_triton::rope_cache",
     mutates_args=("k_out", "v_out"),
-    schema="(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_out, Tensor(b!) v_out, Tensor slots, Tensor? q_norm, "
-    "Tensor? k_norm, float eps, str impl) -> Tensor",
+    schema="(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) k_out, Tensor(b!) v_out, Tensor slots, "
+    "Tensor? q_norm, Tensor? k_norm, float eps, str impl) -> Tensor",
 )
 def _rope_cache_op(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
     if impl == "triton":

@@ -35,7 +35,10 @@ def rope_cache_torch(
     if q_norm is not None:
         weight = torch.cat((q_norm.expand(HQ, D), k_norm.expand(HKV, D)))
         q_and_k = _norm(q_and_k, weight, eps, rounding)
-    rotated = _rotate(q_and_k, cos, sin, keep).to(qkv.dtype)
+    if cos is None:
+        rotated = q_and_k.to(qkv.dtype, copy=True)  # what an op returns must not be its input
+    else:
+        rotated = _rotate(q_and_k, cos, sin, keep).to(qkv.dtype)
     _write(k_out, rotated[:, :, HQ:], v_out, v, slots, keep)
     return rotated[:, :, :HQ]
 

@@ -27,8 +27,8 @@ def rotary_angles(
     Args:
         positions: [B, T] int32.
         prompt_len: [B] int32.
-        inv_freq: [D // 2] fp32.
-        scaling: multiplies cos and sin.
+        inv_freq: [D // 2] fp32; a pair of frequency 0 is left as it is.
+        scaling: multiplies cos and sin, except those of frequency 0.
         long_inv_freq: [D // 2] fp32 frequencies of longer sequences (longrope), or None.
         dynamic_ntk: (theta, factor) to stretch the base for longer sequences (dynamic NTK), or None.
         original_max_len: needed by both rules, of which at most one may be asked for.
@@ -94,7 +94,10 @@ def _rotary_angles_op(positions, prompt_len, inv_freq, scaling, long_inv_freq, t
     frequencies = _frequencies(positions, prompt_len, inv_freq, long_inv_freq, theta, factor, original_max_len)
     angles = positions[..., None] * frequencies
     cos, sin = angles.cos(), angles.sin()
-    return (cos, sin) if scaling == 1.0 else (cos * scaling, sin * scaling)
+    if scaling == 1.0:
+        return cos, sin
+    scaling = torch.where(inv_freq == 0, 1.0, scaling)
+    return cos * scaling, sin * scaling
 
 
 @_rotary_angles_op.register_fake

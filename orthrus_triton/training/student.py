@@ -170,7 +170,9 @@ def _attention(
     if attention.qk_norm:
         q, k = qk.split([heads, kv_heads], dim=2)
         qk = torch.cat((_norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff)), dim=2)
-    q, k = _rotate(qk, cos, sin).to(v.dtype).split([heads, kv_heads], dim=2)
+    if attention.use_rope:
+        qk = _rotate(qk, cos, sin).to(v.dtype)
+    q, k = qk.split([heads, kv_heads], dim=2)
     attended = ops.block_attention(
         q, k_context.to(v.dtype), v_context.to(v.dtype), key_limit, k, v, block_size=block_size,
         window=attention.window,

@@ -129,6 +129,7 @@ def small_ops(dtype: torch.dtype) -> None:
         angles, slots = meta(2, 4, head_dim // 2, dtype=torch.float32), meta(2, 4, dtype=torch.int32)
         for norm in (meta(head_dim, dtype=dtype), None):
             launch_rope_cache(qkv, angles, angles, cache, cache, slots, norm, norm, 1e-6)
+    launch_rope_cache(qkv, None, None, cache, cache, slots, None, None, 1e-6)
     launch_greedy_choice(meta(4, 49152, dtype=dtype))
 
 

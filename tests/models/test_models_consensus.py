@@ -14,12 +14,15 @@ from orthrus_triton.modules import ConsensusDecoder
 from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
 from tests.modules.drafts import ScriptedDrafts
 
-FAMILIES = ["llama", "llama dynamic", "mistral window", "qwen2", "qwen3 longrope"]
+CASES = [
+    "llama", "llama dynamic", "mistral window", "phi3 partial", "qwen2", "qwen3 longrope", "seed_oss",
+    "smollm3 biases, untied, window where nothing is rotated",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
 def test_consensus_emits_what_the_ar_view_emits(case: str, dtype: torch.dtype, anchor_view: str):
     base = build_base(base_config(case, eos_token_id=None), dtype)
     model = randomise_view(OrthrusForCausalLM.from_base(base, block_size=4, anchor_view=anchor_view), scale=0.02)
@@ -60,7 +63,7 @@ def dual_view(case: str, dtype: torch.dtype, anchor_view: str) -> OrthrusForCaus
     return randomise_view(OrthrusForCausalLM.from_base(base, block_size=6, anchor_view=anchor_view))
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
 @given(
     seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]), tokens=st.integers(1, 18),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=2), block_size=st.integers(2, 6),
@@ -81,7 +84,7 @@ def test_any_draft_gives_the_ar_tokens(case, seed, dtype, tokens, lengths, block
         assert sequence.tolist() == prompt.tolist() + said[:length]
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_are_those_of_transformers(case: str):
     base = build_base(base_config(case, eos_token_id=None))
     prompt = random_ids(9)

@@ -20,6 +20,7 @@ class NaiveOrthrus:
         self.config = model.config
         self.weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
         self.windows = [layer.self_attn.window for layer in model.model.layers]
+        self.rotates = getattr(model.config, "no_rope_layers", [1] * len(self.windows))
 
     def project(self, x: torch.Tensor, layer: int, name: str, suffix: str = "") -> torch.Tensor:
         prefix = f"model.layers.{layer}.{name}"
@@ -34,10 +35,12 @@ class NaiveOrthrus:
         return x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.weights[name]
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """x [T, heads, D]: pair (i, i + D/2) turned by position * theta^(-2i/D)."""
-        half = x.shape[-1] // 2
-        theta = self.config.rope_parameters["rope_theta"]
-        angle = positions.double()[:, None] * theta ** (-torch.arange(half).double() / half)
+        """x [T, heads, D]: pair (i, i + D/2) turned by position * theta^(-2i/R), or not at all from i = R/2 on."""
+        half, rope = x.shape[-1] // 2, self.config.rope_parameters
+        rotated = int(half * rope.get("partial_rotary_factor", 1.0))  # R/2
+        frequencies = rope["rope_theta"] ** (-torch.arange(half).double() / rotated)
+        frequencies[rotated:] = 0
+        angle = positions.double()[:, None] * frequencies
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
         low, high = x[..., :half], x[..., half:]
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
@@ -54,7 +57,8 @@ class NaiveOrthrus:
             if f"{prefix}.self_attn.q_norm.weight" in self.weights:
                 q = self.norm(q, f"{prefix}.self_attn.q_norm{suffix}.weight")
                 k = self.norm(k, f"{prefix}.self_attn.k_norm{suffix}.weight")
-            q, k = self.rotate(q, positions), self.rotate(k, positions)
+            if self.rotates[layer]:
+                q, k = self.rotate(q, positions), self.rotate(k, positions)
             kept.append((k, v))
             if cached is None:
                 visible = [[j <= i and (window is None or j > i - window) for j in range(T)] for i in range(T)]
@@ -97,7 +101,9 @@ def draft_logits(
     "case",
     [
         "llama", "llama all heads have keys", "llama biases, wide heads, tied", "mistral window", "qwen2",
-        "qwen2 window in upper layers", "qwen3", "qwen3 biases, tied, window by layer types",
+        "qwen2 window in upper layers", "qwen3", "qwen3 biases, tied, window by layer types", "phi3 window, tied",
+        "phi3 partial", "seed_oss no biases but those of o and MLP", "smollm3",
+        "smollm3 biases, untied, window where nothing is rotated",
     ],
 )  # fmt: skip
 @torch.inference_mode()

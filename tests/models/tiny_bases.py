@@ -1,4 +1,4 @@
-"""Tiny random Llama, Mistral, Qwen2 and Qwen3 models, every config field that changes the arithmetic in some of them.
+"""Tiny random models of every family, every config field that changes the arithmetic in some of them.
 Weights are drawn wide enough that a wrong rotation, bias, norm or window moves the logits far beyond rounding."""
 
 from __future__ import annotations
@@ -7,23 +7,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.families import FAMILIES
 
-CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 SIZES = {
     "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 2,
+    "pad_token_id": None,
 }  # fmt: skip
 ORIGINAL_LEN = 20  # where the length-dependent rope types change their frequencies
 LONGROPE = {
@@ -59,6 +51,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": ORIGINAL_LEN}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral window": ("mistral", {"sliding_window": 7}),
+    "phi3": ("phi3", {}),
+    "phi3 window, tied": ("phi3", {"sliding_window": 7, "tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
+    "phi3 longrope": ("phi3", {"original_max_position_embeddings": ORIGINAL_LEN, "rope_parameters": LONGROPE}),
+    # as in Phi-4-mini: 12 of a head's 16 numbers are rotated, and only these are scaled
+    "phi3 partial longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": ORIGINAL_LEN,
+            "rope_parameters": LONGROPE | {
+                "partial_rotary_factor": 0.75,
+                **{name: LONGROPE[name][:6] for name in ("short_factor", "long_factor")},
+            },
+        },
+    ),
+    "phi3 partial": ("phi3", rope("default", partial_rotary_factor=0.25)),
     "qwen2": ("qwen2", {}),
     "qwen2 window in upper layers": (
         "qwen2",
@@ -78,6 +85,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3 yarn": ("qwen3", {"head_dim": 32, **rope("yarn", factor=4.0, original_max_position_embeddings=32)}),
+    "seed_oss": ("seed_oss", {"head_dim": 32}),
+    "seed_oss no biases but those of o and MLP": (
+        "seed_oss", {"head_dim": 16, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 3, "no_rope_layer_interval": 2}),
+    "smollm3 biases, untied, window where nothing is rotated": (
+        "smollm3",
+        {
+            "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "no_rope_layers": [0, 1],
+            "use_sliding_window": True, "sliding_window": 6,
+        },
+    ),
     "qwen3 longrope": ("qwen3", {"head_dim": 16, "rope_parameters": LONGROPE}),
 }  # fmt: skip
 
@@ -87,7 +106,7 @@ def base_config(case: str = "qwen3", **changes: Any) -> PreTrainedConfig:
     family, fields = CASES[case]
     fields = {**SIZES, **fields, **changes}
     # transformers completes these dictionaries in place
-    return CLASSES[family](**{k: dict(v) if isinstance(v, dict) else v for k, v in fields.items()})
+    return FAMILIES[family].config(**{k: dict(v) if isinstance(v, dict) else v for k, v in fields.items()})
 
 
 def build_base(

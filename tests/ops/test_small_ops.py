@@ -130,6 +130,34 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
 
 
 @pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_no_angles_are_angles_of_zero(impl: str, dtype: torch.dtype, norm: bool) -> None:
+    """What a layer without a rotation gets, for one row, too, where a slice of its input would be all of a tensor."""
+    weight = randn(1, 64, dtype=dtype) if norm else None
+    for rows in (1, 3):
+        qkv = randn(rows, 1, rows, 4 * 64, dtype=dtype)
+        before, slots = qkv.clone(), torch.arange(rows, dtype=torch.int32, device=DEVICE)[None]
+        angles = torch.zeros(1, rows, 32, device=DEVICE)
+        found = []
+        for cos, sin in ((angles.cos(), angles.sin()), (None, None)):
+            cache = torch.zeros(2, 1, 1, 4, 64, device=DEVICE, dtype=dtype)
+            q = ops.rope_cache(qkv, cos, sin, *cache, slots, weight, weight, impl=impl)
+            found.append((q, cache))
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+        q.fill_(7)
+        assert torch.equal(qkv, before)
+
+
+def test_angles_are_given_together() -> None:
+    qkv, angles, cache = torch.ones(1, 2, 12), torch.ones(1, 2, 2), torch.zeros(2, 1, 1, 4, 4)
+    for cos, sin in ((angles, None), (None, angles)):
+        with pytest.raises(ValueError, match="cos and sin must be given together"):
+            ops.rope_cache(qkv, cos, sin, *cache, torch.zeros(1, 2, dtype=torch.int32))
+
+
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_norms_are_rounded_before_their_weight(dtype: torch.dtype) -> None:
     x, weight = randn(0, 9, 64, dtype=dtype), randn(1, 64, dtype=dtype)

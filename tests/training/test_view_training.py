@@ -35,6 +35,8 @@ from tests.training.view_runs import K, draft_logits, make_args, make_model, mak
         ("mistral window", None),
         ("qwen2", 2),
         ("qwen3 biases, tied, window by layer types", None),
+        ("phi3 partial longrope", None),
+        ("smollm3", None),
     ],
 )
 def test_the_trained_pass_is_the_decoders_draft(case, view_rank, anchor_view):

@@ -95,8 +95,8 @@ def _product(library: ctypes.CDLL | None, dtype: torch.dtype) -> tuple[Callable 
 
 def rope_cache_cpu(
     qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     slots: torch.Tensor,
@@ -110,13 +110,14 @@ def rope_cache_cpu(
     if library is None or D > MAX_HEAD_DIM or 0 in (*k_out.stride(), *v_out.stride()):  # torch refuses expanded ones
         return None
     HQ = qkv.shape[-1] // D - 2 * HKV
-    if cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride():
+    if cos is not None and (cos.stride()[1:] != (D // 2, 1) or sin.stride() != cos.stride()):
         cos, sin = cos.contiguous(), sin.contiguous()
     qkv, slots, q = qkv.contiguous(), slots.contiguous(), empty(qkv, (B, T, HQ, D))
     norms = [norm if norm is None else norm.to(qkv.dtype).contiguous() for norm in (q_norm, k_norm)]
     call(
-        library.orthrus_rope_cache, (qkv, cos, sin, slots, *norms, q, k_out, v_out), B, T, HQ, HKV, D, S, cos.stride(0),
-        *k_out.stride()[:3], *v_out.stride()[:3], eps, DTYPES[qkv.dtype], torch.get_num_threads(),
+        library.orthrus_rope_cache, (qkv, cos, sin, slots, *norms, q, k_out, v_out), B, T, HQ, HKV, D, S,
+        0 if cos is None else cos.stride(0), *k_out.stride()[:3], *v_out.stride()[:3], eps, DTYPES[qkv.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     increment_version((k_out, v_out))  # autograd shall know that what it may have saved is gone
     return q

@@ -17,7 +17,7 @@ static void norm_head(float *numbers, const void *weight, int64_t D, float eps, 
 }
 
 /* rope_cache of one dtype: qkv [B, T, (HQ + 2 * HKV) * D], cos and sin [B, T, D / 2] with a stride of their own
- * along B, slots [B, T], norms [D] or null, q_out [B, T, HQ, D]; k_out and v_out [B, HKV, S, D]. */
+ * along B or null, slots [B, T], norms [D] or null, q_out [B, T, HQ, D]; k_out and v_out [B, HKV, S, D]. */
 void orthrus_rope_cache(
     const void *qkv, const float *cos, const float *sin, const int32_t *slots, const void *q_norm, const void *k_norm,
     void *q_out, void *k_out, void *v_out, int64_t B, int64_t T, int64_t HQ, int64_t HKV, int64_t D, int64_t S,
@@ -35,17 +35,19 @@ void orthrus_rope_cache(
                 memcpy(at(v_out, first, dtype), from, D * size_of(dtype));
                 continue;
             }
-            float numbers[MAX_HEAD], rotated[MAX_HEAD];
+            float numbers[MAX_HEAD], rotated[MAX_HEAD], *result = cos ? rotated : numbers;
             to_floats(numbers, from, D, dtype);
             if (q_norm) norm_head(numbers, head < HQ ? q_norm : k_norm, D, eps, dtype);
-            const float *c = cos + b * angle_stride_b + t * half, *s = sin + b * angle_stride_b + t * half;
-            for (int64_t d = 0; d < half; d++) {
-                rotated[d] = numbers[d] * c[d] - numbers[half + d] * s[d];
-                rotated[half + d] = numbers[half + d] * c[d] + numbers[d] * s[d];
+            if (cos) {
+                const float *c = cos + b * angle_stride_b + t * half, *s = sin + b * angle_stride_b + t * half;
+                for (int64_t d = 0; d < half; d++) {
+                    rotated[d] = numbers[d] * c[d] - numbers[half + d] * s[d];
+                    rotated[half + d] = numbers[half + d] * c[d] + numbers[d] * s[d];
+                }
             }
             void *to = head < HQ ? at(q_out, (token * HQ + head) * D, dtype)
                                  : at(k_out, b * k_stride_b + (head - HQ) * k_stride_h + slot * k_stride_s, dtype);
-            from_floats(to, rotated, D, dtype);
+            from_floats(to, result, D, dtype);
         }
     }
 }

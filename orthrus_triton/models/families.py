@@ -1,0 +1,71 @@
+"""The families of models that can be frozen: pre-norm layers with SwiGLU, whose differences a line each describes.
+To add one, add its line, and tiny models of it to tests/models/tiny_bases.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssRotaryEmbedding
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3RotaryEmbedding
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family as transformers has it.
+
+    config, rotary: its classes of the configuration and of the rotary embedding.
+    qk_norm: whether each head of q and k is normed.
+    qkv_bias, o_bias, mlp_bias: whether these projections have biases, or the field of the configuration that says so.
+    windows: which layers slide if the configuration has a window: none can, all do, or those that it lists.
+    fused: checkpoints hold q, k and v as one matrix, and gate and up as another.
+    partial_rotary: a rotation may cover the first part of a head only.
+    """
+
+    config: type[PreTrainedConfig]
+    rotary: type[nn.Module]
+    qk_norm: bool = False
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    windows: Literal["none", "all", "listed"] = "none"
+    fused: bool = False
+    partial_rotary: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        LlamaConfig, LlamaRotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
+    "mistral": Family(MistralConfig, MistralRotaryEmbedding, windows="all"),
+    "phi3": Family(Phi3Config, Phi3RotaryEmbedding, windows="all", fused=True, partial_rotary=True),
+    "qwen2": Family(Qwen2Config, Qwen2RotaryEmbedding, qkv_bias=True, windows="listed"),
+    "qwen3": Family(
+        Qwen3Config, Qwen3RotaryEmbedding, qk_norm=True, qkv_bias="attention_bias", o_bias="attention_bias",
+        windows="listed",
+    ),
+    "seed_oss": Family(
+        SeedOssConfig, SeedOssRotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_out_bias",
+        mlp_bias="mlp_bias",
+    ),
+    "smollm3": Family(
+        SmolLM3Config, SmolLM3RotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
+        windows="listed",
+    ),
+}  # fmt: skip
