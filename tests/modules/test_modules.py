@@ -254,7 +254,9 @@ def test_an_anchor_that_the_frozen_view_reads_is_read_with_its_own_weights() -> 
 
 
 @pytest.mark.parametrize(
-    ("options", "anchor_rows"), [({}, 1), ({"qk_norm": True}, 1), ({"window": 3}, 1), ({"view_rank": 2}, 0)], ids=str
+    ("options", "anchor_rows"),
+    [({}, 1), ({"qk_norm": True}, 1), ({"window": 3}, 1), ({"view_rank": 2}, 0), ({"use_rope": False}, 1)],
+    ids=str,
 )
 @torch.no_grad()
 def test_kernels_draft_what_torch_drafts(options: dict, anchor_rows: int) -> None:

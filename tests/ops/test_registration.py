@@ -58,6 +58,17 @@ def test_opcheck(name: str, impl: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, (*arguments()[name], impl))
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("name", ["rope_cache", "qkv_rope_cache"])
+def test_opcheck_without_angles(name: str, impl: str) -> None:
+    """Of one row, whose queries are all that a tensor of their own would hold: they must be one."""
+    inputs = [None if tuple(one.shape) == (1, 2, 32) else one for one in arguments()[name][:-3]]
+    row = [one[:, :1] if isinstance(one, torch.Tensor) and one.shape[:2] == (1, 2) else one for one in inputs]
+    for args in (inputs, row):
+        assert args.count(None) == 2
+        torch.library.opcheck(getattr(OPS, name).default, (*args, None, None, 1e-6, impl))
+
+
 @pytest.mark.parametrize("name", ["linear", "linear_swiglu", "linear_norm", "qkv_rope_cache", "dual_view_attention"])
 def test_a_configuration_does_not_let_gradients_get_lost(name: str) -> None:
     """The registered op refuses `backward`; what is launched beside it would be taken for a constant."""
