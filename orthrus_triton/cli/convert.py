@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Base model: a folder, a hub id, or a .gguf file.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Base model: a folder, a hub id, or SmolLM2's .gguf file.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write: config, safetensors, tokenizer.")],
     block_size: Annotated[int, typer.Option(help="Rows of a draft block, anchor included.")] = 32,
     mask_token_id: Annotated[
@@ -27,10 +29,10 @@ def convert(
     dtype: Annotated[Literal["keep", "bf16", "fp16", "fp32"], typer.Option(help="keep: the source's own.")] = "keep",
     force: Annotated[bool, typer.Option("--force", help="Replace the model in a TARGET that is not empty.")] = False,
 ) -> None:
-    """Give a frozen base model a diffusion view that starts as a copy of its AR weights. Llama, Mistral, Phi-3, Qwen2,
-    Qwen3, Seed-OSS and SmolLM3 can be one, and whatever has one of these as its model_type.
+    """Give a frozen base model a diffusion view that starts as a copy of its AR weights. Llama, Mistral, Phi-3,
+    Qwen2, Qwen3, SmolLM3, ERNIE 4.5, GLM and Seed-OSS can be one: what counts is the model_type in its config.json.
 
-    The AR weights are stored unchanged. The view drafts poorly until it is trained.
+    The AR weights are stored unchanged, or rounded to --dtype. The view drafts poorly until it is trained.
 
     \b
     orthrus-triton convert ./Qwen3-0.6B ./orthrus-0.6b

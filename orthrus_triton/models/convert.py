@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from orthrus_triton.models.base_weights import as_ours
 from orthrus_triton.models.checkpoint import (
     WeightSource,
     folder_source,
@@ -20,7 +21,6 @@ from orthrus_triton.models.checkpoint import (
 )
 from orthrus_triton.models.config import OrthrusConfig, family_config
 from orthrus_triton.models.families import FAMILIES
-from orthrus_triton.models.fused_weights import taken_apart
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -47,7 +47,7 @@ def open_base(model_or_path: PreTrainedModel | str | PathLike[str]) -> BaseModel
         _check_family(model_or_path.config.model_type, type(model_or_path).__name__)
         return BaseModel(
             config=model_or_path.config,
-            weights=_named_as_ours(
+            weights=as_ours(
                 state_dict_source(type(model_or_path).__name__, model_or_path.state_dict()), model_or_path.config
             ),
             generation_config=copy.deepcopy(getattr(model_or_path, "generation_config", None)),
@@ -68,7 +68,7 @@ def open_base(model_or_path: PreTrainedModel | str | PathLike[str]) -> BaseModel
     source = folder_source(folder)
     return BaseModel(
         config=config,
-        weights=_named_as_ours(source, config),
+        weights=as_ours(source, config),
         generation_config=read_generation_config(folder),
         dtype=config.dtype or source.dtype(),
         device=torch.device("cpu"),
@@ -119,10 +119,6 @@ def _read_vocabulary(folder: Path) -> dict[str, int]:
         raise ValueError(
             f"mask_token_id must be given, because the tokenizer in {str(folder)!r} could not be read: {error}"
         ) from error
-
-
-def _named_as_ours(source: WeightSource, config: PreTrainedConfig) -> WeightSource:
-    return taken_apart(source, config) if FAMILIES[config.model_type].fused else source
 
 
 def _check_family(model_type: str | None, name: str, has_view: bool = False) -> None:

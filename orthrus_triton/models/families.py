@@ -1,5 +1,5 @@
-"""The families of models that can be frozen: pre-norm layers with SwiGLU, whose differences a line each describes.
-To add one, add its line, and tiny models of it to tests/models/tiny_bases.py."""
+"""The families of models that can be frozen: pre-norm layers with SwiGLU MLPs, and how each differs from the others.
+To add one, add it here, and tiny models of it to tests/models/tiny_bases.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import nn
 from transformers import (
+    Ernie4_5Config,
+    GlmConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -17,6 +19,8 @@ from transformers import (
     SeedOssConfig,
     SmolLM3Config,
 )
+from transformers.models.ernie4_5.modeling_ernie4_5 import Ernie4_5RotaryEmbedding
+from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
@@ -34,8 +38,8 @@ class Family:
     qk_norm: whether each head of q and k is normed.
     qkv_bias, o_bias, mlp_bias: whether these projections have biases, or the field of the configuration that says so.
     windows: which layers slide if the configuration has a window: none can, all do, or those that it lists.
-    fused: checkpoints hold q, k and v as one matrix, and gate and up as another.
-    partial_rotary: a rotation may cover the first part of a head only.
+    partial_rotary: the rotation may cover the first part of a head only.
+    rotates_neighbours: it turns pairs (2i, 2i + 1) of a head, and not numbers that lie half of it apart.
     """
 
     config: type[PreTrainedConfig]
@@ -45,16 +49,23 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     windows: Literal["none", "all", "listed"] = "none"
-    fused: bool = False
     partial_rotary: bool = False
+    rotates_neighbours: bool = False
 
 
 FAMILIES: dict[str, Family] = {
+    "ernie4_5": Family(
+        Ernie4_5Config, Ernie4_5RotaryEmbedding, qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
+        rotates_neighbours=True,
+    ),
+    "glm": Family(
+        GlmConfig, GlmRotaryEmbedding, qkv_bias="attention_bias", partial_rotary=True, rotates_neighbours=True
+    ),
     "llama": Family(
         LlamaConfig, LlamaRotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
     ),
     "mistral": Family(MistralConfig, MistralRotaryEmbedding, windows="all"),
-    "phi3": Family(Phi3Config, Phi3RotaryEmbedding, windows="all", fused=True, partial_rotary=True),
+    "phi3": Family(Phi3Config, Phi3RotaryEmbedding, windows="all", partial_rotary=True),
     "qwen2": Family(Qwen2Config, Qwen2RotaryEmbedding, qkv_bias=True, windows="listed"),
     "qwen3": Family(
         Qwen3Config, Qwen3RotaryEmbedding, qk_norm=True, qkv_bias="attention_bias", o_bias="attention_bias",

@@ -80,7 +80,7 @@ def save_view(
     if size > max_bytes:
         raise ValueError(
             f"a view file must be at most {max_bytes / 1e6:g} MB, but with rank={rank} and storage={storage!r} it "
-            f"would be {size / 1e6:.1f} MB: lower the rank, or use int8"
+            f"would be {size / 1e6:.1f} MB: lower the rank, use int8, or raise max_bytes (--max-mb)"
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

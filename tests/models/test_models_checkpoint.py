@@ -42,7 +42,16 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("view_rank", [None, 4])
 @pytest.mark.parametrize(
     "case",
-    ["qwen3", TIED, "llama biases, wide heads, tied", "qwen2", "mistral window", "phi3 partial longrope", "smollm3"],
+    [
+        "qwen3",
+        TIED,
+        "llama biases, wide heads, tied",
+        "qwen2",
+        "mistral window",
+        "glm",
+        "phi3 partial longrope",
+        "smollm3",
+    ],
 )
 def test_round_trip_gives_identical_weights_and_logits(
     case: str, view_rank: int | None, max_shard_size: str, tmp_path: Path

@@ -100,7 +100,8 @@ def draft_logits(
 @pytest.mark.parametrize(
     "case",
     [
-        "llama", "llama all heads have keys", "llama biases, wide heads, tied", "mistral window", "qwen2",
+        "ernie4_5 biases, untied", "glm", "llama", "llama all heads have keys", "llama biases, wide heads, tied",
+        "mistral window", "qwen2",
         "qwen2 window in upper layers", "qwen3", "qwen3 biases, tied, window by layer types", "phi3 window, tied",
         "phi3 partial", "seed_oss no biases but those of o and MLP", "smollm3",
         "smollm3 biases, untied, window where nothing is rotated",

@@ -179,7 +179,7 @@ def test_unsupported_architectures_are_named(tmp_path: Path):
     with pytest.raises(TypeError, match="model_or_path must be .* but got a int"):
         OrthrusForCausalLM.from_base(7)
     edit_config(tmp_path, block_size=4, mask_token_id=3)
-    with pytest.raises(ValueError, match=r"base_model_type must be one of \['llama'.* but got 'gpt2'"):
+    with pytest.raises(ValueError, match=r"base_model_type must be one of \['ernie4_5'.* but got 'gpt2'"):
         OrthrusForCausalLM.from_pretrained(tmp_path)
 
 

@@ -49,6 +49,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama proportional": ("llama", rope("proportional", partial_rotary_factor=0.5, factor=2.0)),
     "llama longrope": ("llama", {"rope_parameters": LONGROPE}),
     "llama dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": ORIGINAL_LEN}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 32}),
+    "ernie4_5 biases, untied": ("ernie4_5", {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False}),
+    "glm": ("glm", {"head_dim": 32}),
+    "glm no biases, three quarters rotated, tied": (
+        "glm",
+        {
+            "head_dim": 16, "attention_bias": False, "tie_word_embeddings": True,
+            **rope("default", partial_rotary_factor=0.75),
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral window": ("mistral", {"sliding_window": 7}),
     "phi3": ("phi3", {}),

@@ -1,4 +1,5 @@
-"""Checkpoints that hold q, k and v as one matrix: from a folder as from a model; complaints are in the file's names."""
+"""Bases whose matrices are fused or whose rows are in another order: from a folder as from a model, and what is wrong
+is said in the file's names."""
 
 from __future__ import annotations
 
@@ -9,23 +10,28 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orthrus_triton.models import OrthrusForCausalLM
-from orthrus_triton.models.fused_weights import FUSED
+from orthrus_triton.models.base_weights import FUSED, row_order
 from tests.models.tiny_bases import base_config, build_base, random_ids
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
-@pytest.mark.parametrize("case", ["phi3", "phi3 partial longrope"])
+@pytest.mark.parametrize("case", ["phi3", "phi3 partial longrope", "glm", "ernie4_5 biases, untied"])
 def test_a_folder_gives_the_model_that_its_object_gives(case: str, max_shard_size: str, tmp_path: Path):
     base = build_base(base_config(case))
     base.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     held = [name for path in tmp_path.glob("*.safetensors") for name in load_file(path)]
-    assert sum(FUSED.fullmatch(name) is not None for name in held) == 2 * base.config.num_hidden_layers
+    fused = {"phi3": 2, "glm": 1, "ernie4_5": 0}[base.config.model_type]
+    assert sum(FUSED.fullmatch(name) is not None for name in held) == fused * base.config.num_hidden_layers
     of_folder, of_object = (OrthrusForCausalLM.from_base(source).state_dict() for source in (tmp_path, base))
     assert of_folder.keys() == of_object.keys()
     assert all(torch.equal(tensor, of_object[name]) for name, tensor in of_folder.items())
 
 
-def test_rows_of_a_head_are_in_another_order_only_where_part_of_it_is_rotated():
+def test_rows_of_a_head_are_in_another_order_where_other_pairs_are_rotated():
+    tell = {case: row_order(base_config(case), 32) for case in ("ernie4_5", "glm", "qwen3")}
+    assert tell["qwen3"] is None
+    assert tell["ernie4_5"].tolist() == [*range(0, 32, 2), *range(1, 32, 2)]
+    assert tell["glm"].tolist() == [*range(0, 16, 2), *range(16, 24), *range(1, 16, 2), *range(24, 32)]
     for case, same in (("phi3", True), ("phi3 partial", False)):
         base = build_base(base_config(case))
         fused = base.state_dict()["model.layers.0.self_attn.qkv_proj.weight"].split([64, 32, 32])
