@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from orthrus_triton.models.checkpoint import WeightSource
 from orthrus_triton.models.families import FAMILIES
+from orthrus_triton.models.rope import rotary_dims
 
 FUSED = re.compile(r"(?P<where>.+\.)(?P<what>qkv_proj|gate_up_proj)(?P<kind>\.weight|\.bias)")
 ROTATED = re.compile(r".+\.self_attn\.[qk]_proj\.(weight|bias)")
@@ -19,13 +20,13 @@ ROTATED = re.compile(r".+\.self_attn\.[qk]_proj\.(weight|bias)")
 def as_ours(source: WeightSource, config: PreTrainedConfig) -> WeightSource:
     """`source` with fused matrices (of Phi-3, GLM) taken apart, and rows put in order. A fused matrix that has not the
     rows that `config` describes stays as it is, to be complained of under its own name."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim, rotated = rotary_dims(config)
     query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     parts = {
         "qkv_proj": {"q_proj": query, "k_proj": key, "v_proj": key},
         "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
     }
-    order = row_order(config, head_dim)
+    order = row_order(head_dim, rotated, FAMILIES[config.model_type].rotates_neighbours)
 
     def new_names(name: str) -> dict[str, int]:
         """What becomes of a tensor: names and their rows; nothing of one that stays."""
@@ -56,15 +57,13 @@ def as_ours(source: WeightSource, config: PreTrainedConfig) -> WeightSource:
     return WeightSource(source.name, shapes, dtypes, read)
 
 
-def row_order(config: PreTrainedConfig, head_dim: int) -> torch.Tensor | None:
+def row_order(head_dim: int, rotated: int, neighbours: bool) -> torch.Tensor | None:
     """Where our rows of a head [head_dim] lie in the base's; None where the order is the same.
 
-    Ours turns pairs (i, i + head_dim // 2). A base may turn the first R numbers of a head only, and there pairs
-    (i, i + R // 2), or neighbours (2i, 2i + 1). What is not turned goes to the end of both halves. Scores are sums over
-    a head and care for no order."""
-    family = FAMILIES[config.model_type]
-    factor = config.rope_parameters.get("partial_rotary_factor", 1.0) if family.partial_rotary else 1.0
-    turned, rest = torch.arange(int(head_dim * factor)), torch.arange(int(head_dim * factor), head_dim)
-    turned = turned.view(-1, 2).T if family.rotates_neighbours else turned.view(2, -1)
+    Ours turns pairs (i, i + head_dim // 2). A base may turn the first R = `rotated` numbers of a head only, and there
+    pairs (i, i + R // 2), or `neighbours` (2i, 2i + 1). What is not turned goes to the end of both halves. Scores are
+    sums over a head and care for no order."""
+    turned, rest = torch.arange(rotated), torch.arange(rotated, head_dim)
+    turned = turned.view(-1, 2).T if neighbours else turned.view(2, -1)
     order = torch.cat((turned, rest.view(2, -1)), dim=1).flatten()
     return None if torch.equal(order, torch.arange(head_dim)) else order

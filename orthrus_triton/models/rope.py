@@ -14,14 +14,33 @@ from orthrus_triton.modules.rotary import RotaryEmbedding
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
+def rotary_dims(config: PreTrainedConfig) -> tuple[int, int]:
+    """The size of a head, and how many of its first numbers a family that may rotate a part of it does rotate.
+
+    Raises:
+        ValueError: these cannot be pairs, or are more than there are.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    if not FAMILIES[config.model_type].partial_rotary:
+        return head_dim, head_dim
+    rotated = int(head_dim * factor)
+    if not 0 < rotated <= head_dim or rotated % 2:
+        raise ValueError(
+            f"rope_parameters: partial_rotary_factor must give an even number of a head's {head_dim} numbers, "
+            f"but {factor} gives {rotated}"
+        )
+    return head_dim, rotated
+
+
 def rotary_from_config(config: PreTrainedConfig) -> RotaryEmbedding:
     """Rotary embedding of a base configuration, its buffers fp32 on the CPU.
 
     They are real even inside `torch.device("meta")`: they are computed, never loaded.
 
     Raises:
-        ValueError: an unknown rope type, rope parameters per kind of layer, or a rotation of part of a head in a family
-            that has none.
+        ValueError: an unknown rope type, rope parameters per kind of layer, or a rotation of part of a head that its
+            family or its type does not have.
     """
     parameters = config.rope_parameters
     if any(isinstance(value, dict) for value in parameters.values()):
@@ -31,12 +50,14 @@ def rotary_from_config(config: PreTrainedConfig) -> RotaryEmbedding:
         raise ValueError(f"rope_parameters: rope_type must be one of {ROPE_TYPES}, but got {kind!r}")
     family = FAMILIES[config.model_type]
     rule = family.rotary.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim, rotated = rotary_dims(config)
+    if kind == "dynamic" and rotated != head_dim:
+        raise ValueError(f"rope_parameters: rope_type 'dynamic' must rotate whole heads, but got {parameters}")
 
     def frequencies(**length: int) -> tuple[torch.Tensor, float]:
         """inv_freq [head_dim // 2], 0 where a partial rotation leaves a pair alone; and what scales cos and sin."""
         inv_freq, scaling = rule(config, **length)
-        return F.pad(inv_freq, (0, head_dim // 2 - inv_freq.shape[0])) if family.partial_rotary else inv_freq, scaling
+        return F.pad(inv_freq, (0, (head_dim - rotated) // 2)), scaling
 
     options = {}
     with torch.device("cpu"):

@@ -112,6 +112,26 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path):
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
             "rope_parameters: the rotation must cover head_dim=16, but covers 8",
         ),
+        (
+            "glm",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.35}},
+            "partial_rotary_factor must give an even number of a head's 32 numbers, but 0.35 gives 11",
+        ),
+        (
+            "glm",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2.0}},
+            "partial_rotary_factor must give an even number of a head's 32 numbers, but 2.0 gives 64",
+        ),
+        (
+            "glm",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type 'dynamic' must rotate whole heads, but got .*'partial_rotary_factor': 0.5",
+        ),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0]},
+            r"no_rope_layers must hold a 0 or a 1 for each of 3 layers, but got \[1, 0\]|config must be readable as",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "rope_type must be one of .* got 'spiral'"),
         (
             "qwen2",
