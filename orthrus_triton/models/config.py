@@ -134,7 +134,8 @@ class OrthrusConfig(PreTrainedConfig):
             **{name: getattr(self, said) if isinstance(said, str) else said for name, said in biases.items()},
             "view_rank": self.view_rank,
         }
-        rotated = getattr(self, "no_rope_layers", [True] * self.num_hidden_layers)  # 1 where there is a rotation
+        # despite its name, 1 where there is a rotation
+        rotated = self.no_rope_layers if family.skips_rope else [True] * self.num_hidden_layers
         return [
             {**shared, "window": window, "use_rope": bool(use_rope)}
             for window, use_rope in zip(self._windows(), rotated)
@@ -176,10 +177,10 @@ class OrthrusConfig(PreTrainedConfig):
                 f"num_key_value_heads must divide num_attention_heads={self.num_attention_heads}, "
                 f"but got {self.num_key_value_heads}"
             )
-        rotated = getattr(self, "no_rope_layers", None)
-        if rotated is not None and len(rotated) < self.num_hidden_layers:
+        if FAMILIES[self.base_model_type].skips_rope and len(self.no_rope_layers) < self.num_hidden_layers:
             raise ValueError(
-                f"no_rope_layers must hold a 0 or a 1 for each of {self.num_hidden_layers} layers, but got {rotated}"
+                f"no_rope_layers must hold a 0 or a 1 for each of {self.num_hidden_layers} layers, "
+                f"but got {self.no_rope_layers}"
             )
         self._check_layer_types()
 

@@ -38,6 +38,7 @@ class Family:
     qk_norm: whether each head of q and k is normed.
     qkv_bias, o_bias, mlp_bias: whether these projections have biases, or the field of the configuration that says so.
     windows: which layers slide if the configuration has a window: none can, all do, or those that it lists.
+    skips_rope: the configuration lists layers that rotate nothing (`no_rope_layers`).
     partial_rotary: the rotation may cover the first part of a head only.
     rotates_neighbours: it turns pairs (2i, 2i + 1) of a head, and not numbers that lie half of it apart.
     """
@@ -49,6 +50,7 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     windows: Literal["none", "all", "listed"] = "none"
+    skips_rope: bool = False
     partial_rotary: bool = False
     rotates_neighbours: bool = False
 
@@ -77,6 +79,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(
         SmolLM3Config, SmolLM3RotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
-        windows="listed",
+        windows="listed", skips_rope=True,
     ),
 }  # fmt: skip

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"attention_bias": True, "mlp_bias": True, "head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
     ),
+    "llama with a field of another family": ("llama", {"no_rope_layers": [0, 0], "partial_rotary_factor": 1.0}),
     "llama linear": ("llama", rope("linear", factor=2.5)),
     "llama yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     "llama yarn, mscale": (
