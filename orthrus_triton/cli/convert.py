@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Base model: a folder, a hub id, or SmolLM2's .gguf file.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Base model: a folder, a hub id, or a .gguf file.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write: config, safetensors, tokenizer.")],
     block_size: Annotated[int, typer.Option(help="Rows of a draft block, anchor included.")] = 32,
     mask_token_id: Annotated[
@@ -70,17 +68,16 @@ def _require_free(target: Path, source: str, force: bool) -> None:
         raise ValueError(f"TARGET {target} is not empty: name another folder, or --force to replace the model in it")
 
 
-def _open_gguf(source: str) -> tuple[Any, Any, int]:
-    """The base model, its tokenizer, and the mask token, which the file does not name."""
-    from transformers import LlamaForCausalLM
+def _open_gguf(source: str) -> tuple[Any, Any, int | None]:
+    """The base model, its tokenizer, and a mask token if it is one of SmolLM2's: the file does not name any."""
     from transformers.utils.logging import disable_progress_bar
 
-    from orthrus_triton.models.demo import DEMO_MASK_TOKEN_ID
-    from orthrus_triton.models.gguf import load_gguf
+    from orthrus_triton.models.demo import DEMO_MASK_TOKEN
+    from orthrus_triton.models.gguf import open_gguf
 
     disable_progress_bar()
-    config, weights, tokenizer = load_gguf(source)
-    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights), tokenizer, DEMO_MASK_TOKEN_ID
+    model, tokenizer = open_gguf(source)
+    return model, tokenizer, tokenizer.get_vocab().get(DEMO_MASK_TOKEN)
 
 
 def _summary(model: OrthrusForCausalLM, target: Path) -> str:

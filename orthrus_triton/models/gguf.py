@@ -1,5 +1,5 @@
-"""A Llama in a GGUF file as transformers would have it: configuration, fp32 weights, tokenizer.
-Only the `gguf` package's block formats are used; names, rotary layout and tokenizer are put back here."""
+"""The model in a GGUF file: SmolLM2, whose tokenizer transformers takes for another, is read here, with nothing but the
+`gguf` package's block formats; any other as transformers reads it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -30,6 +38,7 @@ LAYER_NAMES = {
 }
 CONTROL_TOKEN = 3
 SCALING = "llama.rope.scaling."
+SMOLLM = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
 
 
 class Fields(dict[str, Any]):
@@ -39,8 +48,39 @@ class Fields(dict[str, Any]):
         raise ValueError(f"a GGUF file must have the field {name!r}, but this one has none")
 
 
+def open_gguf(path: str | PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in a GGUF file, its weights dequantized to fp32, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such file. ImportError: gguf is not installed. ValueError: the file is damaged,
+            is of an architecture that transformers does not read, or has a stretched rotary embedding, which
+            transformers would read as a plain one.
+    """
+    reader = _open(path)
+    fields = _fields(reader)
+    if all(fields.get(name) == expected for name, expected in SMOLLM.items()):
+        config, weights, tokenizer = load_gguf(path)
+        return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights), tokenizer
+    scaling = fields.get(f"{fields['general.architecture']}.rope.scaling.type", "none")
+    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    if factors or scaling != "none":
+        raise ValueError(
+            f"{str(path)!r} must have a plain rotary embedding, but has {factors or scaling!r}: "
+            "convert the model's original checkpoint instead"
+        )
+    where = {"pretrained_model_name_or_path": Path(path).parent, "gguf_file": Path(path).name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # of many types
+        raise ValueError(f"{str(path)!r} must be a GGUF file that transformers can read, but: {error}") from error
+    # says how the file stores what is fp32 now
+    vars(model.config).pop("quantization_config", None)
+    return model.eval(), tokenizer
+
+
 def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.Tensor], PreTrainedTokenizerFast]:
-    """A Llama in GGUF as transformers would have it: configuration, fp32 weights by name, tokenizer.
+    """SmolLM2 in GGUF as transformers would have it: configuration, fp32 weights by name, tokenizer.
 
     Raises:
         FileNotFoundError: there is no such file. ImportError: gguf is not installed. ValueError: the file is damaged,
@@ -48,14 +88,16 @@ def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.T
             stretched rotary embedding of an unknown kind.
     """
     reader = _open(path)
-    fields = Fields({name: field.contents() for name, field in reader.fields.items()})
-    for name, expected in (
-        ("general.architecture", "llama"), ("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm"),
-    ):  # fmt: skip
+    fields = _fields(reader)
+    for name, expected in SMOLLM.items():
         if fields.get(name) != expected:
             raise ValueError(f"{str(path)!r} must have {name}={expected!r}, but got {fields.get(name)!r}")
     state_dict = _read_weights(reader, fields)
     return _make_config(fields, tied="lm_head.weight" not in state_dict), state_dict, _make_tokenizer(fields)
+
+
+def _fields(reader: Any) -> Fields:
+    return Fields({name: field.contents() for name, field in reader.fields.items()})
 
 
 def _open(path: str | PathLike[str]) -> Any:

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from orthrus_triton.models import demo
-from orthrus_triton.models.gguf import LAYER_NAMES, _make_config, _undo_rotary_permutation, load_gguf
+from orthrus_triton.models import OrthrusForCausalLM, demo
+from orthrus_triton.models.gguf import LAYER_NAMES, _make_config, _undo_rotary_permutation, load_gguf, open_gguf
 from orthrus_triton.models.rope import rotary_from_config
 from orthrus_triton.modules import ConsensusDecoder
+from tests.models.tiny_bases import base_config, build_base, random_ids
 
 needs_demo = pytest.mark.skipif(
     importlib.util.find_spec(demo.DEMO_PACKAGE) is None or importlib.util.find_spec("gguf") is None,
@@ -209,6 +210,68 @@ def test_fields_that_a_file_need_not_have(tmp_path: Path):
 def test_what_a_file_lacks_is_named(options: dict, message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         load_gguf(small_gguf(tmp_path / "small.gguf", **options))
+
+
+def write_gguf(path: Path, case: str, stretched: bool = False) -> PreTrainedModel:
+    """A tiny model of another architecture as llama.cpp's converter writes it, and the model itself."""
+    gguf = pytest.importorskip("gguf")
+    config = base_config(case, eos_token_id=7)
+    base, family = build_base(config), config.model_type
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if stretched:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(["a", "b", "ab", "c", "abc", *(f"w{i}" for i in range(config.vocab_size - 5))])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["a b", "ab c"])
+    writer.add_bos_token_id(6)
+    writer.add_eos_token_id(7)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
+    for name, tensor in base.state_dict().items():
+        stem, kind = name.rsplit(".", 1)
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return base
+
+
+def test_other_architectures_are_read_by_transformers(tmp_path: Path):
+    base = write_gguf(tmp_path / "model.gguf", "qwen2")
+    model, tokenizer = open_gguf(tmp_path / "model.gguf")
+    assert tokenizer("abc").input_ids == [4] and model.config.eos_token_id == 7
+    # a quantization_config would be refused; the norms' epsilon is fp32 in the file
+    ours = OrthrusForCausalLM.from_base(model, block_size=4)
+    torch.testing.assert_close(ours(random_ids(9)), base(random_ids(9)).logits, atol=1e-5, rtol=0)
+
+
+def test_what_transformers_would_misread_or_cannot_read_is_refused(tmp_path: Path):
+    write_gguf(tmp_path / "yarn.gguf", "qwen2", stretched=True)
+    with pytest.raises(ValueError, match="yarn.gguf' must have a plain rotary embedding, but has 'yarn'"):
+        open_gguf(tmp_path / "yarn.gguf")
+    writer = pytest.importorskip("gguf").GGUFWriter(tmp_path / "other.gguf", "nothing")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="other.gguf' must be a GGUF file that transformers can read, but: .*nothing"):
+        open_gguf(tmp_path / "other.gguf")
+
+
+def test_smollm2_is_read_here(tmp_path: Path):
+    model, tokenizer = open_gguf(small_gguf(tmp_path / "small.gguf"))
+    assert isinstance(model, LlamaForCausalLM) and model.config.rms_norm_eps == 1e-5
+    assert tokenizer("ab").input_ids == [3] and (model.state_dict()["model.norm.weight"] == 1).all()
 
 
 def test_a_missing_gguf_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
