@@ -96,8 +96,8 @@ def _rotary_angles_op(positions, prompt_len, inv_freq, scaling, long_inv_freq, t
     cos, sin = angles.cos(), angles.sin()
     if scaling == 1.0:
         return cos, sin
-    scaling = torch.where(inv_freq == 0, 1.0, scaling)
-    return cos * scaling, sin * scaling
+    scales = torch.full_like(inv_freq, scaling).masked_fill_(inv_freq == 0, 1.0)
+    return cos * scales, sin * scales
 
 
 @_rotary_angles_op.register_fake

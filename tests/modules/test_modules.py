@@ -285,6 +285,22 @@ def test_kernels_draft_what_torch_drafts(options: dict, anchor_rows: int) -> Non
     assert not torch.equal(quantized[:, anchor_rows:], drafted[:, anchor_rows:])
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_is_not_rotated_is_not_scaled(default: torch.dtype) -> None:
+    rotary = RotaryEmbedding(torch.tensor([1.0, 0.25, 0.0]), 1.19)
+    positions, prompt_len = torch.tensor([[0, 3, 9]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        cos, sin = rotary(positions, prompt_len)
+    finally:
+        torch.set_default_dtype(before)
+    angles = positions[..., None] * rotary.inv_freq
+    assert torch.equal(cos, torch.cat((angles.cos()[..., :2] * 1.19, torch.ones(1, 3, 1)), dim=-1))
+    assert torch.equal(sin, torch.cat((angles.sin()[..., :2] * 1.19, torch.zeros(1, 3, 1)), dim=-1))
+    assert cos.dtype == sin.dtype == torch.float32
+
+
 def test_rotary_stays_fp32_and_follows_the_length() -> None:
     rotary = RotaryEmbedding.from_theta(16).bfloat16()
     assert rotary.inv_freq.dtype == torch.float32
