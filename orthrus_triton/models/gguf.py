@@ -59,13 +59,12 @@ def open_gguf(path: str | PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTok
     reader = _open(path)
     fields = _fields(reader)
     if all(fields.get(name) == expected for name, expected in SMOLLM.items()):
-        config, weights, tokenizer = load_gguf(path)
+        config, weights, tokenizer = _load_smollm(reader, fields)
         return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights), tokenizer
-    scaling = fields.get(f"{fields['general.architecture']}.rope.scaling.type", "none")
-    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
-    if factors or scaling != "none":
+    stretch = _stretch(reader, fields)
+    if stretch is not None:
         raise ValueError(
-            f"{str(path)!r} must have a plain rotary embedding, but has {factors or scaling!r}: "
+            f"{str(path)!r} must have a plain rotary embedding, but has {stretch}: "
             "convert the model's original checkpoint instead"
         )
     where = {"pretrained_model_name_or_path": Path(path).parent, "gguf_file": Path(path).name}
@@ -92,12 +91,28 @@ def load_gguf(path: str | PathLike[str]) -> tuple[LlamaConfig, dict[str, torch.T
     for name, expected in SMOLLM.items():
         if fields.get(name) != expected:
             raise ValueError(f"{str(path)!r} must have {name}={expected!r}, but got {fields.get(name)!r}")
+    return _load_smollm(reader, fields)
+
+
+def _load_smollm(
+    reader: Any, fields: Fields
+) -> tuple[LlamaConfig, dict[str, torch.Tensor], PreTrainedTokenizerFast]:  # fmt: skip
     state_dict = _read_weights(reader, fields)
     return _make_config(fields, tied="lm_head.weight" not in state_dict), state_dict, _make_tokenizer(fields)
 
 
 def _fields(reader: Any) -> Fields:
     return Fields({name: field.contents() for name, field in reader.fields.items()})
+
+
+def _stretch(reader: Any, fields: Fields) -> str | None:
+    """What stretches the rotary embedding of a file of any architecture, if anything does."""
+    rope = f"{fields['general.architecture']}.rope."
+    kind = fields.get(f"{rope}scaling.type", "linear")
+    factor = fields.get(f"{rope}scaling.factor", fields.get(f"{rope}scale_linear", 0.0))
+    if kind != "none" and factor not in (0.0, 1.0):
+        return f"one of type {kind!r} and factor {factor}"
+    return next((f"the tensor {tensor.name!r}" for tensor in reader.tensors if tensor.name.startswith("rope_")), None)
 
 
 def _open(path: str | PathLike[str]) -> Any:

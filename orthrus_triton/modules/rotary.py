@@ -25,6 +25,7 @@ class RotaryEmbedding(nn.Module):
     """
 
     inv_freq: torch.Tensor
+    scaling: torch.Tensor | None
     long_inv_freq: torch.Tensor | None
 
     def __init__(
@@ -43,6 +44,8 @@ class RotaryEmbedding(nn.Module):
         self.dynamic_ntk = dynamic_ntk
         self.original_max_len = original_max_len
         self.register_buffer("inv_freq", inv_freq.float(), persistent=False)
+        scaling = torch.full_like(self.inv_freq, attention_scaling).masked_fill_(self.inv_freq == 0, 1.0)
+        self.register_buffer("scaling", None if attention_scaling == 1.0 else scaling, persistent=False)
         self.register_buffer(
             "long_inv_freq", None if long_inv_freq is None else long_inv_freq.float(), persistent=False
         )
@@ -69,7 +72,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: torch.Tensor, prompt_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [B, T] int32, prompt_len [B] int32 -> (cos, sin), each [B, T, D // 2] fp32."""
         return ops.rotary_angles(
-            positions, prompt_len, self.inv_freq, self.attention_scaling, long_inv_freq=self.long_inv_freq,
+            positions, prompt_len, self.inv_freq, self.scaling, long_inv_freq=self.long_inv_freq,
             dynamic_ntk=self.dynamic_ntk, original_max_len=self.original_max_len,
         )  # fmt: skip
 

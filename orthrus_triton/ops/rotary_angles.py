@@ -13,7 +13,7 @@ def rotary_angles(
     positions: torch.Tensor,
     prompt_len: torch.Tensor,
     inv_freq: torch.Tensor,
-    scaling: float = 1.0,
+    scaling: torch.Tensor | None = None,
     *,
     long_inv_freq: torch.Tensor | None = None,
     dynamic_ntk: tuple[float, float] | None = None,
@@ -27,8 +27,8 @@ def rotary_angles(
     Args:
         positions: [B, T] int32.
         prompt_len: [B] int32.
-        inv_freq: [D // 2] fp32; a pair of frequency 0 is left as it is.
-        scaling: multiplies cos and sin, except those of frequency 0.
+        inv_freq: [D // 2] fp32.
+        scaling: [D // 2] fp32 that multiplies cos and sin, or None.
         long_inv_freq: [D // 2] fp32 frequencies of longer sequences (longrope), or None.
         dynamic_ntk: (theta, factor) to stretch the base for longer sequences (dynamic NTK), or None.
         original_max_len: needed by both rules, of which at most one may be asked for.
@@ -42,6 +42,9 @@ def rotary_angles(
     require_same("positions", positions.dtype, torch.int32, "dtype")
     require_same("prompt_len", tuple(prompt_len.shape), (positions.shape[0],), "shape")
     require_same("inv_freq", inv_freq.dtype, torch.float32, "dtype")
+    if scaling is not None:
+        require_same("scaling", tuple(scaling.shape), tuple(inv_freq.shape), "shape")
+        require_same("scaling", scaling.dtype, torch.float32, "dtype")
     if long_inv_freq is not None:
         require_same("long_inv_freq", tuple(long_inv_freq.shape), tuple(inv_freq.shape), "shape")
         if dynamic_ntk is not None:
@@ -87,17 +90,14 @@ def _stretched_on_cpu(
 @torch.library.custom_op(
     "orthrus_triton::rotary_angles",
     mutates_args=(),
-    schema="(Tensor positions, Tensor prompt_len, Tensor inv_freq, float scaling, Tensor? long_inv_freq, "
+    schema="(Tensor positions, Tensor prompt_len, Tensor inv_freq, Tensor? scaling, Tensor? long_inv_freq, "
     "float? theta, float? factor, int? original_max_len) -> (Tensor, Tensor)",
 )
 def _rotary_angles_op(positions, prompt_len, inv_freq, scaling, long_inv_freq, theta, factor, original_max_len):
     frequencies = _frequencies(positions, prompt_len, inv_freq, long_inv_freq, theta, factor, original_max_len)
     angles = positions[..., None] * frequencies
     cos, sin = angles.cos(), angles.sin()
-    if scaling == 1.0:
-        return cos, sin
-    scales = torch.full_like(inv_freq, scaling).masked_fill_(inv_freq == 0, 1.0)
-    return cos * scales, sin * scales
+    return (cos, sin) if scaling is None else (cos * scaling, sin * scaling)
 
 
 @_rotary_angles_op.register_fake

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,10 +182,7 @@ def small_gguf(
     for name in (*of_tokens[: 1 + whole], *(f"blk.0.{name}" for name in LAYER_NAMES), "output_norm"):
         shape = 32 if "norm" in name else (4 if name in of_tokens else 32, 32)
         writer.add_tensor(f"{name}.weight", np.full(shape, 2 if name == "output" else 1, weights))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -212,7 +211,14 @@ def test_what_a_file_lacks_is_named(options: dict, message: str, tmp_path: Path)
         load_gguf(small_gguf(tmp_path / "small.gguf", **options))
 
 
-def write_gguf(path: Path, case: str, stretched: bool = False) -> PreTrainedModel:
+def finish(writer) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf(path: Path, case: str, stretch: Callable[[Any], object] = lambda writer: None) -> PreTrainedModel:
     """A tiny model of another architecture as llama.cpp's converter writes it, and the model itself."""
     gguf = pytest.importorskip("gguf")
     config = base_config(case, eos_token_id=7)
@@ -226,8 +232,7 @@ def write_gguf(path: Path, case: str, stretched: bool = False) -> PreTrainedMode
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if stretched:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    stretch(writer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(["a", "b", "ab", "c", "abc", *(f"w{i}" for i in range(config.vocab_size - 5))])
@@ -239,10 +244,7 @@ def write_gguf(path: Path, case: str, stretched: bool = False) -> PreTrainedMode
     for name, tensor in base.state_dict().items():
         stem, kind = name.rsplit(".", 1)
         writer.add_tensor(f"{names.get_name(stem)}.{kind}", tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return base
 
 
@@ -255,15 +257,27 @@ def test_other_architectures_are_read_by_transformers(tmp_path: Path):
     torch.testing.assert_close(ours(random_ids(9)), base(random_ids(9)).logits, atol=1e-5, rtol=0)
 
 
-def test_what_transformers_would_misread_or_cannot_read_is_refused(tmp_path: Path):
-    write_gguf(tmp_path / "yarn.gguf", "qwen2", stretched=True)
-    with pytest.raises(ValueError, match="yarn.gguf' must have a plain rotary embedding, but has 'yarn'"):
-        open_gguf(tmp_path / "yarn.gguf")
+@pytest.mark.parametrize(
+    ("stretch", "message"),
+    [
+        (lambda writer: writer.add_rope_scaling_factor(4.0), "one of type 'linear' and factor 4.0"),
+        (lambda writer: writer.add_float32("qwen2.rope.scale_linear", 2.0), "one of type 'linear' and factor 2.0"),
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+            "the tensor 'rope_freqs.weight'",
+        ),
+    ],
+    ids=["factor", "old name", "frequencies"],
+)
+def test_a_rotary_embedding_that_transformers_would_misread_is_refused(stretch, message: str, tmp_path: Path):
+    write_gguf(tmp_path / "long.gguf", "qwen2", stretch)
+    with pytest.raises(ValueError, match=f"long.gguf' must have a plain rotary embedding, but has {message}"):
+        open_gguf(tmp_path / "long.gguf")
+
+
+def test_an_architecture_that_transformers_does_not_read_is_named(tmp_path: Path):
     writer = pytest.importorskip("gguf").GGUFWriter(tmp_path / "other.gguf", "nothing")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ValueError, match="other.gguf' must be a GGUF file that transformers can read, but: .*nothing"):
         open_gguf(tmp_path / "other.gguf")
 

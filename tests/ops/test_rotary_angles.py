@@ -24,14 +24,15 @@ def frequencies(half: int) -> torch.Tensor:
 
 @given(
     positions=st.lists(st.integers(0, 131_071), min_size=1, max_size=5), half=st.sampled_from([8, 20, 32, 64]),
-    scaling=st.sampled_from([1.0, 1.3]),
+    scales=st.booleans(),
 )  # fmt: skip
-def test_against_fp64_and_alone(positions: list[int], half: int, scaling: float) -> None:
+def test_against_fp64_and_alone(positions: list[int], half: int, scales: bool) -> None:
     inv_freq = frequencies(half)
+    scaling = torch.linspace(1.0, 1.3, half, device=DEVICE) if scales else None
     out = torch.stack(ops.rotary_angles(ints([positions]), ints([1]), inv_freq, scaling))
     # the angle is an fp32 product by definition; its cosine and sine must be exact to fp32
     angles = (ints([positions])[..., None] * inv_freq).double()
-    expected = torch.stack((angles.cos(), angles.sin())) * scaling
+    expected = torch.stack((angles.cos(), angles.sin())) * (1 if scaling is None else scaling.double())
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-7)
     for t, position in enumerate(positions):
         alone = torch.stack(ops.rotary_angles(ints([[position]]), ints([1]), inv_freq, scaling))
@@ -40,7 +41,7 @@ def test_against_fp64_and_alone(positions: list[int], half: int, scaling: float)
 
 @pytest.mark.parametrize("options", [(None, None, None, None), (None, 1e4, 2.0, 4)], ids=["static", "dynamic"])
 def test_opcheck(options: tuple) -> None:
-    arguments = (ints([[0, 3, 9]]), ints([5]), frequencies(32), 1.5, *options)
+    arguments = (ints([[0, 3, 9]]), ints([5]), frequencies(32), torch.full((32,), 1.5, device=DEVICE), *options)
     torch.library.opcheck(torch.ops.orthrus_triton.rotary_angles.default, arguments)
 
 
@@ -52,6 +53,8 @@ def test_what_callers_get_wrong() -> None:
         ops.rotary_angles(ids, ids[0], inv_freq)
     with pytest.raises(ValueError, match="inv_freq must have dtype torch.float32"):
         ops.rotary_angles(ids, ids[:, 0], inv_freq.double())
+    with pytest.raises(ValueError, match="scaling must have shape"):
+        ops.rotary_angles(ids, ids[:, 0], inv_freq, inv_freq[:1])
     with pytest.raises(ValueError, match="long_inv_freq must have shape"):
         ops.rotary_angles(ids, ids[:, 0], inv_freq, long_inv_freq=frequencies(5), original_max_len=4)
     for rule in ({"long_inv_freq": inv_freq}, {"dynamic_ntk": (1e4, 2.0)}):
