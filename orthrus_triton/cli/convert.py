@@ -27,8 +27,9 @@ def convert(
     dtype: Annotated[Literal["keep", "bf16", "fp16", "fp32"], typer.Option(help="keep: the source's own.")] = "keep",
     force: Annotated[bool, typer.Option("--force", help="Replace the model in a TARGET that is not empty.")] = False,
 ) -> None:
-    """Give a frozen base model a diffusion view that starts as a copy of its AR weights. Llama, Mistral, Phi-3,
-    Qwen2, Qwen3, SmolLM3, ERNIE 4.5, GLM and Seed-OSS can be one: what counts is the model_type in its config.json.
+    """Give a frozen base model a diffusion view that starts as a copy of its AR weights. Llama, Mistral, Phi-3, Qwen2,
+    Qwen3, SmolLM3, Granite, EXAONE 4, ERNIE 4.5, GLM and Seed-OSS can be one: what counts is the model_type in its
+    config.json.
 
     The AR weights are stored unchanged, or rounded to --dtype. The view drafts poorly until it is trained.
 

@@ -13,12 +13,29 @@ from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.rms_norm import RMSNorm
 
 
+class TokenEmbedding(nn.Embedding):
+    """Rows of a table, `scale` times."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.scale = scale
+
+    def forward(
+        self, ids: torch.Tensor, is_mask: torch.Tensor | None = None, mask_embedding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ids [B, T] -> [B, T, H]; where `is_mask` [B, T], `mask_embedding` [H] takes the row's place, if given."""
+        hidden = super().forward(ids)
+        if mask_embedding is not None:
+            hidden = torch.where(is_mask[..., None], mask_embedding.to(hidden.dtype), hidden)
+        return hidden if self.scale == 1 else hidden * self.scale
+
+
 class OrthrusModel(nn.Module):
     """Embedding, layers, final norm and rotary frequencies."""
 
     def __init__(self, config: OrthrusConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, config.embedding_scale)
         self.mask_token_id = config.mask_token_id
         has_mask = config.mask_embedding
         self.mask_embedding_diff = nn.Parameter(torch.empty(config.hidden_size)) if has_mask else None
@@ -31,7 +48,7 @@ class OrthrusModel(nn.Module):
             )
             for options in config.layer_options()
         )  # fmt: skip
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = rotary_from_config(config.base_config())
 
     def forward(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:
@@ -43,10 +60,9 @@ class OrthrusModel(nn.Module):
     def embed(self, input_ids: torch.Tensor, view_pass: ViewPass) -> torch.Tensor:
         """input_ids [B, T] -> [B, T, H]. The mask token has an embedding of its own in a diffusion view that was given
         one; everything else, and whatever the frozen view reads, has the frozen row."""
-        hidden = self.embed_tokens(input_ids)
         if view_pass.view == "ar" or self.mask_embedding_diff is None:
-            return hidden
-        is_mask = (input_ids == self.mask_token_id).unsqueeze(-1)
+            return self.embed_tokens(input_ids)
+        is_mask = input_ids == self.mask_token_id
         if view_pass.anchor_rows:
             is_mask[:, : view_pass.anchor_rows] = False
-        return torch.where(is_mask, self.mask_embedding_diff.to(hidden.dtype), hidden)
+        return self.embed_tokens(input_ids, is_mask, self.mask_embedding_diff)

@@ -1,5 +1,5 @@
-"""A base model's weights as our layers have them: q, k, v, gate and up each under a name of its own, and the rows of
-q's and k's heads in the order in which our rotation pairs them."""
+"""A base model's weights as our layers have them: q, k, v, gate and up each under a name of its own, the rows of q's
+and k's heads in the order in which our rotation pairs them, and norms by our names."""
 
 from __future__ import annotations
 
@@ -14,22 +14,31 @@ from orthrus_triton.models.families import FAMILIES
 from orthrus_triton.models.rope import rotary_dims
 
 FUSED = re.compile(r"(?P<where>.+\.)(?P<what>qkv_proj|gate_up_proj)(?P<kind>\.weight|\.bias)")
+FINAL_NORM = "model.norm.weight"
+# norms behind attention and MLP, where there are none before them
+BEHIND = {"post_attention_layernorm": "post_self_attn_layernorm", "post_feedforward_layernorm": "post_mlp_layernorm"}
 ROTATED = re.compile(r".+\.self_attn\.[qk]_proj\.(weight|bias)")
 
 
 def as_ours(source: WeightSource, config: PreTrainedConfig) -> WeightSource:
-    """`source` with fused matrices (of Phi-3, GLM) taken apart, and rows put in order. A fused matrix that has not the
-    rows that `config` describes stays as it is, to be complained of under its own name."""
+    """`source` with fused matrices (of Phi-3, GLM) taken apart, rows put in order, norms renamed, and the last one
+    divided by `logits_scaling` (Granite), a power of two. A tensor that has not the rows that `config` describes stays
+    as it is, to be complained of under its own name."""
+    family = FAMILIES[config.model_type]
     head_dim, rotated = rotary_dims(config)
     query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     parts = {
         "qkv_proj": {"q_proj": query, "k_proj": key, "v_proj": key},
         "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
     }
-    order = row_order(head_dim, rotated, FAMILIES[config.model_type].rotates_neighbours)
+    order = row_order(head_dim, rotated, family.rotates_neighbours)
+    renamed = BEHIND if family.norms == "behind" else {}
 
     def new_names(name: str) -> dict[str, int]:
         """What becomes of a tensor: names and their rows; nothing of one that stays."""
+        where, _, norm = name.removesuffix(".weight").rpartition(".")
+        if norm in renamed and source.shapes[name] == (config.hidden_size,):
+            return {f"{where}.{renamed[norm]}.weight": config.hidden_size}
         fused = FUSED.fullmatch(name)
         if fused is None:
             return {}
@@ -38,7 +47,9 @@ def as_ours(source: WeightSource, config: PreTrainedConfig) -> WeightSource:
             return {}
         return {f"{fused['where']}{part}{fused['kind']}": number for part, number in rows.items()}
 
-    def in_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if family.has_multipliers and name == FINAL_NORM:
+            return tensor / config.logits_scaling
         if order is None or not ROTATED.fullmatch(name) or tensor.shape[0] % head_dim:
             return tensor
         return tensor.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
@@ -47,7 +58,7 @@ def as_ours(source: WeightSource, config: PreTrainedConfig) -> WeightSource:
         for name, tensor in source.read():
             names = new_names(name) or {name: tensor.shape[0] if tensor.dim() else 0}
             pieces = tensor.split([*names.values()]) if len(names) > 1 else [tensor]
-            yield from ((part, in_order(part, piece)) for part, piece in zip(names, pieces))
+            yield from ((part, numbers(part, piece)) for part, piece in zip(names, pieces))
 
     shapes, dtypes = {}, {}
     for name, shape in source.shapes.items():

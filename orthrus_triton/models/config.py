@@ -4,6 +4,7 @@ Reads the published Orthrus checkpoints too, whose config.json is Qwen3's with a
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -124,22 +125,39 @@ class OrthrusConfig(PreTrainedConfig):
         """`head_dim`, which only some families store."""
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
+    @property
+    def norm_eps(self) -> float:
+        """Of the norms over our residual stream, which is the base's divided by its `residual_multiplier` (Granite):
+        so what is added to it needs no factor, and norms of the two are alike but for this."""
+        return self.rms_norm_eps / self._multiplier("residual_multiplier") ** 2
+
+    @property
+    def embedding_scale(self) -> float:
+        """What a row of the embedding is multiplied by to begin that stream."""
+        return self._multiplier("embedding_multiplier") / self._multiplier("residual_multiplier")
+
+    def _multiplier(self, name: str) -> float:
+        return getattr(self, name) if FAMILIES[self.base_model_type].has_multipliers else 1.0
+
     def layer_options(self) -> list[dict[str, Any]]:
         """For each layer, the options of `OrthrusDecoderLayer` beyond its sizes."""
         family = FAMILIES[self.base_model_type]
         biases = {name: getattr(family, name) for name in ("qkv_bias", "o_bias", "mlp_bias")}
         shared = {
-            "norm_eps": self.rms_norm_eps,
+            "norm_eps": self.norm_eps,
+            "norms": family.norms,
+            "scale": self.attention_multiplier if family.has_multipliers else None,
             "qk_norm": family.qk_norm,
             **{name: getattr(self, said) if isinstance(said, str) else said for name, said in biases.items()},
             "view_rank": self.view_rank,
         }
-        # despite its name, 1 where there is a rotation
-        rotated = self.no_rope_layers if family.skips_rope else [True] * self.num_hidden_layers
-        return [
-            {**shared, "window": window, "use_rope": bool(use_rope)}
-            for window, use_rope in zip(self._windows(), rotated)
-        ]
+        windows = self._windows()
+        rotated = [True] * self.num_hidden_layers
+        if family.skips_rope == "listed":
+            rotated = self.no_rope_layers  # despite its name, 1 where there is a rotation
+        elif family.skips_rope == "unwindowed" and self.sliding_window is not None:
+            rotated = [window is not None for window in windows]
+        return [{**shared, "window": window, "use_rope": bool(use_rope)} for window, use_rope in zip(windows, rotated)]
 
     def _windows(self) -> list[int | None]:
         """The sliding window of each layer."""
@@ -177,10 +195,19 @@ class OrthrusConfig(PreTrainedConfig):
                 f"num_key_value_heads must divide num_attention_heads={self.num_attention_heads}, "
                 f"but got {self.num_key_value_heads}"
             )
-        if FAMILIES[self.base_model_type].skips_rope and len(self.no_rope_layers) < self.num_hidden_layers:
+        if FAMILIES[self.base_model_type].skips_rope == "listed" and len(self.no_rope_layers) < self.num_hidden_layers:
             raise ValueError(
                 f"no_rope_layers must hold a 0 or a 1 for each of {self.num_hidden_layers} layers, "
                 f"but got {self.no_rope_layers}"
+            )
+        for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+            value = self._multiplier(name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, but got {value!r}")
+        scaling = self._multiplier("logits_scaling")
+        if math.frexp(scaling)[0] != 0.5:
+            raise ValueError(
+                f"logits_scaling must be a power of two, which weights can be divided by, but got {scaling}"
             )
         self._check_layer_types()
 

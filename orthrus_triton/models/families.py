@@ -1,4 +1,4 @@
-"""The families of models that can be frozen: pre-norm layers with SwiGLU MLPs, and how each differs from the others.
+"""The families of models that can be frozen: layers with RMS norms and SwiGLU MLPs, and how each differs from others.
 To add one, add it here, and tiny models of it to tests/models/tiny_bases.py."""
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from typing import Literal
 from torch import nn
 from transformers import (
     Ernie4_5Config,
+    Exaone4Config,
+    Glm4Config,
     GlmConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -20,7 +23,10 @@ from transformers import (
     SmolLM3Config,
 )
 from transformers.models.ernie4_5.modeling_ernie4_5 import Ernie4_5RotaryEmbedding
+from transformers.models.exaone4.modeling_exaone4 import Exaone4RotaryEmbedding
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
+from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
+from transformers.models.granite.modeling_granite import GraniteRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
@@ -38,9 +44,13 @@ class Family:
     qk_norm: whether each head of q and k is normed.
     qkv_bias, o_bias, mlp_bias: whether these projections have biases, or the field of the configuration that says so.
     windows: which layers slide if the configuration has a window: none can, all do, or those that it lists.
-    skips_rope: the configuration lists layers that rotate nothing (`no_rope_layers`).
+    skips_rope: which layers rotate nothing: those that the configuration lists (`no_rope_layers`), or in a model with a
+        window those that have none; None if all rotate.
     partial_rotary: the rotation may cover the first part of a head only.
     rotates_neighbours: it turns pairs (2i, 2i + 1) of a head, and not numbers that lie half of it apart.
+    norms: where a layer has them, as in `OrthrusDecoderLayer`.
+    has_multipliers: the configuration has factors for the embedding, scores, logits, and what is added to the residual
+        stream.
     """
 
     config: type[PreTrainedConfig]
@@ -50,9 +60,11 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     windows: Literal["none", "all", "listed"] = "none"
-    skips_rope: bool = False
+    skips_rope: Literal["listed", "unwindowed"] | None = None
     partial_rotary: bool = False
     rotates_neighbours: bool = False
+    norms: Literal["before", "behind", "both"] = "before"
+    has_multipliers: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -60,8 +72,19 @@ FAMILIES: dict[str, Family] = {
         Ernie4_5Config, Ernie4_5RotaryEmbedding, qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
         rotates_neighbours=True,
     ),
+    "exaone4": Family(
+        Exaone4Config, Exaone4RotaryEmbedding, qk_norm=True, windows="listed", skips_rope="unwindowed", norms="behind"
+    ),
     "glm": Family(
         GlmConfig, GlmRotaryEmbedding, qkv_bias="attention_bias", partial_rotary=True, rotates_neighbours=True
+    ),
+    "glm4": Family(
+        Glm4Config, Glm4RotaryEmbedding, qkv_bias="attention_bias", partial_rotary=True, rotates_neighbours=True,
+        norms="both",
+    ),
+    "granite": Family(
+        GraniteConfig, GraniteRotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_bias",
+        mlp_bias="mlp_bias", has_multipliers=True,
     ),
     "llama": Family(
         LlamaConfig, LlamaRotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
@@ -79,6 +102,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(
         SmolLM3Config, SmolLM3RotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
-        windows="listed", skips_rope=True,
+        windows="listed", skips_rope="listed",
     ),
 }  # fmt: skip

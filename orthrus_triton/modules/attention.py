@@ -29,6 +29,7 @@ class DualViewAttention(nn.Module):
         norm_eps: of the q/k norms.
         window: sliding window in tokens, or None.
         use_rope: False for a layer that rotates nothing (every fourth of SmolLM3).
+        scale: multiplies the scores, by default head_dim ** -0.5.
         view_rank: None gives the diffusion view full matrices of its own, as in the paper; r stores each of its
             projections as the frozen AR weight plus a rank-r delta.
 
@@ -51,6 +52,7 @@ class DualViewAttention(nn.Module):
         norm_eps: float = 1e-6,
         window: int | None = None,
         use_rope: bool = True,
+        scale: float | None = None,
         view_rank: int | None = None,
     ) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class DualViewAttention(nn.Module):
             raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, but got {num_heads}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.qk_norm, self.norm_eps = head_dim, qk_norm, norm_eps
-        self.window, self.use_rope, self.view_rank = window, use_rope, view_rank
+        self.window, self.use_rope, self.scale, self.view_rank = window, use_rope, scale, view_rank
         sizes = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
         for suffix in SUFFIX.values():
             if suffix and view_rank is not None:
@@ -119,7 +121,8 @@ class DualViewAttention(nn.Module):
         inexact = impl == "torch" and view_pass.linear_impl == "library"
         attended = ops.dual_view_attention(
             q, cache_layer.k, cache_layer.v, view_pass.key_limit, k_block, v_block,
-            block_size=T if drafting else None, window=self.window, impl="library" if inexact else impl,
+            block_size=T if drafting else None, window=self.window, scale=self.scale,
+            impl="library" if inexact else impl,
         ).view(B, T, -1)  # fmt: skip
         return self._project_out(attended, view_pass, residual, next_norm)
 
@@ -150,7 +153,7 @@ class DualViewAttention(nn.Module):
                 lambda rows, part: self._project_qkv(rows, part.view == "diffusion", impl), hidden, parts
             )
             q = ops.rope_cache(qkv, *self._angles(rope), k, v, view_pass.slots, impl=impl)
-        attended = ops.dual_view_attention(q, k, v, view_pass.key_limit, impl=impl).flatten(2)
+        attended = ops.dual_view_attention(q, k, v, view_pass.key_limit, scale=self.scale, impl=impl).flatten(2)
         if next_norm is not None and impl == "torch":  # one norm of all rows is less work, and the same
             return next_norm(self._by_view(self._project_out, attended, parts), residual, impl=impl)
         pieces = zip(*_split(parts, attended, residual), parts)
@@ -245,7 +248,7 @@ class DualViewAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}, "
-            f"window={self.window}, use_rope={self.use_rope}, view_rank={self.view_rank}"
+            f"window={self.window}, use_rope={self.use_rope}, scale={self.scale}, view_rank={self.view_rank}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear, require_residual
 from orthrus_triton.modules.rms_norm import RMSNorm
 from orthrus_triton.ops._dispatch import require_size
+
+NORMS = ("before", "behind", "both")
 
 
 class SwiGLU(nn.Module):
@@ -67,16 +69,21 @@ class SwiGLU(nn.Module):
 
 
 class OrthrusDecoderLayer(nn.Module):
-    """One pre-norm Transformer layer with two attention views, for inference: its passes have no gradient. What trains
-    a view is in `orthrus_triton.training.student`.
+    """One Transformer layer with two attention views, for inference: its passes have no gradient. What trains a view is
+    in `orthrus_triton.training.student`.
 
     Args:
         hidden_size: width of the residual stream.
         num_heads, num_kv_heads, head_dim: attention shape.
         intermediate_size: width of the MLP.
         norm_eps: of all norms.
+        norms: where attention and MLP have theirs: "before" them, as most models; "behind" them, normed before it is
+            added to the residual stream (OLMo 2, EXAONE 4); or "both" (GLM-4-0414).
         mlp_bias: biases in the MLP.
         **attention: further options of `DualViewAttention`.
+
+    Raises:
+        ValueError: a size or an option that cannot be.
     """
 
     def __init__(
@@ -88,16 +95,26 @@ class OrthrusDecoderLayer(nn.Module):
         intermediate_size: int,
         *,
         norm_eps: float = 1e-6,
+        norms: Literal["before", "behind", "both"] = "before",
         mlp_bias: bool = False,
         **attention: Any,
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(hidden_size, norm_eps)
+        if norms not in NORMS:
+            raise ValueError(f"norms must be one of {NORMS}, but got {norms!r}")
+
+        def norm_if(there: bool) -> RMSNorm | None:
+            return RMSNorm(hidden_size, norm_eps) if there else None
+
+        before, behind = norms != "behind", norms != "before"
+        self.input_layernorm = norm_if(before)
         self.self_attn = DualViewAttention(
             hidden_size, num_heads, num_kv_heads, head_dim, norm_eps=norm_eps, **attention
         )
-        self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
+        self.post_self_attn_layernorm = norm_if(behind)
+        self.post_attention_layernorm = norm_if(before)  # the MLP's own: other models' name for it
         self.mlp = SwiGLU(hidden_size, intermediate_size, mlp_bias)
+        self.post_mlp_layernorm = norm_if(behind)
 
     def forward(
         self,
@@ -119,12 +136,18 @@ class OrthrusDecoderLayer(nn.Module):
             hidden; with `next_norm` (next_norm(hidden), hidden).
         """
         impl, linear_impl = view_pass.impl, view_pass.linear_impl
+        options = {"impl": impl, "linear_impl": linear_impl, "draft": view_pass.only_drafts}
         if normed is None:
-            normed = self.input_layernorm(hidden, impl=impl)
-        normed, hidden = self.self_attn(normed, rope, cache_layer, view_pass, hidden, self.post_attention_layernorm)
-        return self.mlp(
-            normed, hidden, next_norm, impl=impl, linear_impl=linear_impl, draft=view_pass.only_drafts
+            normed = hidden if self.input_layernorm is None else self.input_layernorm(hidden, impl=impl)
+        if self.post_mlp_layernorm is None:
+            normed, hidden = self.self_attn(normed, rope, cache_layer, view_pass, hidden, self.post_attention_layernorm)
+            return self.mlp(normed, hidden, next_norm, **options)
+        attended = self.self_attn(normed, rope, cache_layer, view_pass)
+        normed, hidden = self.post_self_attn_layernorm.add_to(
+            hidden, attended, self.post_attention_layernorm, impl=impl
         )  # fmt: skip
+        normed, hidden = self.post_mlp_layernorm.add_to(hidden, self.mlp(normed, **options), next_norm, impl=impl)
+        return hidden if next_norm is None else (normed, hidden)
 
 
 def run_layers(
@@ -147,10 +170,11 @@ def run_layers(
     def eagerly(
         hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], view_pass: ViewPass
     ) -> torch.Tensor:  # fmt: skip
-        first, *others = [layer.input_layernorm for layer in layers]
-        normed = first(hidden, impl=view_pass.impl)
-        for layer, cache_layer, next_norm in zip(layers, cache.layers, [*others, norm]):
-            normed, hidden = layer(hidden, rope, cache_layer, view_pass, normed, next_norm)
+        normed = None  # the first layer's own matter
+        next_norms = [*(layer.input_layernorm for layer in layers[1:]), norm]
+        for layer, cache_layer, next_norm in zip(layers, cache.layers, next_norms):
+            result = layer(hidden, rope, cache_layer, view_pass, normed, next_norm)
+            normed, hidden = (None, result) if next_norm is None else result
         return normed
 
     if cache.recorded is None or torch.compiler.is_compiling():

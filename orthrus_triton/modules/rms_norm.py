@@ -24,5 +24,12 @@ class RMSNorm(nn.Module):
         """x [..., H] -> normed [..., H]; with a residual, (normed, x + residual)."""
         return ops.rms_norm(x, self.weight, self.eps, residual, impl=impl)
 
+    def add_to(
+        self, residual: torch.Tensor, x: torch.Tensor, next_norm: RMSNorm | None = None, *, impl: str = "auto"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(next_norm(sum), sum) of `residual` and the norm of x, [..., H] each; the sum twice without `next_norm`."""
+        following = (None, 0.0) if next_norm is None else (next_norm.weight, next_norm.eps)
+        return ops.add_normed(x, residual, self.weight, self.eps, *following, impl=impl)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

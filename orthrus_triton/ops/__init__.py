@@ -1,5 +1,6 @@
 """Functional kernels: they know tensors, not models. Each runs as Triton, torch or fp64 reference (`impl=`)."""
 
+from orthrus_triton.ops.add_normed import add_normed
 from orthrus_triton.ops.block_attention import block_attention
 from orthrus_triton.ops.consensus import consensus_
 from orthrus_triton.ops.dual_view_attention import dual_view_attention
@@ -30,6 +31,7 @@ __all__ = [
     "SamplingTensors",
     "TopKTeacher",
     "VOID",
+    "add_normed",
     "block_attention",
     "consensus_",
     "dual_view_attention",

@@ -58,10 +58,10 @@ def _train_layer(
     attended = _attention(
         layer.self_attn, _norm(hidden, layer.input_layernorm), cos, sin, k_context, v_context, key_limit, block_size
     )
-    hidden = hidden + attended
+    hidden = hidden + _norm(attended, layer.post_self_attn_layernorm)
     normed = _norm(hidden, layer.post_attention_layernorm)
     gate, up = _project(normed, layer.mlp.gate_up_proj).chunk(2, dim=-1)
-    return hidden + _project(F.silu(gate) * up, layer.mlp.down_proj)
+    return hidden + _norm(_project(F.silu(gate) * up, layer.mlp.down_proj), layer.post_mlp_layernorm)
 
 
 class BlockStudent(nn.Module):
@@ -126,10 +126,7 @@ class BlockStudent(nn.Module):
         positions = (anchors[..., None] + steps).view(B, A * rows).int()
         rope = self.rotary_emb(positions, prompt_len.int())
         how = BlockPass((anchors + first).int().repeat_interleave(rows, dim=1), rows)
-        hidden = self.embed_tokens(ids)
-        if self.mask_embedding_diff is not None:
-            is_mask = (ids == self.mask_token_id)[..., None]
-            hidden = torch.where(is_mask, self.mask_embedding_diff.to(hidden.dtype), hidden)
+        hidden = self.embed_tokens(ids, ids == self.mask_token_id, self.mask_embedding_diff)
         for layer, layer_context in zip(self.layers, context):
             hidden = layer(hidden, rope, layer_context, how)
         return _norm(hidden, self.norm).view(B, A, rows, -1)[:, :, : block_size - 1]
@@ -139,7 +136,8 @@ class BlockStudent(nn.Module):
         leaves a row as it is."""
         if self.draft_chain_diff is None:
             return hidden
-        correction = self.draft_chain_diff.correction(hidden, self.embed_tokens(own_ids.clamp(min=0)))
+        embedded = F.embedding(own_ids.clamp(min=0), self.embed_tokens.weight)
+        correction = self.draft_chain_diff.correction(hidden, embedded)
         return hidden + correction * (own_ids >= 0)[..., None]
 
     @torch.no_grad()
@@ -175,7 +173,7 @@ def _attention(
     q, k = qk.split([heads, kv_heads], dim=2)
     attended = ops.block_attention(
         q, k_context.to(v.dtype), v_context.to(v.dtype), key_limit, k, v, block_size=block_size,
-        window=attention.window,
+        window=attention.window, scale=attention.scale,
     )  # fmt: skip
     return _project_out(attention, attended.flatten(2))
 
@@ -200,7 +198,9 @@ def _project(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     return F.linear(x, linear.weight.to(x.dtype), bias)
 
 
-def _norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+def _norm(x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+    if norm is None:  # there is none at this place
+        return x
     return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
 
 

@@ -13,6 +13,7 @@ import torch
 from orthrus_triton.autotune.aot import TARGETS, Launch, compile_launch, record_launches
 from orthrus_triton.autotune.defaults import MANY_ROWS_TILES, RULES
 from orthrus_triton.autotune.store import KernelConfig
+from orthrus_triton.ops.add_normed import launch_add_normed
 from orthrus_triton.ops.block_attention.launch import launch_backward, launch_forward
 from orthrus_triton.ops.consensus import launch_consensus
 from orthrus_triton.ops.dual_view_attention.api import HEAD_DIMS
@@ -123,6 +124,8 @@ def small_ops(dtype: torch.dtype) -> None:
         x, weight = meta(4, hidden, dtype=dtype), meta(hidden, dtype=dtype)
         launch_rms_norm(x, x, weight, 1e-6)
         launch_rms_norm(x, None, weight, 1e-6)
+        launch_add_normed(x, x, weight, 1e-6, weight, 1e-6)
+        launch_add_normed(x, x, weight, 1e-6, None, 0.0)
     launch_swiglu(meta(4, 2 * 1536, dtype=dtype))
     for head_dim in HEAD_DIMS:
         qkv, cache = meta(2, 4, 8 * head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)

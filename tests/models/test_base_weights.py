@@ -15,12 +15,14 @@ from tests.models.tiny_bases import base_config, build_base, random_ids
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
-@pytest.mark.parametrize("case", ["phi3", "phi3 partial longrope", "glm", "ernie4_5 biases, untied"])
+@pytest.mark.parametrize(
+    "case", ["phi3", "phi3 partial longrope", "glm", "glm4", "granite", "exaone4", "ernie4_5 biases, untied"]
+)
 def test_a_folder_gives_the_model_that_its_object_gives(case: str, max_shard_size: str, tmp_path: Path):
     base = build_base(base_config(case))
     base.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     held = [name for path in tmp_path.glob("*.safetensors") for name in load_file(path)]
-    fused = {"phi3": 2, "glm": 1, "ernie4_5": 0}[base.config.model_type]
+    fused = {"phi3": 2, "glm": 1, "glm4": 1}.get(base.config.model_type, 0)
     assert sum(FUSED.fullmatch(name) is not None for name in held) == fused * base.config.num_hidden_layers
     of_folder, of_object = (OrthrusForCausalLM.from_base(source).state_dict() for source in (tmp_path, base))
     assert of_folder.keys() == of_object.keys()

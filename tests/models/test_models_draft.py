@@ -21,6 +21,11 @@ class NaiveOrthrus:
         self.weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
         self.windows = [layer.self_attn.window for layer in model.model.layers]
         self.rotates = getattr(model.config, "no_rope_layers", [1] * len(self.windows))
+        if model.config.base_model_type == "exaone4" and model.config.sliding_window is not None:
+            self.rotates = self.windows
+        one = dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1.0)
+        one["attention_multiplier"] = model.config.attention_head_dim**-0.5
+        self.factors = {name: getattr(model.config, name, value) for name, value in one.items()}
 
     def project(self, x: torch.Tensor, layer: int, name: str, suffix: str = "") -> torch.Tensor:
         prefix = f"model.layers.{layer}.{name}"
@@ -32,6 +37,8 @@ class NaiveOrthrus:
         return x @ weight.T + (0 if bias is None else bias)
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if name not in self.weights:
+            return x
         return x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.weights[name]
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -49,7 +56,8 @@ class NaiveOrthrus:
         """ids [T] at positions start.. -> logits [T, V] and each layer's (keys, values). Without a cache: causal."""
         T, D = ids.shape[0], self.config.attention_head_dim
         positions = torch.arange(start, start + T)
-        hidden, kept = self.weights["model.embed_tokens.weight"][ids], []
+        hidden, kept = self.weights["model.embed_tokens.weight"][ids] * self.factors["embedding_multiplier"], []
+        part = self.factors["residual_multiplier"]
         for layer, window in enumerate(self.windows):
             prefix = f"model.layers.{layer}"
             x = self.norm(hidden, f"{prefix}.input_layernorm.weight")
@@ -69,14 +77,17 @@ class NaiveOrthrus:
                 visible = [row + [True] * T for row in in_window]
             group = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            scores = torch.einsum("thd,shd->hts", q, k) / D**0.5
+            scores = torch.einsum("thd,shd->hts", q, k) * self.factors["attention_multiplier"]
             weights = scores.masked_fill(~torch.tensor(visible), -torch.inf).softmax(-1)
             attended = torch.einsum("hts,shd->thd", weights, v).reshape(T, -1)
-            hidden = hidden + self.project(attended, layer, "self_attn.o_proj", suffix)
+            out = self.project(attended, layer, "self_attn.o_proj", suffix)
+            hidden = hidden + part * self.norm(out, f"{prefix}.post_self_attn_layernorm.weight")
             x = self.norm(hidden, f"{prefix}.post_attention_layernorm.weight")
             gate = torch.nn.functional.silu(self.project(x, layer, "mlp.gate_proj"))
-            hidden = hidden + self.project(gate * self.project(x, layer, "mlp.up_proj"), layer, "mlp.down_proj")
+            out = self.project(gate * self.project(x, layer, "mlp.up_proj"), layer, "mlp.down_proj")
+            hidden = hidden + part * self.norm(out, f"{prefix}.post_mlp_layernorm.weight")
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
+        # our final norm's weight has logits_scaling in it already
         return self.norm(hidden, "model.norm.weight") @ head.T, kept
 
 
@@ -100,10 +111,10 @@ def draft_logits(
 @pytest.mark.parametrize(
     "case",
     [
-        "ernie4_5 biases, untied", "glm", "llama", "llama all heads have keys", "llama biases, wide heads, tied",
-        "mistral window", "qwen2",
-        "qwen2 window in upper layers", "qwen3", "qwen3 biases, tied, window by layer types", "phi3 window, tied",
-        "phi3 partial", "seed_oss no biases but those of o and MLP", "smollm3",
+        "ernie4_5 biases, untied", "exaone4", "glm", "glm4", "granite", "llama", "llama all heads have keys",
+        "llama biases, wide heads, tied", "mistral window", "qwen2", "qwen2 window in upper layers", "qwen3",
+        "qwen3 biases, tied, window by layer types", "phi3 window, tied", "phi3 partial",
+        "seed_oss no biases but those of o and MLP", "smollm3",
         "smollm3 biases, untied, window where nothing is rotated",
     ],
 )  # fmt: skip
@@ -152,3 +163,16 @@ def test_a_low_rank_view_starts_from_the_same_numbers_every_time():
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
     downs = [tensor for name, tensor in first.items() if "down.weight" in name and "_diff" in name]
     assert len(downs) > 1 and not torch.equal(downs[0][0], downs[1][0])
+
+
+@pytest.mark.parametrize("case", ["qwen3", "granite"])
+@torch.inference_mode()
+def test_a_mask_embedding_of_its_own_is_read_like_a_row_of_the_table(case: str):
+    base, own = build_base(base_config(case)), torch.randn(64, generator=torch.Generator().manual_seed(3))
+    models = [OrthrusForCausalLM.from_base(base, block_size=BLOCK, mask_embedding=has) for has in (True, False)]
+    models[0].model.mask_embedding_diff.copy_(own)
+    models[1].model.embed_tokens.weight[models[1].mask_token_id] = own
+    ids, block = random_ids(16, batch=2), random_ids(BLOCK, batch=2, seed=7)
+    block[:, 1:] = models[0].mask_token_id
+    with_own, in_table = (draft_logits(model, ids, block, 0) for model in models)
+    assert torch.equal(with_own, in_table)

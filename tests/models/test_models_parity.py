@@ -67,12 +67,14 @@ def test_ar_logits_agree_with_transformers(case: str, dtype: torch.dtype):
     "case",
     [
         "llama longrope", "llama dynamic", "mistral window", "qwen2 window in upper layers", "phi3 partial", "smollm3",
+        "granite",
     ],
 )  # fmt: skip
 def test_the_cases_would_notice(case: str):
     """The rule moves the logits by far more than the tolerance; if it did not, the parity test could not fail."""
     family, fields = CASES[case]
     plain = {key: None for key in fields if key in ("rope_parameters", "sliding_window")}
+    plain |= {key: 1.0 for key in fields if key.endswith("_multiplier")}
     plain |= {key: 99 for key in fields if key == "no_rope_layer_interval"}
     ids = random_ids(LENGTH)
     with_rule, without = build_base(base_config(case)), build_base(base_config(case, **plain))

@@ -36,7 +36,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"attention_bias": True, "mlp_bias": True, "head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
     ),
-    "llama with a field of another family": ("llama", {"no_rope_layers": [0, 0], "partial_rotary_factor": 1.0}),
+    "llama with fields of other families": (
+        "llama",
+        {
+            "no_rope_layers": [0, 0], "partial_rotary_factor": 1.0, "residual_multiplier": 0.5,
+            "attention_multiplier": 0.5,
+        },
+    ),
     "llama linear": ("llama", rope("linear", factor=2.5)),
     "llama yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     "llama yarn, mscale": (
@@ -52,6 +58,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": ORIGINAL_LEN}),
     "ernie4_5": ("ernie4_5", {"head_dim": 32}),
     "ernie4_5 biases, untied": ("ernie4_5", {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False}),
+    "exaone4": ("exaone4", {"num_hidden_layers": 3, "sliding_window": 6, "sliding_window_pattern": 3}),
+    "exaone4 no window, tied": (
+        "exaone4",
+        {
+            "sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-2,
+        },
+    ),
     "glm": ("glm", {"head_dim": 32}),
     "glm no biases, three quarters rotated, tied": (
         "glm",
@@ -59,6 +73,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16, "attention_bias": False, "tie_word_embeddings": True,
             **rope("default", partial_rotary_factor=0.75),
         },
+    ),
+    "glm4": ("glm4", {"head_dim": 32}),
+    "glm4 no biases, tied": ("glm4", {"head_dim": 16, "attention_bias": False, "tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 0.3, "residual_multiplier": 0.22, "attention_multiplier": 0.4,
+            "logits_scaling": 4.0, "rms_norm_eps": 1e-2,
+        },
+    ),
+    "granite biases, tied, nothing multiplied": (
+        "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
     ),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral window": ("mistral", {"sliding_window": 7}),

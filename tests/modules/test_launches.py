@@ -83,6 +83,18 @@ def test_a_layer_launches_what_the_table_lists(
     assert combines == 1
 
 
+@pytest.mark.parametrize("norms", ["behind", "both"])
+def test_a_layer_with_norms_behind_launches_them_with_the_sum(triton_launches: Counter, norms: str) -> None:
+    """And with the norm that reads this sum; nothing of torch's."""
+    (one, torch_one), (three, torch_three) = (
+        cycle_launches(triton_launches, layers, 8, norms=norms) for layers in (1, 3)
+    )
+    assert torch_one == torch_three
+    layer = {name: (three[name] - one[name]) / 4 for name in three}
+    assert layer["add_normed_kernel"] == 2 and layer.get("rms_norm_kernel", 0) == 0
+    assert not [name for name, count in layer.items() if "norm" in name and count and name != "add_normed_kernel"]
+
+
 def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter) -> None:
     """More than a layer of the paper's cycle launches, where the frozen view reads the anchor."""
     layers = []

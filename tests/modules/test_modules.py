@@ -78,6 +78,22 @@ def test_state_dict_has_the_published_names() -> None:
     assert layer.state_dict()["self_attn.k_proj.weight"].shape == (16, 32)
 
 
+@pytest.mark.parametrize(
+    ("norms", "names"),
+    [
+        ("before", {"input_layernorm", "post_attention_layernorm"}),
+        ("behind", {"post_self_attn_layernorm", "post_mlp_layernorm"}),
+        (
+            "both",
+            {"input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"},
+        ),
+    ],
+)
+def test_a_layer_has_its_norms_before_behind_or_on_both_sides(norms: str, names: set[str]) -> None:
+    state = OrthrusDecoderLayer(32, 4, 2, 8, 48, norms=norms).state_dict()
+    assert {name for name in state if "norm" in name} == {f"{name}.weight" for name in names}
+
+
 @pytest.mark.parametrize("transform", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double()])
 def test_fused_weights_survive(transform) -> None:
     """Copies, pickles and casts keep one product under three names, and loading reaches it."""
@@ -200,6 +216,7 @@ def test_a_model_whose_cache_or_logits_do_not_fit_is_told_so() -> None:
     [
         {"hidden_size": 0}, {"num_heads": 0}, {"num_kv_heads": 0}, {"head_dim": 15}, {"head_dim": 16.0},
         {"intermediate_size": 0}, {"window": 0}, {"window": True},
+        {"norms": "after"},
     ],
     ids=str,
 )  # fmt: skip
@@ -255,7 +272,15 @@ def test_an_anchor_that_the_frozen_view_reads_is_read_with_its_own_weights() -> 
 
 @pytest.mark.parametrize(
     ("options", "anchor_rows"),
-    [({}, 1), ({"qk_norm": True}, 1), ({"window": 3}, 1), ({"view_rank": 2}, 0), ({"use_rope": False}, 1)],
+    [
+        ({}, 1),
+        ({"qk_norm": True}, 1),
+        ({"window": 3}, 1),
+        ({"view_rank": 2}, 0),
+        ({"use_rope": False}, 1),
+        ({"norms": "both", "scale": 0.5}, 1),
+        ({"norms": "behind"}, 0),
+    ],
     ids=str,
 )
 @torch.no_grad()

@@ -18,13 +18,19 @@ EDGES = [253, 509, 766]
 @pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.skipif(not ON_CPU, reason="on a GPU the torch implementation promises no bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_torch_verify_rows_are_decode_rows(dtype: torch.dtype) -> None:
-    assert_verify_rows_are_decode_rows(make_model(dtype, qk_norm=True), [0, *EDGES], rows=6, impl="torch")
+@pytest.mark.parametrize("norms", ["before", "behind", "both"])
+def test_torch_verify_rows_are_decode_rows(norms: str, dtype: torch.dtype) -> None:
+    model = make_model(dtype, qk_norm=True, norms=norms)
+    assert_verify_rows_are_decode_rows(model, [0, *EDGES], rows=6, impl="torch")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_triton_verify_rows_are_decode_rows(dtype: torch.dtype) -> None:
-    model = make_model(dtype, num_layers=1, num_heads=2, num_kv_heads=1, qk_norm=True)
+@pytest.mark.parametrize(
+    ("norms", "dtype"),
+    [("before", torch.float32), ("before", torch.bfloat16), ("behind", torch.float32), ("both", torch.bfloat16)],
+    ids=str,
+)
+def test_triton_verify_rows_are_decode_rows(norms: str, dtype: torch.dtype) -> None:
+    model = make_model(dtype, num_layers=1, num_heads=2, num_kv_heads=1, qk_norm=True, norms=norms)
     assert_verify_rows_are_decode_rows(model, [62, 1], rows=3, impl="triton")
 
 

@@ -25,6 +25,7 @@ def arguments() -> dict[str, tuple]:
     return {
         "rms_norm": (randn(2, 3, 32), randn(32), 1e-6),
         "add_rms_norm": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6),
+        "add_normed": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6, randn(32), 1e-5),
         "swiglu": (randn(2, 3, 32),),
         "linear": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), torch.float32),
         "linear_swiglu": (randn(2, 3, 32), randn(20, 32), randn(20)),
@@ -59,6 +60,11 @@ def test_opcheck(name: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_opcheck_without_a_next_norm(impl: str) -> None:
+    torch.library.opcheck(OPS.add_normed.default, (*arguments()["add_normed"][:-2], None, 0.0, impl))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 @pytest.mark.parametrize("name", ["rope_cache", "qkv_rope_cache"])
 def test_opcheck_without_angles(name: str, impl: str) -> None:
     """Of one row, whose queries are all that a tensor of their own would hold: they must be one."""
@@ -85,10 +91,14 @@ def test_a_configuration_does_not_let_gradients_get_lost(name: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("view", ["ar", "diffusion"])
-def test_layer_compiles_whole_and_keeps_its_bits(view: str, impl: str) -> None:
+@pytest.mark.parametrize(
+    ("view", "options"),
+    [("ar", {"qk_norm": True}), ("diffusion", {"qk_norm": True}), ("diffusion", {"norms": "behind", "scale": 0.2})],
+    ids=str,
+)
+def test_layer_compiles_whole_and_keeps_its_bits(view: str, options: dict, impl: str) -> None:
     torch.manual_seed(0)
-    layer = OrthrusDecoderLayer(32, 2, 1, 64, 48, qk_norm=True).to(DEVICE)
+    layer = OrthrusDecoderLayer(32, 2, 1, 64, 48, **options).to(DEVICE)
     rotary = RotaryEmbedding.from_theta(64).to(DEVICE)
     hidden = torch.randn(1, 4, 32, device=DEVICE)
     compiled = torch.compile(layer, fullgraph=True, dynamic=False)

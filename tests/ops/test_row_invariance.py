@@ -33,6 +33,16 @@ def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     assert torch.equal(alone[0], normed[:, row : row + 1]) and torch.equal(alone[1], hidden[:, row : row + 1])
 
 
+@given(seed=seeds, dtype=dtypes, rows=st.integers(2, 40), width=st.integers(1, 130), is_last=st.booleans())
+def test_add_normed(seed: int, dtype: torch.dtype, rows: int, width: int, is_last: bool) -> None:
+    x, residual = randn(seed, 1, rows, width, dtype=dtype), randn(seed + 1, 1, rows, width, dtype=dtype)
+    weight, row = randn(seed + 2, width, dtype=dtype), seed % rows
+    norms = (weight, 1e-6) if is_last else (weight, 1e-6, weight, 1e-2)
+    together = ops.add_normed(x, residual, *norms, impl="triton")
+    alone = ops.add_normed(x[:, row : row + 1], residual[:, row : row + 1], *norms, impl="triton")
+    assert all(torch.equal(one, all_rows[:, row : row + 1]) for one, all_rows in zip(alone, together))
+
+
 @given(
     seed=seeds, dtype=dtypes, rows=st.integers(2, 40), n=st.integers(1, 80), k=st.integers(1, 150),
     split_k=st.sampled_from([1, 2, 3]), extras=st.booleans(),

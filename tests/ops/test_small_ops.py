@@ -38,6 +38,26 @@ def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, add: boo
 
 
 @pytest.mark.usefixtures("with_and_without_c")
+@given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 1100), is_last=st.booleans())
+def test_add_normed(seed: int, dtype: torch.dtype, rows: int, width: int, is_last: bool) -> None:
+    x, residual = randn(seed, rows, width, dtype=dtype) * 3, randn(seed + 1, rows, width, dtype=dtype)
+    weight, following = randn(seed + 2, width, dtype=dtype), randn(seed + 3, width, dtype=dtype)
+    options = () if is_last else (following, 1e-2)
+    for impl in ("triton", "torch"):
+        normed, hidden = ops.add_normed(x, residual, weight, 1e-6, *options, impl=impl)
+        # the kernels' own steps, in which roundings are those of the norm alone
+        assert torch.equal(hidden, residual + ops.rms_norm(x, weight, 1e-6, impl=impl)), impl
+        expected = hidden if is_last else ops.rms_norm(hidden, following, 1e-2, impl=impl)
+        assert torch.equal(normed, expected), impl
+        reference = ops.add_normed(
+            *(t.double() for t in (x, residual, weight)), 1e-6, *(t.double() for t in options[:1]), *options[1:],
+            impl="reference",
+        )  # fmt: skip
+        plain = residual + torch.nn.functional.rms_norm(x, (width,), eps=1e-6) * weight
+        assert_within_budget(hidden, plain, reference[1], what=impl)
+
+
+@pytest.mark.usefixtures("with_and_without_c")
 @given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 2100))
 def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     gate_up = randn(seed, rows, 2 * width, dtype=dtype) * 4
@@ -264,6 +284,13 @@ def test_greedy_choice_ignores_nan() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda x: ops.add_normed(x[0, 0], x, torch.ones(8), 1e-6), r"x must be \[..., H\], but got shape \(\)"),
+        (
+            lambda x: ops.add_normed(x, x[:1], torch.ones(8), 1e-6),
+            r"residual must have shape \(2, 8\), but got \(1, 8\)",
+        ),
+        (lambda x: ops.add_normed(x, x, torch.ones(9), 1e-6), r"weight must have shape \(8,\), but got \(9,\)"),
+        (lambda x: ops.add_normed(x, x, x[0], 1e-6, x[0].half()), "next_weight must have dtype torch.float32"),
         (lambda x: ops.rms_norm(x, torch.ones(9), 1e-6), r"weight \[H\], but got shapes \(2, 8\) and \(9,\)"),
         (lambda x: ops.rms_norm(x[0, 0], torch.ones(8), 1e-6), r"got shapes \(\) and \(8,\)"),
         (lambda x: ops.rms_norm(x, torch.ones(8).half(), 1e-6), "must have dtype torch.float32, that of x, but got"),

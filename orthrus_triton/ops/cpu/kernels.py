@@ -142,6 +142,26 @@ def rms_norm_cpu(
     return out, hidden
 
 
+def add_normed_cpu(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, next_weight: torch.Tensor | None,
+    next_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
+    """`add_normed`: the norm of the sum, and the sum; the sum twice without `next_weight`."""
+    library = library_for(x, residual, weight, next_weight)
+    if library is None:
+        return None
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    hidden = out = empty(x, x.shape)
+    if next_weight is not None:
+        next_weight, out = next_weight.contiguous(), empty(x, x.shape)
+    H = weight.numel()
+    call(
+        library.orthrus_add_normed, (x, residual, weight, next_weight, out, hidden), x.numel() // max(H, 1), H, eps,
+        next_eps, DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out, hidden
+
+
 def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:
     """`swiglu`."""
     library = library_for(gate_up)

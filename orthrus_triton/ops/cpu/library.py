@@ -30,6 +30,7 @@ SLOWER = "PyTorch's own operations are taken, and decoding takes about twice as 
 
 VOID_P, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 ARGUMENTS = {
+    "orthrus_add_normed": (*[VOID_P] * 6, *[INT64] * 2, FLOAT, FLOAT, INT, INT),
     "orthrus_attention": (*[VOID_P] * 7, *[INT64] * 15, FLOAT, INT, INT),
     "orthrus_consensus": (*[VOID_P] * 10, *[INT64] * 6),
     "orthrus_greedy_choice": (*[VOID_P] * 2, *[INT64] * 3, INT, INT),
