@@ -15,6 +15,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -29,6 +30,7 @@ from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
 from transformers.models.granite.modeling_granite import GraniteRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
@@ -41,7 +43,7 @@ class Family:
     """A family as transformers has it.
 
     config, rotary: its classes of the configuration and of the rotary embedding.
-    qk_norm: whether each head of q and k is normed.
+    qk_norm: whether each head of q and k is normed, or the "whole" of each, as in `DualViewAttention`.
     qkv_bias, o_bias, mlp_bias: whether these projections have biases, or the field of the configuration that says so.
     windows: which layers slide if the configuration has a window: none can, all do, or those that it lists.
     skips_rope: which layers rotate nothing: those that the configuration lists (`no_rope_layers`), or in a model with a
@@ -55,7 +57,7 @@ class Family:
 
     config: type[PreTrainedConfig]
     rotary: type[nn.Module]
-    qk_norm: bool = False
+    qk_norm: bool | Literal["whole"] = False
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
@@ -90,6 +92,10 @@ FAMILIES: dict[str, Family] = {
         LlamaConfig, LlamaRotaryEmbedding, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
     ),
     "mistral": Family(MistralConfig, MistralRotaryEmbedding, windows="all"),
+    "olmo2": Family(
+        Olmo2Config, Olmo2RotaryEmbedding, qk_norm="whole", qkv_bias="attention_bias", o_bias="attention_bias",
+        norms="behind",
+    ),
     "phi3": Family(Phi3Config, Phi3RotaryEmbedding, windows="all", partial_rotary=True),
     "qwen2": Family(Qwen2Config, Qwen2RotaryEmbedding, qkv_bias=True, windows="listed"),
     "qwen3": Family(

@@ -4,6 +4,7 @@ Parameter names are those of the published Orthrus checkpoints: {q,k,v,o}_proj, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ class DualViewAttention(nn.Module):
         hidden_size: width of the residual stream.
         num_heads, num_kv_heads, head_dim: query heads, KV heads (a divisor), size of a head: even, and for Triton one
             that `orthrus_triton.ops.dual_view_attention` names.
-        qk_norm: RMSNorm on each head of q and k before the rotation (Qwen3).
+        qk_norm: RMSNorm of q and k before the rotation: True for one of each head (Qwen3), "whole" for one of all heads
+            together (OLMo 2).
         qkv_bias, o_bias: biases of the projections.
         norm_eps: of the q/k norms.
         window: sliding window in tokens, or None.
@@ -46,7 +48,7 @@ class DualViewAttention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        qk_norm: bool = False,
+        qk_norm: bool | Literal["whole"] = False,
         qkv_bias: bool = False,
         o_bias: bool = False,
         norm_eps: float = 1e-6,
@@ -60,6 +62,8 @@ class DualViewAttention(nn.Module):
         shape = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
         for name, value in shape.items() if window is None else (*shape.items(), ("window", window)):
             require_size(name, value)
+        if qk_norm not in (False, True, "whole"):
+            raise ValueError(f"qk_norm must be False, True or 'whole', but got {qk_norm!r}")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, but got {num_heads}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
@@ -76,8 +80,9 @@ class DualViewAttention(nn.Module):
                 FusedLinear(hidden_size, parts, qkv_bias).register_with(self, f"qkv_proj{suffix}")
                 setattr(self, f"o_proj{suffix}", Linear(sizes["q"], hidden_size, o_bias))
             if qk_norm:
-                setattr(self, f"q_norm{suffix}", RMSNorm(head_dim, norm_eps))
-                setattr(self, f"k_norm{suffix}", RMSNorm(head_dim, norm_eps))
+                for name in "qk":
+                    size = sizes[name] if qk_norm == "whole" else head_dim
+                    setattr(self, f"{name}_norm{suffix}", RMSNorm(size, norm_eps))
 
     def forward(
         self,
@@ -183,7 +188,12 @@ class DualViewAttention(nn.Module):
     ) -> torch.Tensor:
         """hidden [B, T, hidden_size] -> q [B, T, HQ, D]; k and v to `slots`."""
         drafting, impl = view_pass.view == "diffusion", view_pass.impl
-        where = (*self._angles(rope), k_out, v_out, slots, *self._norms(view_pass.view))
+        q_norm, k_norm, eps = self._norms(view_pass.view)
+        where = (*self._angles(rope), k_out, v_out, slots)
+        if self.qk_norm == "whole":
+            qkv = self._project_qkv(hidden, drafting, view_pass.linear_impl)
+            return ops.rope_cache(ops.norm_spans_(qkv, q_norm, k_norm, eps, impl=impl), *where, impl=impl)
+        where = (*where, q_norm, k_norm, eps)
         if impl == view_pass.linear_impl and not (drafting and self.view_rank is not None):
             projection = self.qkv_proj_diff if drafting else self.qkv_proj
             weight, scale = projection.factors(drafting)

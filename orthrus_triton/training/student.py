@@ -164,8 +164,12 @@ def _attention(
     v_context: torch.Tensor, key_limit: torch.Tensor, block_size: int,
 ) -> torch.Tensor:  # fmt: skip
     heads, kv_heads, D = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    qk, v = _project_qkv(attention, x).unflatten(-1, (-1, D)).split([heads + kv_heads, kv_heads], dim=2)
-    if attention.qk_norm:
+    qkv = _project_qkv(attention, x)
+    if attention.qk_norm == "whole":
+        q, k, v = qkv.split([heads * D, kv_heads * D, kv_heads * D], dim=-1)
+        qkv = torch.cat((_norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff), v), dim=-1)
+    qk, v = qkv.unflatten(-1, (-1, D)).split([heads + kv_heads, kv_heads], dim=2)
+    if attention.qk_norm and attention.qk_norm != "whole":
         q, k = qk.split([heads, kv_heads], dim=2)
         qk = torch.cat((_norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff)), dim=2)
     if attention.use_rope:

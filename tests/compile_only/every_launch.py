@@ -24,6 +24,7 @@ from orthrus_triton.ops.linear_kl.launch import launch_rows, launch_teacher
 from orthrus_triton.ops.linear_norm import launch_linear_norm
 from orthrus_triton.ops.linear_swiglu import launch_linear_swiglu
 from orthrus_triton.ops.lm_head import launch_lm_head_choice
+from orthrus_triton.ops.norm_spans import launch_norm_spans
 from orthrus_triton.ops.qkv_rope_cache import launch_qkv_rope_cache
 from orthrus_triton.ops.rms_norm import launch_rms_norm
 from orthrus_triton.ops.rope_cache import launch_rope_cache
@@ -126,6 +127,7 @@ def small_ops(dtype: torch.dtype) -> None:
         launch_rms_norm(x, None, weight, 1e-6)
         launch_add_normed(x, x, weight, 1e-6, weight, 1e-6)
         launch_add_normed(x, x, weight, 1e-6, None, 0.0)
+        launch_norm_spans(meta(4, 3 * hidden, dtype=dtype), weight, weight, 1e-6)
     launch_swiglu(meta(4, 2 * 1536, dtype=dtype))
     for head_dim in HEAD_DIMS:
         qkv, cache = meta(2, 4, 8 * head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)

@@ -54,6 +54,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         "granite",
         "exaone4",
         "glm4",
+        "olmo2",
     ],
 )
 def test_round_trip_gives_identical_weights_and_logits(

@@ -15,7 +15,8 @@ from tests.models.tiny_bases import base_config, build_base, random_ids, randomi
 from tests.modules.drafts import ScriptedDrafts
 
 CASES = [
-    "exaone4", "glm", "glm4", "granite", "llama", "llama dynamic", "mistral window", "phi3 partial", "qwen2",
+    "exaone4", "glm", "glm4", "granite", "llama", "llama dynamic", "mistral window", "olmo2",
+    "phi3 partial", "qwen2",
     "qwen3 longrope", "seed_oss",
     "smollm3 biases, untied, window where nothing is rotated",
 ]  # fmt: skip

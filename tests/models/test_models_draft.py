@@ -61,10 +61,13 @@ class NaiveOrthrus:
         for layer, window in enumerate(self.windows):
             prefix = f"model.layers.{layer}"
             x = self.norm(hidden, f"{prefix}.input_layernorm.weight")
-            q, k, v = (self.project(x, layer, f"self_attn.{n}_proj", suffix).view(T, -1, D) for n in "qkv")
-            if f"{prefix}.self_attn.q_norm.weight" in self.weights:
-                q = self.norm(q, f"{prefix}.self_attn.q_norm{suffix}.weight")
-                k = self.norm(k, f"{prefix}.self_attn.k_norm{suffix}.weight")
+            q, k, v = (self.project(x, layer, f"self_attn.{n}_proj", suffix) for n in "qkv")
+            norms = [f"{prefix}.self_attn.{n}_norm{suffix}.weight" for n in "qk"]
+            if self.config.base_model_type == "olmo2":  # of all heads together
+                q, k = self.norm(q, norms[0]), self.norm(k, norms[1])
+            q, k, v = (numbers.view(T, -1, D) for numbers in (q, k, v))
+            if self.config.base_model_type != "olmo2":
+                q, k = self.norm(q, norms[0]), self.norm(k, norms[1])
             if self.rotates[layer]:
                 q, k = self.rotate(q, positions), self.rotate(k, positions)
             kept.append((k, v))
@@ -112,7 +115,7 @@ def draft_logits(
     "case",
     [
         "ernie4_5 biases, untied", "exaone4", "glm", "glm4", "granite", "llama", "llama all heads have keys",
-        "llama biases, wide heads, tied", "mistral window", "qwen2", "qwen2 window in upper layers", "qwen3",
+        "llama biases, wide heads, tied", "mistral window", "olmo2", "qwen2", "qwen2 window in upper layers", "qwen3",
         "qwen3 biases, tied, window by layer types", "phi3 window, tied", "phi3 partial",
         "seed_oss no biases but those of o and MLP", "smollm3",
         "smollm3 biases, untied, window where nothing is rotated",

@@ -88,6 +88,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral window": ("mistral", {"sliding_window": 7}),
+    "olmo2": ("olmo2", {}),
+    "olmo2 biases, all heads have keys, tied": (
+        "olmo2",
+        {"attention_bias": True, "num_key_value_heads": None, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+    ),
     "phi3": ("phi3", {}),
     "phi3 window, tied": ("phi3", {"sliding_window": 7, "tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
     "phi3 longrope": ("phi3", {"original_max_position_embeddings": ORIGINAL_LEN, "rope_parameters": LONGROPE}),

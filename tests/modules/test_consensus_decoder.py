@@ -31,7 +31,7 @@ MODELS = {
     "window": make_model(window=7),
     "low_rank": make_model(view_rank=4, qkv_bias=True),
     "bf16": make_model(torch.bfloat16, qk_norm=True),
-    "norms_behind": make_model(norms="behind", scale=0.2),
+    "norms_behind": make_model(norms="behind", qk_norm="whole", scale=0.2),
     "frozen_anchor": make_model(qk_norm=True, anchor_rows=1),
     "frozen_anchor_bf16": make_model(torch.bfloat16, window=7, view_rank=4, anchor_rows=1),
 }

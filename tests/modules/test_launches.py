@@ -46,9 +46,9 @@ def triton_launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return launches
 
 
-def cycle_launches(launches: Counter, num_layers: int, block_size: int, **model: int) -> tuple[Counter, Counter]:
+def cycle_launches(launches: Counter, num_layers: int, block_size: int, **model: object) -> tuple[Counter, Counter]:
     """(Triton kernels, torch kernels) of one cycle over a batch of two."""
-    decoder = ConsensusDecoder(TinyDualViewModel(num_layers=num_layers, qk_norm=True, **model), impl="triton")
+    decoder = ConsensusDecoder(TinyDualViewModel(num_layers=num_layers, **{"qk_norm": True, **model}), impl="triton")
     run = decoder.open(2, 64)
     launches.clear()
     with torch.no_grad(), torch.profiler.profile() as profile:
@@ -91,8 +91,12 @@ def test_a_layer_with_norms_behind_launches_them_with_the_sum(triton_launches: C
     )
     assert torch_one == torch_three
     layer = {name: (three[name] - one[name]) / 4 for name in three}
-    assert layer["add_normed_kernel"] == 2 and layer.get("rms_norm_kernel", 0) == 0
-    assert not [name for name, count in layer.items() if "norm" in name and count and name != "add_normed_kernel"]
+    assert {name: count for name, count in layer.items() if "norm" in name and count} == {"add_normed_kernel": 2}
+
+
+def test_a_norm_of_all_heads_is_a_kernel_more(triton_launches: Counter) -> None:
+    by_head, whole = (cycle_launches(triton_launches, 2, 8, qk_norm=qk_norm)[0] for qk_norm in (True, "whole"))
+    assert whole - by_head == {"norm_spans_kernel": 4} and not by_head - whole
 
 
 def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter) -> None:

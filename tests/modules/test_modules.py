@@ -94,6 +94,13 @@ def test_a_layer_has_its_norms_before_behind_or_on_both_sides(norms: str, names:
     assert {name for name in state if "norm" in name} == {f"{name}.weight" for name in names}
 
 
+def test_norms_of_q_and_k_are_of_a_head_or_of_all() -> None:
+    for qk_norm, widths in ((True, (8, 8)), ("whole", (32, 16))):
+        state = DualViewAttention(32, 4, 2, 8, qk_norm=qk_norm).state_dict()
+        norms = [len(state[f"{name}.weight"]) for name in ("q_norm", "k_norm", "q_norm_diff", "k_norm_diff")]
+        assert norms == [*widths, *widths]
+
+
 @pytest.mark.parametrize("transform", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double()])
 def test_fused_weights_survive(transform) -> None:
     """Copies, pickles and casts keep one product under three names, and loading reaches it."""
@@ -216,7 +223,7 @@ def test_a_model_whose_cache_or_logits_do_not_fit_is_told_so() -> None:
     [
         {"hidden_size": 0}, {"num_heads": 0}, {"num_kv_heads": 0}, {"head_dim": 15}, {"head_dim": 16.0},
         {"intermediate_size": 0}, {"window": 0}, {"window": True},
-        {"norms": "after"},
+        {"norms": "after"}, {"qk_norm": "all"},
     ],
     ids=str,
 )  # fmt: skip
@@ -279,7 +286,7 @@ def test_an_anchor_that_the_frozen_view_reads_is_read_with_its_own_weights() -> 
         ({"view_rank": 2}, 0),
         ({"use_rope": False}, 1),
         ({"norms": "both", "scale": 0.5}, 1),
-        ({"norms": "behind"}, 0),
+        ({"norms": "behind", "qk_norm": "whole"}, 1),
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(c_library() is None, reason="no C kernels here")
 MODELS = {
     "plain": {},
     "norms and biases": {"qk_norm": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
-    "norms behind": {"norms": "behind", "scale": 0.2},
+    "norms behind": {"norms": "behind", "qk_norm": "whole", "scale": 0.2},
     "norms on both sides": {"norms": "both", "view_rank": 3, "anchor_rows": 1},
     "low rank": {"view_rank": 3},
     "anchor": {"anchor_rows": 1, "view_rank": 2},

@@ -41,11 +41,14 @@ def test_every_op_of_a_cycle_takes_them(dtype: torch.dtype, monkeypatch: pytest.
         ops.dual_view_attention(q, *cache, slots + 1, impl="torch")
         ops.rms_norm(x, norm, 1e-6, x, impl="torch")
         ops.add_normed(x, x, norm, 1e-6, norm, 1e-6, impl="torch")
+        ops.norm_spans_(x.clone(), norm[:40], norm[:24], 1e-6, impl="torch")
         ops.linear_norm(x, weight[:64], None, x, norm, 1e-6, impl="torch")
         ops.linear_swiglu(x, weight, impl="torch")
         ops.lm_head_choice(x, weight, impl="torch")
         ops.sample_choice(x, slots, sampling_of(1), impl="torch")
-    names = "linear rope_cache attention rms_norm add_normed linear swiglu greedy_choice sample_choice".split()
+    names = (
+        "linear rope_cache attention rms_norm add_normed norm_spans linear swiglu greedy_choice sample_choice".split()
+    )
     if dtype == torch.bfloat16 and not kernels.has_product(x):  # on CPUs with AMX
         names = [name for name in names if name != "linear"]
     called = ["orthrus_linear" if name.startswith("orthrus_linear") else name for name in called]

@@ -26,6 +26,7 @@ def arguments() -> dict[str, tuple]:
         "rms_norm": (randn(2, 3, 32), randn(32), 1e-6),
         "add_rms_norm": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6),
         "add_normed": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6, randn(32), 1e-5),
+        "norm_spans_": (randn(2, 3, 32), randn(18), randn(6), 1e-6),
         "swiglu": (randn(2, 3, 32),),
         "linear": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), torch.float32),
         "linear_swiglu": (randn(2, 3, 32), randn(20, 32), randn(20)),
@@ -93,7 +94,11 @@ def test_a_configuration_does_not_let_gradients_get_lost(name: str) -> None:
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("view", "options"),
-    [("ar", {"qk_norm": True}), ("diffusion", {"qk_norm": True}), ("diffusion", {"norms": "behind", "scale": 0.2})],
+    [
+        ("ar", {"qk_norm": True}),
+        ("diffusion", {"qk_norm": True}),
+        ("diffusion", {"norms": "behind", "qk_norm": "whole", "scale": 0.2}),
+    ],
     ids=str,
 )
 def test_layer_compiles_whole_and_keeps_its_bits(view: str, options: dict, impl: str) -> None:

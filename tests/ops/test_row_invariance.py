@@ -43,6 +43,14 @@ def test_add_normed(seed: int, dtype: torch.dtype, rows: int, width: int, is_las
     assert all(torch.equal(one, all_rows[:, row : row + 1]) for one, all_rows in zip(alone, together))
 
 
+@given(seed=seeds, dtype=dtypes, rows=st.integers(2, 40), queries=st.integers(1, 130), keys=st.integers(1, 40))
+def test_norm_spans(seed: int, dtype: torch.dtype, rows: int, queries: int, keys: int) -> None:
+    qkv, row = randn(seed, rows, queries + 2 * keys, dtype=dtype), seed % rows
+    norms = randn(seed + 1, queries, dtype=dtype), randn(seed + 2, keys, dtype=dtype), 1e-6
+    alone = ops.norm_spans_(qkv[row : row + 1].clone(), *norms, impl="triton")
+    assert torch.equal(alone[0], ops.norm_spans_(qkv, *norms, impl="triton")[row])
+
+
 @given(
     seed=seeds, dtype=dtypes, rows=st.integers(2, 40), n=st.integers(1, 80), k=st.integers(1, 150),
     split_k=st.sampled_from([1, 2, 3]), extras=st.booleans(),

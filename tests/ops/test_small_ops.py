@@ -58,6 +58,24 @@ def test_add_normed(seed: int, dtype: torch.dtype, rows: int, width: int, is_las
 
 
 @pytest.mark.usefixtures("with_and_without_c")
+@given(
+    seed=seeds, dtype=dtypes, rows=st.integers(1, 5), queries=st.integers(1, 600), keys=st.integers(1, 90),
+    rest=st.integers(0, 40),
+)  # fmt: skip
+def test_norm_spans(seed: int, dtype: torch.dtype, rows: int, queries: int, keys: int, rest: int) -> None:
+    qkv = randn(seed, rows, queries + keys + rest, dtype=dtype)
+    weights = randn(seed + 1, queries, dtype=dtype), randn(seed + 2, keys, dtype=dtype)
+    q, k, others = qkv.split([queries, keys, rest], dim=-1)
+    exact = ops.norm_spans_(qkv.double(), *(weight.double() for weight in weights), 1e-6, impl="reference")
+    for impl in ("triton", "torch"):
+        normed = [ops.rms_norm(span.contiguous(), w, 1e-6, impl=impl) for span, w in zip((q, k), weights)]
+        out = qkv.clone()
+        assert ops.norm_spans_(out, *weights, 1e-6, impl=impl) is out
+        assert_within_budget(out, torch.cat((*normed, others), dim=-1), exact, what=impl)
+        assert torch.equal(out[:, queries + keys :], others)
+
+
+@pytest.mark.usefixtures("with_and_without_c")
 @given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 2100))
 def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     gate_up = randn(seed, rows, 2 * width, dtype=dtype) * 4
@@ -291,6 +309,10 @@ def test_greedy_choice_ignores_nan() -> None:
         ),
         (lambda x: ops.add_normed(x, x, torch.ones(9), 1e-6), r"weight must have shape \(8,\), but got \(9,\)"),
         (lambda x: ops.add_normed(x, x, x[0], 1e-6, x[0].half()), "next_weight must have dtype torch.float32"),
+        (lambda x: ops.norm_spans_(x, torch.ones(5), torch.ones(4), 1e-6), r"qkv must be \[..., 5 \+ 4 \+ rest\], but"),
+        (lambda x: ops.norm_spans_(x, x, x[0], 1e-6), r"q_weight must be a vector, but got shape \(2, 8\)"),
+        (lambda x: ops.norm_spans_(x, x[0, :4], x[0, :4].half(), 1e-6), "k_weight must have dtype torch.float32, but"),
+        (lambda x: ops.norm_spans_(x.T, x[0, :1], x[0, :1], 1e-6), r"qkv must be contiguous, but got strides \(1, 8\)"),
         (lambda x: ops.rms_norm(x, torch.ones(9), 1e-6), r"weight \[H\], but got shapes \(2, 8\) and \(9,\)"),
         (lambda x: ops.rms_norm(x[0, 0], torch.ones(8), 1e-6), r"got shapes \(\) and \(8,\)"),
         (lambda x: ops.rms_norm(x, torch.ones(8).half(), 1e-6), "must have dtype torch.float32, that of x, but got"),

@@ -40,6 +40,7 @@ from tests.training.view_runs import K, draft_logits, make_args, make_model, mak
         ("granite", None),
         ("exaone4", 2),
         ("glm4", None),
+        ("olmo2", None),
     ],
 )
 def test_the_trained_pass_is_the_decoders_draft(case, view_rank, anchor_view):

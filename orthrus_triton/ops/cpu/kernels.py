@@ -162,6 +162,20 @@ def add_normed_cpu(
     return out, hidden
 
 
+def norm_spans_cpu(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> bool:
+    """`norm_spans_`, where this says so."""
+    library = library_for(qkv, q_weight, k_weight)
+    if library is None:
+        return False
+    q_weight, k_weight, width = q_weight.contiguous(), k_weight.contiguous(), qkv.shape[-1]
+    call(
+        library.orthrus_norm_spans, (qkv, q_weight, k_weight), qkv.numel() // max(width, 1), width, q_weight.numel(),
+        k_weight.numel(), eps, DTYPES[qkv.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    increment_version(qkv)
+    return True
+
+
 def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:
     """`swiglu`."""
     library = library_for(gate_up)

@@ -64,6 +64,28 @@ void orthrus_rms_norm(
     }
 }
 
+static inline void norm_span(void *span, const void *weight, int64_t size, float eps, int dtype) {
+    float numbers[CHUNK];
+    floats squares = {};
+    for (int64_t col = 0; col < size; col += CHUNK) {
+        int64_t n = least(CHUNK, size - col);
+        to_floats(numbers, at(span, col, dtype), n, dtype);
+        squares = add_squares(squares, numbers, n);
+    }
+    store_normed(span, span, weight, 0, size, scale_of(squares, size, eps), dtype);
+}
+
+/* The first Q numbers of each row of qkv [rows, width], and the next K, become their norms: weights [Q] and [K]. */
+void orthrus_norm_spans(
+    void *qkv, const void *q_weight, const void *k_weight, int64_t rows, int64_t width, int64_t Q, int64_t K, float eps,
+    int dtype, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (rows > 1 && rows * (Q + K) > 8192)
+    for (int64_t row = 0; row < rows; row++) {
+        norm_span(at(qkv, row * width, dtype), q_weight, Q, eps, dtype);
+        norm_span(at(qkv, row * width + Q, dtype), k_weight, K, eps, dtype);
+    }
+}
+
 /* hidden = residual + the norm of x; and, unless next_weight is null, out = the norm of hidden. All of one dtype: x,
    residual, hidden and out [rows, H], the weights [H]. */
 void orthrus_add_normed(
