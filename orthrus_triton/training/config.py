@@ -4,6 +4,7 @@ One flat YAML file holds all of them."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,19 @@ def read_config(path: str | Path, **changes: Any) -> ViewTrainingArguments:
         raise ValueError(f"{path} must hold a mapping of options, but got a {type(options).__name__}")
     options |= changes
     known = {one.name for one in fields(ViewTrainingArguments)}
-    if unknown := sorted(set(options) - known):
-        raise ValueError(f"{path} has no such option: {', '.join(map(str, unknown))}")
+    if unknown := sorted(map(str, set(options) - known)):
+        raise ValueError(f"{path} has no such option: {', '.join(_with_likely(name, known) for name in unknown)}")
     for name, value in options.items():
         _check_number(name, value)
         if value is False and name.endswith("_strategy"):
             options[name] = "no"  # which YAML reads as false
     return ViewTrainingArguments(**options)
+
+
+def _with_likely(name: str, known: set[str]) -> str:
+    """A wrong name, and what may have been meant."""
+    likely = get_close_matches(name, sorted(known), n=2)
+    return f"{name} ({' or '.join(likely)}?)" if likely else name
 
 
 def number_type(name: str) -> type | None:

@@ -68,7 +68,8 @@ def test_a_config_names_what_is_wrong_in_it(tmp_path):
     for text, message in (
         ("- a", "must hold a mapping of options, but got a list"),
         ("a: [", "must hold YAML"),
-        ("max_stps: 3", "has no such option: max_stps"),
+        ("max_stps: 3", r"has no such option: max_stps \(max_steps.*\?\)"),
+        ("train_data: rows\n12: 3", r"has no such option: 12, train_data \(.*eval_data.*\?\)"),
         ("max_steps: 3\nlearning_rate: 1e-3", "learning_rate must be a number, but got the text '1e-3'"),
         ("max_steps: 3\nchain_width: wide", "chain_width must be a number, but got the text 'wide'"),
         ("max_steps:", "max_steps must be a number, but is empty"),
