@@ -157,7 +157,13 @@ class OrthrusConfig(PreTrainedConfig):
             rotated = self.no_rope_layers  # despite its name, 1 where there is a rotation
         elif family.skips_rope == "unwindowed" and self.sliding_window is not None:
             rotated = [window is not None for window in windows]
-        return [{**shared, "window": window, "use_rope": bool(use_rope)} for window, use_rope in zip(windows, rotated)]
+        return [
+            {
+                **shared, "window": window, "use_rope": bool(use_rope),
+                "rope_set": int(family.rotary_by_kind and window is not None),
+            }
+            for window, use_rope in zip(windows, rotated)
+        ]  # fmt: skip
 
     def _windows(self) -> list[int | None]:
         """The sliding window of each layer."""

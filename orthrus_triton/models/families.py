@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -48,6 +49,7 @@ class Family:
     windows: which layers slide if the configuration has a window: none can, all do, or those that it lists.
     skips_rope: which layers rotate nothing: those that the configuration lists (`no_rope_layers`), or in a model with a
         window those that have none; None if all rotate.
+    rotary_by_kind: layers with a window may have rope parameters of their own.
     partial_rotary: the rotation may cover the first part of a head only.
     rotates_neighbours: it turns pairs (2i, 2i + 1) of a head, and not numbers that lie half of it apart.
     norms: where a layer has them, as in `OrthrusDecoderLayer`.
@@ -63,6 +65,7 @@ class Family:
     mlp_bias: bool | str = False
     windows: Literal["none", "all", "listed"] = "none"
     skips_rope: Literal["listed", "unwindowed"] | None = None
+    rotary_by_kind: bool = False
     partial_rotary: bool = False
     rotates_neighbours: bool = False
     norms: Literal["before", "behind", "both"] = "before"
@@ -95,6 +98,11 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         Olmo2Config, Olmo2RotaryEmbedding, qk_norm="whole", qkv_bias="attention_bias", o_bias="attention_bias",
         norms="behind",
+    ),
+    # its default frequencies are OLMo 2's
+    "olmo3": Family(
+        Olmo3Config, Olmo2RotaryEmbedding, qk_norm="whole", qkv_bias="attention_bias", o_bias="attention_bias",
+        norms="behind", windows="listed", rotary_by_kind=True,
     ),
     "phi3": Family(Phi3Config, Phi3RotaryEmbedding, windows="all", partial_rotary=True),
     "qwen2": Family(Qwen2Config, Qwen2RotaryEmbedding, qkv_bias=True, windows="listed"),

@@ -3,15 +3,19 @@ What depends on the sequence's length (longrope, dynamic) becomes a rule that lo
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from orthrus_triton.models.families import FAMILIES
-from orthrus_triton.modules.rotary import RotaryEmbedding
+from orthrus_triton.modules.rotary import RotaryEmbedding, RotarySets
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+KINDS = ("full_attention", "sliding_attention")  # of layers, in the order of their rotary sets
 
 
 def rotary_dims(config: PreTrainedConfig) -> tuple[int, int]:
@@ -33,8 +37,9 @@ def rotary_dims(config: PreTrainedConfig) -> tuple[int, int]:
     return head_dim, rotated
 
 
-def rotary_from_config(config: PreTrainedConfig) -> RotaryEmbedding:
-    """Rotary embedding of a base configuration, its buffers fp32 on the CPU.
+def rotary_from_config(config: PreTrainedConfig) -> RotaryEmbedding | RotarySets:
+    """Rotary embedding of a base configuration, its buffers fp32 on the CPU; a set for each of `KINDS` where layers of
+    one kind rotate otherwise than those of the other.
 
     They are real even inside `torch.device("meta")`: they are computed, never loaded.
 
@@ -43,6 +48,11 @@ def rotary_from_config(config: PreTrainedConfig) -> RotaryEmbedding:
             family or its type does not have.
     """
     parameters = config.rope_parameters
+    if FAMILIES[config.model_type].rotary_by_kind and set(parameters) == set(KINDS):
+        first, second = (parameters[kind] for kind in KINDS)
+        if first == second:
+            return rotary_from_config(_with_rope(config, first))
+        return RotarySets([rotary_from_config(_with_rope(config, one)) for one in (first, second)])
     if any(isinstance(value, dict) for value in parameters.values()):
         raise ValueError(f"rope_parameters must be one set for all layers, but got {parameters}")
     kind = parameters["rope_type"]
@@ -77,3 +87,10 @@ def rotary_from_config(config: PreTrainedConfig) -> RotaryEmbedding:
             f"(partial_rotary_factor={parameters.get('partial_rotary_factor')})"
         )
     return rotary
+
+
+def _with_rope(config: PreTrainedConfig, parameters: dict[str, Any]) -> PreTrainedConfig:
+    """`config` with one set of rope parameters for all layers."""
+    changed = copy.deepcopy(config)
+    changed.rope_parameters = dict(parameters)
+    return changed

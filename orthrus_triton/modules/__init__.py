@@ -8,7 +8,7 @@ from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer, run_layers
 from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear
 from orthrus_triton.modules.rms_norm import RMSNorm
-from orthrus_triton.modules.rotary import RotaryEmbedding
+from orthrus_triton.modules.rotary import RotaryEmbedding, RotarySets
 from orthrus_triton.modules.run_to_end import NonFiniteLogitsError
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams
 
@@ -26,6 +26,7 @@ __all__ = [
     "OrthrusDecoderLayer",
     "RMSNorm",
     "RotaryEmbedding",
+    "RotarySets",
     "SamplingParams",
     "SharedKVCache",
     "ViewPass",

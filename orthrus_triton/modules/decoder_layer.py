@@ -13,6 +13,7 @@ from orthrus_triton.modules.attention import DualViewAttention
 from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear, require_residual
 from orthrus_triton.modules.rms_norm import RMSNorm
+from orthrus_triton.modules.rotary import angles_of
 from orthrus_triton.ops._dispatch import require_size
 
 NORMS = ("before", "behind", "both")
@@ -80,6 +81,7 @@ class OrthrusDecoderLayer(nn.Module):
         norms: where attention and MLP have theirs: "before" them, as most models; "behind" them, normed before it is
             added to the residual stream (OLMo 2, EXAONE 4); or "both" (GLM-4-0414).
         mlp_bias: biases in the MLP.
+        rope_set: which angles are this layer's where the model has a `RotarySets`.
         **attention: further options of `DualViewAttention`.
 
     Raises:
@@ -97,6 +99,7 @@ class OrthrusDecoderLayer(nn.Module):
         norm_eps: float = 1e-6,
         norms: Literal["before", "behind", "both"] = "before",
         mlp_bias: bool = False,
+        rope_set: int = 0,
         **attention: Any,
     ) -> None:
         super().__init__()
@@ -107,6 +110,7 @@ class OrthrusDecoderLayer(nn.Module):
             return RMSNorm(hidden_size, norm_eps) if there else None
 
         before, behind = norms != "behind", norms != "before"
+        self.rope_set = rope_set
         self.input_layernorm = norm_if(before)
         self.self_attn = DualViewAttention(
             hidden_size, num_heads, num_kv_heads, head_dim, norm_eps=norm_eps, **attention
@@ -128,14 +132,14 @@ class OrthrusDecoderLayer(nn.Module):
         """The residual stream [B, T, hidden_size] through attention and MLP.
 
         Args:
-            hidden, rope, cache_layer, view_pass: as in `DualViewAttention`.
+            hidden, rope, cache_layer, view_pass: as in `DualViewAttention`; rope may be that of a `RotarySets`.
             normed: `input_layernorm(hidden)`, if the layer before has it already.
             next_norm: the norm after this layer, which its last product then takes along.
 
         Returns:
             hidden; with `next_norm` (next_norm(hidden), hidden).
         """
-        impl, linear_impl = view_pass.impl, view_pass.linear_impl
+        impl, linear_impl, rope = view_pass.impl, view_pass.linear_impl, angles_of(rope, self.rope_set)
         options = {"impl": impl, "linear_impl": linear_impl, "draft": view_pass.only_drafts}
         if normed is None:
             normed = hidden if self.input_layernorm is None else self.input_layernorm(hidden, impl=impl)

@@ -3,6 +3,8 @@ Covers the frequency rules that change with length (longrope, dynamic NTK) as a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -79,3 +81,31 @@ class RotaryEmbedding(nn.Module):
     def extra_repr(self) -> str:
         rule = "longrope" if self.long_inv_freq is not None else "dynamic" if self.dynamic_ntk else "static"
         return f"head_dim={2 * self.inv_freq.shape[0]}, rule={rule}, attention_scaling={self.attention_scaling:g}"
+
+
+class RotarySets(nn.Module):
+    """Several rotary embeddings over one head size, for layers that do not all rotate alike (OLMo 3, where those with a
+    window keep the frequencies that the others stretch). `OrthrusDecoderLayer(rope_set=i)` takes the i-th.
+
+    Args:
+        sets: two or more; a rule that looks at the length must be that of one `original_max_len`.
+    """
+
+    def __init__(self, sets: Sequence[RotaryEmbedding]) -> None:
+        super().__init__()
+        self.sets = nn.ModuleList(sets)
+        lengths = {one.original_max_len for one in sets} - {None}
+        if len(lengths) > 1:
+            raise ValueError(f"sets must be of one original_max_len, but got {sorted(lengths)}")
+        self.original_max_len = max(lengths, default=None)
+
+    def forward(self, positions: torch.Tensor, prompt_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [B, T] int32, prompt_len [B] int32 -> (cos, sin), each [sets, B, T, D // 2] fp32."""
+        cos, sin = zip(*(one(positions, prompt_len) for one in self.sets))
+        return torch.stack(cos), torch.stack(sin)
+
+
+def angles_of(rope: tuple[torch.Tensor, torch.Tensor], number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of one set, [B, T, D // 2] each; all there are where there are no sets."""
+    cos, sin = rope
+    return (cos[number], sin[number]) if cos.dim() == 4 else rope

@@ -15,6 +15,7 @@ from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import DualViewAttention, OrthrusDecoderLayer, SharedKVCache
 from orthrus_triton.modules.kv_cache import ViewPass
 from orthrus_triton.modules.rms_norm import RMSNorm
+from orthrus_triton.modules.rotary import angles_of
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 LayerContext = Sequence[torch.Tensor]  # k, v [B, HKV, S, D], and whatever else an AR pass needs
@@ -48,7 +49,8 @@ class BlockLayer(nn.Module):
             run = self.compiled
             for tensor in context[:2]:  # a graph for each length would be more of them than torch.compile keeps
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        return run(self.layer, hidden, *rope, *context[:2], how.key_limit, how.block_size)
+        own_rope = angles_of(rope, self.layer.rope_set)
+        return run(self.layer, hidden, *own_rope, *context[:2], how.key_limit, how.block_size)
 
 
 def _train_layer(

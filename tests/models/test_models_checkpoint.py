@@ -55,6 +55,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         "exaone4",
         "glm4",
         "olmo2",
+        "olmo3 yarn",
     ],
 )
 def test_round_trip_gives_identical_weights_and_logits(

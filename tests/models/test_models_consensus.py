@@ -16,6 +16,7 @@ from tests.modules.drafts import ScriptedDrafts
 
 CASES = [
     "exaone4", "glm", "glm4", "granite", "llama", "llama dynamic", "mistral window", "olmo2",
+    "olmo3 yarn",
     "phi3 partial", "qwen2",
     "qwen3 longrope", "seed_oss",
     "smollm3 biases, untied, window where nothing is rotated",

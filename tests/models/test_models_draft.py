@@ -44,6 +44,7 @@ class NaiveOrthrus:
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x [T, heads, D]: pair (i, i + D/2) turned by position * theta^(-2i/R), or not at all from i = R/2 on."""
         half, rope = x.shape[-1] // 2, self.config.rope_parameters
+        rope = rope.get("full_attention", rope)  # here, those with a window have the same
         rotated = int(half * rope.get("partial_rotary_factor", 1.0))  # R/2
         frequencies = rope["rope_theta"] ** (-torch.arange(half).double() / rotated)
         frequencies[rotated:] = 0
@@ -63,10 +64,10 @@ class NaiveOrthrus:
             x = self.norm(hidden, f"{prefix}.input_layernorm.weight")
             q, k, v = (self.project(x, layer, f"self_attn.{n}_proj", suffix) for n in "qkv")
             norms = [f"{prefix}.self_attn.{n}_norm{suffix}.weight" for n in "qk"]
-            if self.config.base_model_type == "olmo2":  # of all heads together
+            if self.config.base_model_type in ("olmo2", "olmo3"):  # of all heads together
                 q, k = self.norm(q, norms[0]), self.norm(k, norms[1])
             q, k, v = (numbers.view(T, -1, D) for numbers in (q, k, v))
-            if self.config.base_model_type != "olmo2":
+            if self.config.base_model_type not in ("olmo2", "olmo3"):
                 q, k = self.norm(q, norms[0]), self.norm(k, norms[1])
             if self.rotates[layer]:
                 q, k = self.rotate(q, positions), self.rotate(k, positions)
@@ -115,7 +116,8 @@ def draft_logits(
     "case",
     [
         "ernie4_5 biases, untied", "exaone4", "glm", "glm4", "granite", "llama", "llama all heads have keys",
-        "llama biases, wide heads, tied", "mistral window", "olmo2", "qwen2", "qwen2 window in upper layers", "qwen3",
+        "llama biases, wide heads, tied", "mistral window", "olmo2", "olmo3", "qwen2",
+        "qwen2 window in upper layers", "qwen3",
         "qwen3 biases, tied, window by layer types", "phi3 window, tied", "phi3 partial",
         "seed_oss no biases but those of o and MLP", "smollm3",
         "smollm3 biases, untied, window where nothing is rotated",

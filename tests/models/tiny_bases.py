@@ -93,6 +93,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "olmo2",
         {"attention_bias": True, "num_key_value_heads": None, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
     ),
+    "olmo3": ("olmo3", {"num_hidden_layers": 4, "sliding_window": 6}),
+    "olmo3 yarn": (
+        "olmo3",
+        {
+            "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        },
+    ),
     "phi3": ("phi3", {}),
     "phi3 window, tied": ("phi3", {"sliding_window": 7, "tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
     "phi3 longrope": ("phi3", {"original_max_position_embeddings": ORIGINAL_LEN, "rope_parameters": LONGROPE}),

@@ -17,6 +17,7 @@ from orthrus_triton.modules import (
     OrthrusDecoderLayer,
     RMSNorm,
     RotaryEmbedding,
+    RotarySets,
     SharedKVCache,
 )
 from orthrus_triton.modules.decoder_layer import SwiGLU
@@ -347,3 +348,25 @@ def test_rotary_stays_fp32_and_follows_the_length() -> None:
     torch.testing.assert_close(cos[0, :, 0], torch.tensor([0.0, 1.75, 2.0]).cos())
     with pytest.raises(ValueError, match="original_max_len is needed"):
         RotaryEmbedding(short, long_inv_freq=long)
+
+
+@pytest.mark.parametrize("anchor_rows", [None, 0, 1])
+@torch.no_grad()
+def test_a_layer_takes_its_own_set_of_angles(anchor_rows: int | None) -> None:
+    sets = RotarySets([RotaryEmbedding.from_theta(16), RotaryEmbedding.from_theta(16, 50.0)])
+    for number, own in enumerate(sets.sets):
+        torch.manual_seed(0)
+        layer = OrthrusDecoderLayer(32, 4, 2, 16, 48, qk_norm=True, rope_set=number)
+        outs = []
+        for rotary in (sets, own):
+            cache = SharedKVCache(1, 2, 16, batch_size=1, max_len=9, block_size=4, dtype=torch.float32)
+            cache.context_len.fill_(3)
+            view_pass = cache.view_pass("ar", 4) if anchor_rows is None else cache.draft_pass(4, anchor_rows)
+            rope = rotary(view_pass.positions, view_pass.prompt_len)
+            outs.append(layer(torch.ones(1, 4, 32), rope, cache.layers[0], view_pass))
+            outs.append(cache.layers[0].k.clone())
+        assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
+    with pytest.raises(ValueError, match=r"sets must be of one original_max_len, but got \[8, 9\]"):
+        RotarySets([RotaryEmbedding(torch.ones(8), dynamic_ntk=(1e4, 2.0), original_max_len=n) for n in (9, 8)])
+    rules = {"dynamic_ntk": (1e4, 2.0), "original_max_len": 9}
+    assert RotarySets([RotaryEmbedding(torch.ones(8)), RotaryEmbedding(torch.ones(8), **rules)]).original_max_len == 9

@@ -41,6 +41,7 @@ from tests.training.view_runs import K, draft_logits, make_args, make_model, mak
         ("exaone4", 2),
         ("glm4", None),
         ("olmo2", None),
+        ("olmo3 yarn", None),
     ],
 )
 def test_the_trained_pass_is_the_decoders_draft(case, view_rank, anchor_view):
