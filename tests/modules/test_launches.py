@@ -83,20 +83,23 @@ def test_a_layer_launches_what_the_table_lists(
     assert combines == 1
 
 
-@pytest.mark.parametrize("norms", ["behind", "both"])
-def test_a_layer_with_norms_behind_launches_them_with_the_sum(triton_launches: Counter, norms: str) -> None:
-    """And with the norm that reads this sum; nothing of torch's."""
+@pytest.mark.parametrize(
+    ("options", "norms"),
+    [
+        ({"norms": "both"}, {"add_normed_kernel": 2}),
+        ({"norms": "behind", "qk_norm": "whole"}, {"add_normed_kernel": 2, "norm_spans_kernel": 1}),
+    ],
+)
+def test_a_layer_with_norms_elsewhere_launches_what_the_text_says(
+    triton_launches: Counter, options: dict, norms: dict[str, int]
+) -> None:
+    """And nothing of torch's."""
     (one, torch_one), (three, torch_three) = (
-        cycle_launches(triton_launches, layers, 8, norms=norms) for layers in (1, 3)
+        cycle_launches(triton_launches, layers, 8, **options) for layers in (1, 3)
     )
     assert torch_one == torch_three
     layer = {name: (three[name] - one[name]) / 4 for name in three}
-    assert {name: count for name, count in layer.items() if "norm" in name and count} == {"add_normed_kernel": 2}
-
-
-def test_a_norm_of_all_heads_is_a_kernel_more(triton_launches: Counter) -> None:
-    by_head, whole = (cycle_launches(triton_launches, 2, 8, qk_norm=qk_norm)[0] for qk_norm in (True, "whole"))
-    assert whole - by_head == {"norm_spans_kernel": 4} and not by_head - whole
+    assert {name: count for name, count in layer.items() if "norm" in name and count} == norms
 
 
 def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter) -> None:
