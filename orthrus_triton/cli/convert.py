@@ -31,7 +31,8 @@ def convert(
     Qwen3, SmolLM3, Granite, OLMo 2 and 3, EXAONE 4, ERNIE 4.5, GLM and Seed-OSS can be one: what counts is the
     model_type in its config.json.
 
-    The AR weights are stored unchanged, or rounded to --dtype. The view drafts poorly until it is trained.
+    The AR weights are stored unchanged (Granite's last norm divided by a power of two), or rounded to --dtype. The
+    view drafts poorly until it is trained.
 
     \b
     orthrus-triton convert ./Qwen3-0.6B ./orthrus-0.6b

@@ -29,13 +29,16 @@ class TokenEmbedding(nn.Embedding):
             hidden = torch.where(is_mask[..., None], mask_embedding.to(hidden.dtype), hidden)
         return hidden if self.scale == 1 else hidden * self.scale
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale:g}"
+
 
 class OrthrusModel(nn.Module):
     """Embedding, layers, final norm and rotary frequencies."""
 
     def __init__(self, config: OrthrusConfig) -> None:
         super().__init__()
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, config.embedding_scale)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, config.stream_embedding_scale)
         self.mask_token_id = config.mask_token_id
         has_mask = config.mask_embedding
         self.mask_embedding_diff = nn.Parameter(torch.empty(config.hidden_size)) if has_mask else None
@@ -48,7 +51,7 @@ class OrthrusModel(nn.Module):
             )
             for options in config.layer_options()
         )  # fmt: skip
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.stream_norm_eps)
         self.rotary_emb = rotary_from_config(config.base_config())
 
     def forward(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:

@@ -102,7 +102,8 @@ class OrthrusConfig(PreTrainedConfig):
         """From the content of a config.json, ours or a published one (model_type "qwen3", or "orthrus" over Qwen3).
 
         Raises:
-            ValueError: it has no `block_size`, so it describes a model without a second view.
+            ValueError: it has no `block_size`, so it describes a model without a second view; or its weights lie as a
+                base's do, of a family that has them otherwise than we do.
         """
         fields = {name: value for name, value in config_dict.items() if name not in FILE_FIELDS}
         model_type = config_dict.get("model_type")
@@ -112,6 +113,11 @@ class OrthrusConfig(PreTrainedConfig):
             raise ValueError(
                 f"config: block_size must be set in a dual-view checkpoint, but this is a plain {model_type!r} one; "
                 "OrthrusForCausalLM.from_base, or orthrus-triton convert, makes a dual-view model of it"
+            )
+        if model_type in FAMILIES and not FAMILIES[model_type].has_our_layout:
+            raise ValueError(
+                f"config: model_type must be {cls.model_type!r} in a dual-view checkpoint of a {model_type}, whose "
+                "weights are not ours as they lie in its files; OrthrusForCausalLM.from_base reads the base itself"
             )
         return super().from_dict(fields, **kwargs)
 
@@ -126,13 +132,13 @@ class OrthrusConfig(PreTrainedConfig):
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
     @property
-    def norm_eps(self) -> float:
+    def stream_norm_eps(self) -> float:
         """Of the norms over our residual stream, which is the base's divided by its `residual_multiplier` (Granite):
         so what is added to it needs no factor, and norms of the two are alike but for this."""
         return self.rms_norm_eps / self._multiplier("residual_multiplier") ** 2
 
     @property
-    def embedding_scale(self) -> float:
+    def stream_embedding_scale(self) -> float:
         """What a row of the embedding is multiplied by to begin that stream."""
         return self._multiplier("embedding_multiplier") / self._multiplier("residual_multiplier")
 
@@ -144,7 +150,7 @@ class OrthrusConfig(PreTrainedConfig):
         family = FAMILIES[self.base_model_type]
         biases = {name: getattr(family, name) for name in ("qkv_bias", "o_bias", "mlp_bias")}
         shared = {
-            "norm_eps": self.norm_eps,
+            "norm_eps": self.stream_norm_eps,
             "norms": family.norms,
             "scale": self.attention_multiplier if family.has_multipliers else None,
             "qk_norm": family.qk_norm,

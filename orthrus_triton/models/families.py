@@ -71,6 +71,16 @@ class Family:
     norms: Literal["before", "behind", "both"] = "before"
     has_multipliers: bool = False
 
+    def __post_init__(self) -> None:
+        if self.has_multipliers and (self.qk_norm or self.norms != "before"):
+            raise NotImplementedError("only norms over the residual stream have an epsilon that goes with its factor")
+
+    @property
+    def has_our_layout(self) -> bool:
+        """Whether a base's weights are ours as they lie in its files; what is done to others is in base_weights.py."""
+        others = self.partial_rotary or self.rotates_neighbours or self.has_multipliers or self.norms == "behind"
+        return not others
+
 
 FAMILIES: dict[str, Family] = {
     "ernie4_5": Family(

@@ -192,7 +192,7 @@ class DualViewAttention(nn.Module):
         where = (*self._angles(rope), k_out, v_out, slots)
         if self.qk_norm == "whole":
             qkv = self._project_qkv(hidden, drafting, view_pass.linear_impl)
-            return ops.rope_cache(ops.norm_spans_(qkv, q_norm, k_norm, eps, impl=impl), *where, impl=impl)
+            return ops.rope_cache(ops.norm_spans(qkv, q_norm, k_norm, eps, impl=impl), *where, impl=impl)
         where = (*where, q_norm, k_norm, eps)
         if impl == view_pass.linear_impl and not (drafting and self.view_rank is not None):
             projection = self.qkv_proj_diff if drafting else self.qkv_proj

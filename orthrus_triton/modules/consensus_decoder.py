@@ -60,7 +60,7 @@ class ConsensusDecoder(DecodeCycle):
             calls of C kernels that a pass through the layers consists of, as they were when the run was opened; not
             where other people's modules are among them. False runs every module each time.
         compile: run the cycle through torch.compile; True, or the name of a backend. No bit changes: whatever rounds
-            is opaque to the compiler.
+            more than once is opaque to the compiler.
 
     Attributes:
         cache: the K/V buffers, or None before the first call. They stay from call to call while they are large enough

@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         self, residual: torch.Tensor, x: torch.Tensor, next_norm: RMSNorm | None = None, *, impl: str = "auto"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(next_norm(sum), sum) of `residual` and the norm of x, [..., H] each; the sum twice without `next_norm`."""
-        following = (None, 0.0) if next_norm is None else (next_norm.weight, next_norm.eps)
+        following = (None, None) if next_norm is None else (next_norm.weight, next_norm.eps)
         return ops.add_normed(x, residual, self.weight, self.eps, *following, impl=impl)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from orthrus_triton.ops.linear_norm import linear_norm
 from orthrus_triton.ops.linear_swiglu import linear_swiglu
 from orthrus_triton.ops.lm_head import lm_head_choice
 from orthrus_triton.ops.logits_filter import SamplingTensors
-from orthrus_triton.ops.norm_spans import norm_spans_
+from orthrus_triton.ops.norm_spans import norm_spans
 from orthrus_triton.ops.process_logits import ProcessorTensors, process_logits
 from orthrus_triton.ops.qkv_rope_cache import qkv_rope_cache
 from orthrus_triton.ops.recall import recall
@@ -43,7 +43,7 @@ __all__ = [
     "linear_norm",
     "linear_swiglu",
     "lm_head_choice",
-    "norm_spans_",
+    "norm_spans",
     "process_logits",
     "quantize_rows",
     "qkv_rope_cache",

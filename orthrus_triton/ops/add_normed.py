@@ -6,7 +6,13 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton._triton import EXACT_LAUNCH, tl, triton
-from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import (
+    on_its_device,
+    require_both_or_neither,
+    require_same,
+    resolve_impl,
+    runs_directly,
+)
 from orthrus_triton.ops.cpu.kernels import add_normed_cpu
 from orthrus_triton.ops.rms_norm import normed_row, rms_norm_config, rms_norm_reference, rms_norm_torch
 
@@ -17,7 +23,7 @@ def add_normed(
     weight: torch.Tensor,
     eps: float,
     next_weight: torch.Tensor | None = None,
-    next_eps: float = 0.0,
+    next_eps: float | None = None,
     *,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,15 +34,17 @@ def add_normed(
         residual: [..., H], the dtype of `x`.
         weight: [H], the dtype of `x`.
         eps: added to the mean square, in fp32.
-        next_weight, next_eps: of the norm that reads the sum, or None where what comes next reads the sum itself.
+        next_weight, next_eps: of the norm that reads the sum; None, both, where what comes next reads the sum itself.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         (the norm of h, h), [..., H] each; (h, h) without `next_weight`.
 
     Raises:
-        ValueError: shapes or dtypes that do not agree.
+        ValueError: shapes or dtypes that do not agree, or one of `next_weight` and `next_eps` alone.
     """
+    require_both_or_neither("next_weight", next_weight, "next_eps", next_eps)
+    next_eps = next_eps or 0.0
     if x.dim() < 1:
         raise ValueError(f"x must be [..., H], but got shape {tuple(x.shape)}")
     require_same("residual", tuple(residual.shape), tuple(x.shape), "shape")
@@ -113,7 +121,7 @@ def _add_normed_op(x, residual, weight, eps, next_weight, next_eps, impl):
     if impl == "torch":
         out, hidden = add_normed_torch(x, residual, weight, eps, next_weight, next_eps)
     else:
-        hidden = (residual.double() + rms_norm_reference(x, weight, eps)).to(x.dtype)
+        hidden = (residual.contiguous().double() + rms_norm_reference(x, weight, eps)).to(x.dtype)
         out = hidden if next_weight is None else rms_norm_reference(hidden, next_weight, next_eps).to(x.dtype)
     return (x.new_empty(0) if next_weight is None else out), hidden
 

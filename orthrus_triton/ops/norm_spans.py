@@ -1,4 +1,4 @@
-"""RMSNorm of all of a token's queries as one, and of all its keys, in place in the fused qkv product (OLMo 2).
+"""RMSNorm of all of a token's queries as one, and of all its keys, in the fused qkv product (OLMo 2).
 One program per token and span, as in rms_norm; where each head is normed by itself, rope_cache does it."""
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from orthrus_triton.ops.cpu.kernels import norm_spans_cpu
 from orthrus_triton.ops.rms_norm import normed_row, rms_norm_config, rms_norm_reference, rms_norm_torch
 
 
-def norm_spans_(
+def norm_spans(
     qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, *, impl: str = "auto"
 ) -> torch.Tensor:
-    """The first numbers of each row become their own RMSNorm, and so do the next ones; the rest stays.
+    """Each row with its first numbers as their own RMSNorm, and the next ones as theirs.
 
     Args:
-        qkv: [..., Q + K + rest], fp32, fp16 or bf16, contiguous; written in place.
+        qkv: [..., Q + K + rest], fp32, fp16 or bf16.
         q_weight: [Q], the dtype of `qkv`.
         k_weight: [K], the dtype of `qkv`.
         eps: added to the mean squares, in fp32.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
-        `qkv`.
+        [..., Q + K + rest]; the rest as it is in `qkv`.
 
     Raises:
-        ValueError: shapes, dtypes or strides that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.dim() != 1:
@@ -37,79 +37,84 @@ def norm_spans_(
         raise ValueError(
             f"qkv must be [..., {q_weight.numel()} + {k_weight.numel()} + rest], but got shape {tuple(qkv.shape)}"
         )
-    if not qkv.is_contiguous():
-        raise ValueError(f"qkv must be contiguous, but got strides {qkv.stride()}")
     impl = resolve_impl(impl, qkv)
     if runs_directly(impl, qkv):
-        norm_spans_torch(qkv, q_weight, k_weight, eps)
-    else:
-        torch.ops.orthrus_triton.norm_spans_(qkv, q_weight, k_weight, eps, impl)
-    return qkv
+        return norm_spans_torch(qkv, q_weight, k_weight, eps)
+    return torch.ops.orthrus_triton.norm_spans(qkv, q_weight, k_weight, eps, impl)
 
 
 @triton.jit
-def _norm_span(span_ptr, weight_ptr, EPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_span(x_ptr, weight_ptr, out_ptr, EPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     mask = cols < SIZE
     # [BLOCK]
-    x = tl.load(span_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    normed = normed_row(x, weight_ptr, span_ptr.dtype.element_ty, cols, mask, EPS, SIZE)
-    tl.store(span_ptr + cols, normed, mask=mask)
+    x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + cols, normed_row(x, weight_ptr, out_ptr.dtype.element_ty, cols, mask, EPS, SIZE), mask=mask)
 
 
 @triton.jit
 def norm_spans_kernel(
-    qkv_ptr, q_weight_ptr, k_weight_ptr,
+    qkv_ptr, q_weight_ptr, k_weight_ptr, out_ptr,
     EPS: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row_ptr = qkv_ptr + tl.program_id(0).to(tl.int64) * WIDTH
-    if tl.program_id(1) == 0:
-        _norm_span(row_ptr, q_weight_ptr, EPS, Q, BLOCK_Q)
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    span = tl.program_id(1)
+    if span == 0:
+        _norm_span(qkv_ptr + row, q_weight_ptr, out_ptr + row, EPS, Q, BLOCK_Q)
+    elif span == 1:
+        _norm_span(qkv_ptr + row + Q, k_weight_ptr, out_ptr + row + Q, EPS, K, BLOCK_K)
     else:
-        _norm_span(row_ptr + Q, k_weight_ptr, EPS, K, BLOCK_K)
+        for start in range(Q + K, WIDTH, BLOCK_K):
+            cols = start + tl.arange(0, BLOCK_K)
+            # [BLOCK_K]
+            rest = tl.load(qkv_ptr + row + cols, mask=cols < WIDTH)
+            tl.store(out_ptr + row + cols, rest, mask=cols < WIDTH)
 
 
 @on_its_device
-def launch_norm_spans(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
-    Q, K, width = q_weight.numel(), k_weight.numel(), qkv.shape[-1]
-    (block_q, num_warps), (block_k, _) = rms_norm_config(max(Q, K)), rms_norm_config(K)
-    norm_spans_kernel[(qkv.numel() // width, 2)](
-        qkv, q_weight.contiguous(), k_weight.contiguous(), EPS=float(eps), WIDTH=width, Q=Q, K=K, BLOCK_Q=block_q,
-        BLOCK_K=block_k, num_warps=num_warps, **EXACT_LAUNCH,
+def launch_norm_spans(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float
+) -> torch.Tensor:  # fmt: skip
+    qkv = qkv.contiguous()
+    Q, K, width, out = q_weight.numel(), k_weight.numel(), qkv.shape[-1], torch.empty_like(qkv)
+    block_q, warps_q = rms_norm_config(Q)
+    block_k, warps_k = rms_norm_config(K)
+    norm_spans_kernel[(qkv.numel() // width, 3)](
+        qkv, q_weight.contiguous(), k_weight.contiguous(), out, EPS=float(eps), WIDTH=width, Q=Q, K=K,
+        BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=max(warps_q, warps_k), **EXACT_LAUNCH,
     )  # fmt: skip
+    return out
 
 
-def norm_spans_torch(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
+def norm_spans_torch(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Any device."""
-    if norm_spans_cpu(qkv, q_weight, k_weight, eps):
-        return
-    for span, weight in _spans(qkv, q_weight, k_weight):
-        span.copy_(rms_norm_torch(span, weight, eps))
+    if (of_c := norm_spans_cpu(qkv, q_weight, k_weight, eps)) is not None:
+        return of_c
+    q, k, rest = _spans(qkv, q_weight, k_weight)
+    return torch.cat((rms_norm_torch(q, q_weight, eps), rms_norm_torch(k, k_weight, eps), rest), dim=-1)
 
 
-def _spans(
-    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _spans(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     Q, K = q_weight.numel(), k_weight.numel()
-    return [(qkv[..., :Q], q_weight), (qkv[..., Q : Q + K], k_weight)]
+    return qkv.split([Q, K, qkv.shape[-1] - Q - K], dim=-1)
 
 
 @torch.library.custom_op(
-    "orthrus_triton::norm_spans_",
-    mutates_args=("qkv",),
-    schema="(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, float eps, str impl) -> ()",
+    "orthrus_triton::norm_spans",
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, str impl) -> Tensor",
 )
 def _norm_spans_op(qkv, q_weight, k_weight, eps, impl):
     if impl == "triton":
-        launch_norm_spans(qkv, q_weight, k_weight, eps)
-    elif impl == "torch":
-        norm_spans_torch(qkv, q_weight, k_weight, eps)
-    else:
-        for span, weight in _spans(qkv, q_weight, k_weight):
-            span.copy_(rms_norm_reference(span, weight, eps))
+        return launch_norm_spans(qkv, q_weight, k_weight, eps)
+    if impl == "torch":
+        return norm_spans_torch(qkv, q_weight, k_weight, eps)
+    q, k, rest = _spans(qkv, q_weight, k_weight)
+    normed = (rms_norm_reference(span, weight, eps) for span, weight in ((q, q_weight), (k, k_weight)))
+    return torch.cat((*normed, rest.double()), dim=-1).to(qkv.dtype)
 
 
 @_norm_spans_op.register_fake
 def _(qkv, q_weight, k_weight, eps, impl):
-    return None
+    return qkv.new_empty(qkv.shape)

@@ -166,17 +166,14 @@ def _attention(
     v_context: torch.Tensor, key_limit: torch.Tensor, block_size: int,
 ) -> torch.Tensor:  # fmt: skip
     heads, kv_heads, D = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    qkv = _project_qkv(attention, x)
+    q, k, v = _project_qkv(attention, x).split([heads * D, kv_heads * D, kv_heads * D], dim=-1)
     if attention.qk_norm == "whole":
-        q, k, v = qkv.split([heads * D, kv_heads * D, kv_heads * D], dim=-1)
-        qkv = torch.cat((_norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff), v), dim=-1)
-    qk, v = qkv.unflatten(-1, (-1, D)).split([heads + kv_heads, kv_heads], dim=2)
+        q, k = _norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff)
+    q, k, v = (rows.unflatten(-1, (-1, D)) for rows in (q, k, v))
     if attention.qk_norm and attention.qk_norm != "whole":
-        q, k = qk.split([heads, kv_heads], dim=2)
-        qk = torch.cat((_norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff)), dim=2)
+        q, k = _norm(q, attention.q_norm_diff), _norm(k, attention.k_norm_diff)
     if attention.use_rope:
-        qk = _rotate(qk, cos, sin).to(v.dtype)
-    q, k = qk.split([heads, kv_heads], dim=2)
+        q, k = (_rotate(rows, cos, sin).to(v.dtype) for rows in (q, k))
     attended = ops.block_attention(
         q, k_context.to(v.dtype), v_context.to(v.dtype), key_limit, k, v, block_size=block_size,
         window=attention.window, scale=attention.scale,

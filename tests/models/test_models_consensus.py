@@ -106,3 +106,16 @@ def test_the_model_brings_its_own_stop_tokens():
     assert stopping.eos_token_ids == [100, stop]
     ids = ConsensusDecoder(stopping, impl="torch").generate(random_ids(9), max_new_tokens=20).sequences[0].tolist()
     assert ids == free[: free.index(stop, 9) + 1]
+
+
+def test_a_compiled_cycle_multiplies_the_embedding_as_the_eager_one_does():
+    """Of what rounds, Granite's factor alone is before the compiler's eyes."""
+    base = build_base(base_config("granite", eos_token_id=None), torch.bfloat16)
+    model = OrthrusForCausalLM.from_base(base, block_size=4)
+    said = [
+        ConsensusDecoder(model, mode=mode, impl="torch", compile=compiled).generate(
+            [random_ids(5)[0]], max_new_tokens=20
+        )
+        for mode, compiled in (("ar", False), ("consensus", True))
+    ]
+    assert said[0].sequences[0].tolist() == said[1].sequences[0].tolist()

@@ -165,6 +165,12 @@ def test_options_that_are_not_implemented_are_named(case: str, changes: dict, me
         OrthrusForCausalLM.from_base(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["ernie4_5", "granite", "olmo2"])
+def test_a_checkpoint_whose_weights_lie_as_a_bases_do_is_not_read_as_ours(family: str):
+    with pytest.raises(ValueError, match=f"model_type must be 'orthrus' in a dual-view checkpoint of a {family}"):
+        OrthrusConfig.from_dict({"model_type": family, "block_size": 4, "mask_token_id": 1})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

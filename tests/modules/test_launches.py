@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -57,19 +58,24 @@ def cycle_launches(launches: Counter, num_layers: int, block_size: int, **model:
     return Counter(launches), torch_kernels
 
 
-@pytest.mark.parametrize(("block_size", "passes"), [(8, 2), (1, 1)])
-@pytest.mark.parametrize("split_k", [1, 2])
-def test_a_layer_launches_what_the_table_lists(
-    triton_launches: Counter, block_size: int, passes: int, split_k: int, request, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However the products are split: whatever comes after one takes its splits."""
+@pytest.fixture(params=[1, 2])
+def split_k(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Into how many parts all products are split but that of the head."""
 
     def rule(*_: object, N: int, K: int) -> tuple[dict[str, int], dict[str, int]]:
-        return {**TILES, "SPLIT_K": 1 if N == VOCAB else split_k}, {"num_warps": 4}
+        return {**TILES, "SPLIT_K": 1 if N == VOCAB else request.param}, {"num_warps": 4}
 
     monkeypatch.setitem(RULES, "linear", rule)
-    request.addfinalizer(forget)
     forget()
+    yield request.param
+    forget()
+
+
+@pytest.mark.parametrize(("block_size", "passes"), [(8, 2), (1, 1)])
+def test_a_layer_launches_what_the_table_lists(
+    triton_launches: Counter, split_k: int, block_size: int, passes: int
+) -> None:
+    """However the products are split: whatever comes after one takes its splits."""
     one, torch_one = cycle_launches(triton_launches, 1, block_size)
     three, torch_three = cycle_launches(triton_launches, 3, block_size)
     assert torch_one == torch_three  # a layer runs no torch kernel: no copy, no reshape, no addition
@@ -84,14 +90,16 @@ def test_a_layer_launches_what_the_table_lists(
 
 
 @pytest.mark.parametrize(
-    ("options", "norms"),
+    ("options", "norms", "in_all"),
     [
-        ({"norms": "both"}, {"add_normed_kernel": 2}),
-        ({"norms": "behind", "qk_norm": "whole"}, {"add_normed_kernel": 2, "norm_spans_kernel": 1}),
+        ({"norms": "both"}, {"add_normed_kernel": 2}, (9, 12)),
+        ({"norms": "behind"}, {"add_normed_kernel": 2}, (9, 12)),
+        ({"qk_norm": "whole"}, {"norm_spans_kernel": 1, "combine_norm_kernel": 2}, (10, 12)),
+        ({"norms": "behind", "qk_norm": "whole"}, {"add_normed_kernel": 2, "norm_spans_kernel": 1}, (10, 14)),
     ],
 )
 def test_a_layer_with_norms_elsewhere_launches_what_the_text_says(
-    triton_launches: Counter, options: dict, norms: dict[str, int]
+    triton_launches: Counter, split_k: int, options: dict, norms: dict[str, int], in_all: tuple[int, int]
 ) -> None:
     """And nothing of torch's."""
     (one, torch_one), (three, torch_three) = (
@@ -100,19 +108,35 @@ def test_a_layer_with_norms_elsewhere_launches_what_the_text_says(
     assert torch_one == torch_three
     layer = {name: (three[name] - one[name]) / 4 for name in three}
     assert {name: count for name, count in layer.items() if "norm" in name and count} == norms
+    assert sum(layer.values()) == in_all[split_k - 1]
 
 
-def test_an_anchor_of_its_own_costs_what_the_text_says(triton_launches: Counter) -> None:
+@pytest.mark.parametrize(
+    ("options", "more_kernels", "copies"),
+    [
+        ({}, {"linear_kernel": 2, "rope_cache_kernel": 1, "combine_norm_kernel": 1}, 3),
+        (
+            {"norms": "behind", "qk_norm": "whole"},
+            {"linear_kernel": 2, "rope_cache_kernel": 1, "norm_spans_kernel": 1},
+            2,
+        ),
+    ],
+)
+def test_an_anchor_of_its_own_costs_what_the_text_says(
+    triton_launches: Counter, options: dict, more_kernels: dict[str, int], copies: int
+) -> None:
     """More than a layer of the paper's cycle launches, where the frozen view reads the anchor."""
     layers = []
     for anchor_rows in (0, 1):
-        one, three = (cycle_launches(triton_launches, layers, 8, anchor_rows=anchor_rows) for layers in (1, 3))
+        one, three = (
+            cycle_launches(triton_launches, layers, 8, anchor_rows=anchor_rows, **options) for layers in (1, 3)
+        )
         layers.append([Counter({name: (b[name] - a[name]) // 2 for name in b}) for a, b in zip(one, three)])
     (plain, plain_torch), (own, own_torch) = layers
     more = own - plain
     more.pop("combine_splits_kernel", None)
-    assert more == {"linear_kernel": 2, "rope_cache_kernel": 1, "combine_norm_kernel": 1}
-    assert own_torch - plain_torch == {"aten::cat": 3}  # in a batch, too
+    assert more == more_kernels
+    assert own_torch - plain_torch == {"aten::cat": copies}  # in a batch, too
 
 
 @pytest.mark.parametrize(("block_size", "anchor_rows", "passes", "most"), [(8, 0, 2, 34), (8, 1, 2, 55), (1, 0, 1, 12)])

@@ -26,7 +26,7 @@ def arguments() -> dict[str, tuple]:
         "rms_norm": (randn(2, 3, 32), randn(32), 1e-6),
         "add_rms_norm": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6),
         "add_normed": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6, randn(32), 1e-5),
-        "norm_spans_": (randn(2, 3, 32), randn(18), randn(6), 1e-6),
+        "norm_spans": (randn(2, 3, 32), randn(18), randn(6), 1e-6),
         "swiglu": (randn(2, 3, 32),),
         "linear": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), torch.float32),
         "linear_swiglu": (randn(2, 3, 32), randn(20, 32), randn(20)),
@@ -63,6 +63,24 @@ def test_opcheck(name: str, impl: str) -> None:
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 def test_opcheck_without_a_next_norm(impl: str) -> None:
     torch.library.opcheck(OPS.add_normed.default, (*arguments()["add_normed"][:-2], None, 0.0, impl))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("name", ["add_normed", "norm_spans"])
+def test_opcheck_of_rows_that_lie_apart(name: str, impl: str) -> None:
+    inputs = [
+        one.transpose(0, 2).contiguous().transpose(0, 2) if isinstance(one, torch.Tensor) and one.dim() == 3 else one
+        for one in arguments()[name]
+    ]
+    torch.library.opcheck(getattr(OPS, name).default, (*inputs, impl))
+
+
+def test_a_gradient_does_not_get_lost_in_a_norm_of_spans() -> None:
+    rows, *norms = arguments()["norm_spans"]
+    out = ops.norm_spans(rows.requires_grad_(), *norms)
+    with pytest.raises(RuntimeError, match="does not require grad|autograd"):
+        out.sum().backward()
+    assert out.requires_grad and rows.grad is None
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])

@@ -66,11 +66,10 @@ def test_norm_spans(seed: int, dtype: torch.dtype, rows: int, queries: int, keys
     qkv = randn(seed, rows, queries + keys + rest, dtype=dtype)
     weights = randn(seed + 1, queries, dtype=dtype), randn(seed + 2, keys, dtype=dtype)
     q, k, others = qkv.split([queries, keys, rest], dim=-1)
-    exact = ops.norm_spans_(qkv.double(), *(weight.double() for weight in weights), 1e-6, impl="reference")
+    exact = ops.norm_spans(qkv.double(), *(weight.double() for weight in weights), 1e-6, impl="reference")
     for impl in ("triton", "torch"):
         normed = [ops.rms_norm(span.contiguous(), w, 1e-6, impl=impl) for span, w in zip((q, k), weights)]
-        out = qkv.clone()
-        assert ops.norm_spans_(out, *weights, 1e-6, impl=impl) is out
+        out = ops.norm_spans(qkv, *weights, 1e-6, impl=impl)
         assert_within_budget(out, torch.cat((*normed, others), dim=-1), exact, what=impl)
         assert torch.equal(out[:, queries + keys :], others)
 
@@ -308,11 +307,11 @@ def test_greedy_choice_ignores_nan() -> None:
             r"residual must have shape \(2, 8\), but got \(1, 8\)",
         ),
         (lambda x: ops.add_normed(x, x, torch.ones(9), 1e-6), r"weight must have shape \(8,\), but got \(9,\)"),
-        (lambda x: ops.add_normed(x, x, x[0], 1e-6, x[0].half()), "next_weight must have dtype torch.float32"),
-        (lambda x: ops.norm_spans_(x, torch.ones(5), torch.ones(4), 1e-6), r"qkv must be \[..., 5 \+ 4 \+ rest\], but"),
-        (lambda x: ops.norm_spans_(x, x, x[0], 1e-6), r"q_weight must be a vector, but got shape \(2, 8\)"),
-        (lambda x: ops.norm_spans_(x, x[0, :4], x[0, :4].half(), 1e-6), "k_weight must have dtype torch.float32, but"),
-        (lambda x: ops.norm_spans_(x.T, x[0, :1], x[0, :1], 1e-6), r"qkv must be contiguous, but got strides \(1, 8\)"),
+        (lambda x: ops.add_normed(x, x, x[0], 1e-6, x[0].half(), 1e-6), "next_weight must have dtype torch.float32"),
+        (lambda x: ops.add_normed(x, x, x[0], 1e-6, x[0]), "next_weight and next_eps must be given together"),
+        (lambda x: ops.norm_spans(x, torch.ones(5), torch.ones(4), 1e-6), r"qkv must be \[..., 5 \+ 4 \+ rest\], but"),
+        (lambda x: ops.norm_spans(x, x, x[0], 1e-6), r"q_weight must be a vector, but got shape \(2, 8\)"),
+        (lambda x: ops.norm_spans(x, x[0, :4], x[0, :4].half(), 1e-6), "k_weight must have dtype torch.float32, but"),
         (lambda x: ops.rms_norm(x, torch.ones(9), 1e-6), r"weight \[H\], but got shapes \(2, 8\) and \(9,\)"),
         (lambda x: ops.rms_norm(x[0, 0], torch.ones(8), 1e-6), r"got shapes \(\) and \(8,\)"),
         (lambda x: ops.rms_norm(x, torch.ones(8).half(), 1e-6), "must have dtype torch.float32, that of x, but got"),

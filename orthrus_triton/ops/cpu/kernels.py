@@ -162,18 +162,20 @@ def add_normed_cpu(
     return out, hidden
 
 
-def norm_spans_cpu(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> bool:
-    """`norm_spans_`, where this says so."""
+def norm_spans_cpu(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float
+) -> torch.Tensor | None:  # fmt: skip
+    """`norm_spans`."""
     library = library_for(qkv, q_weight, k_weight)
     if library is None:
-        return False
-    q_weight, k_weight, width = q_weight.contiguous(), k_weight.contiguous(), qkv.shape[-1]
+        return None
+    qkv, q_weight, k_weight, out = qkv.contiguous(), q_weight.contiguous(), k_weight.contiguous(), empty(qkv, qkv.shape)
+    width = qkv.shape[-1]
     call(
-        library.orthrus_norm_spans, (qkv, q_weight, k_weight), qkv.numel() // max(width, 1), width, q_weight.numel(),
-        k_weight.numel(), eps, DTYPES[qkv.dtype], torch.get_num_threads(),
+        library.orthrus_norm_spans, (qkv, q_weight, k_weight, out), qkv.numel() // max(width, 1), width,
+        q_weight.numel(), k_weight.numel(), eps, DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    increment_version(qkv)
-    return True
+    return out
 
 
 def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:

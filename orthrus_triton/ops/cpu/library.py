@@ -38,7 +38,7 @@ ARGUMENTS = {
     "orthrus_linear_bf16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
     "orthrus_linear_fp16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
     "orthrus_linear_fp32": (*[VOID_P] * 4, *[INT64] * 4, INT),
-    "orthrus_norm_spans": (*[VOID_P] * 3, *[INT64] * 4, FLOAT, INT, INT),
+    "orthrus_norm_spans": (*[VOID_P] * 4, *[INT64] * 4, FLOAT, INT, INT),
     "orthrus_recall": (*[VOID_P] * 7, *[INT64] * 4, FLOAT),
     "orthrus_rms_norm": (*[VOID_P] * 5, *[INT64] * 2, FLOAT, INT, INT),
     "orthrus_rope_cache": (*[VOID_P] * 9, *[INT64] * 13, FLOAT, INT, INT),

@@ -1,5 +1,5 @@
-/* RMSNorm of rows, after a residual was added or before it is: rounded before the weight and after it, as transformers
-   does. */
+/* RMSNorm of rows, after a residual was added or before it is: rounded before the weight and after it, as in most of
+   transformers' models (OLMo's are rounded after it alone). */
 
 #include "vectors.h"
 
@@ -64,25 +64,29 @@ void orthrus_rms_norm(
     }
 }
 
-static inline void norm_span(void *span, const void *weight, int64_t size, float eps, int dtype) {
+static inline void norm_span(
+    const void *x, void *out, const void *weight, int64_t size, float eps, int dtype) {
     float numbers[CHUNK];
     floats squares = {};
     for (int64_t col = 0; col < size; col += CHUNK) {
         int64_t n = least(CHUNK, size - col);
-        to_floats(numbers, at(span, col, dtype), n, dtype);
+        to_floats(numbers, at(x, col, dtype), n, dtype);
         squares = add_squares(squares, numbers, n);
     }
-    store_normed(span, span, weight, 0, size, scale_of(squares, size, eps), dtype);
+    store_normed(out, x, weight, 0, size, scale_of(squares, size, eps), dtype);
 }
 
-/* The first Q numbers of each row of qkv [rows, width], and the next K, become their norms: weights [Q] and [K]. */
+/* Of each row of qkv [rows, width], the first Q numbers as their norm, the next K as theirs, and the rest; to out, alike.
+   The weights are [Q] and [K]. */
 void orthrus_norm_spans(
-    void *qkv, const void *q_weight, const void *k_weight, int64_t rows, int64_t width, int64_t Q, int64_t K, float eps,
-    int dtype, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (rows > 1 && rows * (Q + K) > 8192)
+    const void *qkv, const void *q_weight, const void *k_weight, void *out, int64_t rows, int64_t width, int64_t Q,
+    int64_t K, float eps, int dtype, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (rows > 1 && rows * width > 8192)
     for (int64_t row = 0; row < rows; row++) {
-        norm_span(at(qkv, row * width, dtype), q_weight, Q, eps, dtype);
-        norm_span(at(qkv, row * width + Q, dtype), k_weight, K, eps, dtype);
+        int64_t k = row * width + Q, rest = k + K;
+        norm_span(at(qkv, row * width, dtype), at(out, row * width, dtype), q_weight, Q, eps, dtype);
+        norm_span(at(qkv, k, dtype), at(out, k, dtype), k_weight, K, eps, dtype);
+        memcpy(at(out, rest, dtype), at(qkv, rest, dtype), (width - Q - K) * size_of(dtype));
     }
 }
 
