@@ -44,32 +44,24 @@ def norm_spans(
 
 
 @triton.jit
-def _norm_span(x_ptr, weight_ptr, out_ptr, EPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    cols = tl.arange(0, BLOCK)
-    mask = cols < SIZE
-    # [BLOCK]
-    x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + cols, normed_row(x, weight_ptr, out_ptr.dtype.element_ty, cols, mask, EPS, SIZE), mask=mask)
-
-
-@triton.jit
 def norm_spans_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, out_ptr,
-    EPS: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * WIDTH
+    first, size, weight_ptr = 0, Q, q_weight_ptr
     span = tl.program_id(1)
-    if span == 0:
-        _norm_span(qkv_ptr + row, q_weight_ptr, out_ptr + row, EPS, Q, BLOCK_Q)
-    elif span == 1:
-        _norm_span(qkv_ptr + row + Q, k_weight_ptr, out_ptr + row + Q, EPS, K, BLOCK_K)
-    else:
-        for start in range(Q + K, WIDTH, BLOCK_K):
-            cols = start + tl.arange(0, BLOCK_K)
-            # [BLOCK_K]
-            rest = tl.load(qkv_ptr + row + cols, mask=cols < WIDTH)
-            tl.store(out_ptr + row + cols, rest, mask=cols < WIDTH)
+    if span == 1:
+        first, size, weight_ptr = Q, K, k_weight_ptr
+    if span == 2:
+        first, size = Q + K, WIDTH - Q - K
+    cols = tl.arange(0, BLOCK)
+    mask = cols < size
+    # [BLOCK]
+    x = tl.load(qkv_ptr + row + first + cols, mask=mask, other=0.0)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    normed = normed_row(x.to(tl.float32), weight_ptr, dtype, cols, mask & (span < 2), EPS, size)
+    tl.store(out_ptr + row + first + cols, tl.where(span < 2, normed, x), mask=mask)
 
 
 @on_its_device
@@ -78,11 +70,10 @@ def launch_norm_spans(
 ) -> torch.Tensor:  # fmt: skip
     qkv = qkv.contiguous()
     Q, K, width, out = q_weight.numel(), k_weight.numel(), qkv.shape[-1], torch.empty_like(qkv)
-    block_q, warps_q = rms_norm_config(Q)
-    block_k, warps_k = rms_norm_config(K)
-    norm_spans_kernel[(qkv.numel() // width, 3)](
-        qkv, q_weight.contiguous(), k_weight.contiguous(), out, EPS=float(eps), WIDTH=width, Q=Q, K=K,
-        BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=max(warps_q, warps_k), **EXACT_LAUNCH,
+    block, num_warps = rms_norm_config(max(Q, K, width - Q - K))
+    norm_spans_kernel[(qkv.numel() // width, 3 if width > Q + K else 2)](
+        qkv, q_weight.contiguous(), k_weight.contiguous(), out, EPS=float(eps), WIDTH=width, Q=Q, K=K, BLOCK=block,
+        num_warps=num_warps, **EXACT_LAUNCH,
     )  # fmt: skip
     return out
 
