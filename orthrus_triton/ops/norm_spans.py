@@ -65,9 +65,7 @@ def norm_spans_kernel(
 
 
 @on_its_device
-def launch_norm_spans(
-    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float
-) -> torch.Tensor:  # fmt: skip
+def launch_norm_spans(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> torch.Tensor:
     qkv = qkv.contiguous()
     Q, K, width, out = q_weight.numel(), k_weight.numel(), qkv.shape[-1], torch.empty_like(qkv)
     block, num_warps = rms_norm_config(max(Q, K, width - Q - K))

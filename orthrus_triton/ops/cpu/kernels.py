@@ -164,7 +164,7 @@ def add_normed_cpu(
 
 def norm_spans_cpu(
     qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float
-) -> torch.Tensor | None:  # fmt: skip
+) -> torch.Tensor | None:
     """`norm_spans`."""
     library = library_for(qkv, q_weight, k_weight)
     if library is None:
