@@ -18,7 +18,7 @@ from orthrus_triton.ops.linear_norm import launch_linear_norm
 from orthrus_triton.ops.linear_swiglu import launch_linear_swiglu
 from orthrus_triton.ops.lm_head import launch_lm_head_choice
 from orthrus_triton.ops.sample import launch_greedy_choice
-from orthrus_triton.ops.swiglu import launch_swiglu
+from orthrus_triton.ops.swiglu import launch_gated
 
 MANY_ROWS = 1100  # the largest tiles serve a weight of 576 rows from 1,089 on
 CHECKED_COLUMNS = 1024  # of a wide weight, for the fp64 reference
@@ -40,7 +40,7 @@ def _product(inputs: Inputs, config: KernelConfig) -> torch.Tensor:
 
 def _normed(inputs: Inputs, config: KernelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     x, residual, weight, norm = inputs
-    return launch_linear_norm(x, weight, None, residual, norm, 1e-6, config=config)
+    return launch_linear_norm(x, weight, None, residual, norm, 1e-6, 0.0, config)
 
 
 def _logits(inputs: Inputs, config: KernelConfig) -> torch.Tensor:
@@ -71,7 +71,7 @@ class Linear(TunableOp):
             found.append(
                 Variant(
                     "linear_swiglu", inputs, lambda i, c: launch_linear_swiglu(*i, None, c), cut, slices,
-                    same_as=lambda i, c: launch_swiglu(_product(i, c)),
+                    same_as=lambda i, c: launch_gated(_product(i, c), gelu=False),
                 )
             )  # fmt: skip
         if "followed" in problem.uses:

@@ -164,7 +164,7 @@ class LinearSpace(BuiltInSpace):
     and unfused products must have the same bits."""
 
     files = ("ops/product_tile.py", "ops/linear.py", "ops/linear_swiglu.py", "ops/lm_head.py", "ops/swiglu.py")
-    without = ("swiglu_kernel", "best_tile_kernel")
+    without = ("gated_kernel", "gelu_times", "best_tile_kernel")
 
     def __init__(self) -> None:
         choices = {

@@ -14,11 +14,14 @@ from orthrus_triton.modules.rms_norm import RMSNorm
 
 
 class TokenEmbedding(nn.Embedding):
-    """Rows of a table, `scale` times."""
+    """Rows of a table, `scale` times; the scale itself is rounded to their dtype if `rounds_scale`."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0, rounds_scale: bool = False) -> None:
         super().__init__(vocab_size, hidden_size)
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        # numbers, because a tensor would have to be moved, cast and read with the model
         self.scale = scale
+        self.scales = {d: float(torch.tensor(scale, dtype=d, device="cpu")) if rounds_scale else scale for d in dtypes}
 
     def forward(
         self, ids: torch.Tensor, is_mask: torch.Tensor | None = None, mask_embedding: torch.Tensor | None = None
@@ -27,7 +30,7 @@ class TokenEmbedding(nn.Embedding):
         hidden = super().forward(ids)
         if mask_embedding is not None:
             hidden = torch.where(is_mask[..., None], mask_embedding.to(hidden.dtype), hidden)
-        return hidden if self.scale == 1 else hidden * self.scale
+        return hidden if self.scale == 1 else hidden * self.scales.get(hidden.dtype, self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:g}"
@@ -38,7 +41,7 @@ class OrthrusModel(nn.Module):
 
     def __init__(self, config: OrthrusConfig) -> None:
         super().__init__()
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, config.stream_embedding_scale)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, **config.embedding_options())
         self.mask_token_id = config.mask_token_id
         has_mask = config.mask_embedding
         self.mask_embedding_diff = nn.Parameter(torch.empty(config.hidden_size)) if has_mask else None
@@ -51,7 +54,7 @@ class OrthrusModel(nn.Module):
             )
             for options in config.layer_options()
         )  # fmt: skip
-        self.norm = RMSNorm(config.hidden_size, config.stream_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, **config.norm_options())
         self.rotary_emb = rotary_from_config(config.base_config())
 
     def forward(self, input_ids: torch.Tensor, cache: SharedKVCache, view_pass: ViewPass) -> torch.Tensor:

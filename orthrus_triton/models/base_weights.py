@@ -15,8 +15,6 @@ from orthrus_triton.models.rope import rotary_dims
 
 FUSED = re.compile(r"(?P<where>.+\.)(?P<what>qkv_proj|gate_up_proj)(?P<kind>\.weight|\.bias)")
 FINAL_NORM = "model.norm.weight"
-# norms behind attention and MLP, where there are none before them
-BEHIND = {"post_attention_layernorm": "post_self_attn_layernorm", "post_feedforward_layernorm": "post_mlp_layernorm"}
 ROTATED = re.compile(r".+\.self_attn\.[qk]_proj\.(weight|bias)")
 
 
@@ -32,13 +30,12 @@ def as_ours(source: WeightSource, config: PreTrainedConfig) -> WeightSource:
         "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
     }
     order = row_order(head_dim, rotated, family.rotates_neighbours)
-    renamed = BEHIND if family.norms == "behind" else {}
 
     def new_names(name: str) -> dict[str, int]:
         """What becomes of a tensor: names and their rows; nothing of one that stays."""
         where, _, norm = name.removesuffix(".weight").rpartition(".")
-        if norm in renamed and source.shapes[name] == (config.hidden_size,):
-            return {f"{where}.{renamed[norm]}.weight": config.hidden_size}
+        if norm in family.norm_names and source.shapes[name] == (config.hidden_size,):
+            return {f"{where}.{family.norm_names[norm]}.weight": config.hidden_size}
         fused = FUSED.fullmatch(name)
         if fused is None:
             return {}

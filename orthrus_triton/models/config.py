@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from orthrus_triton.models.families import FAMILIES
+from orthrus_triton.modules.decoder_layer import ACTIVATIONS
 
 VIEW_FIELDS = (
     "base_model_type",
@@ -131,16 +132,17 @@ class OrthrusConfig(PreTrainedConfig):
         """`head_dim`, which only some families store."""
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
-    @property
-    def stream_norm_eps(self) -> float:
+    def norm_options(self) -> dict[str, float]:
         """Of the norms over our residual stream, which is the base's divided by its `residual_multiplier` (Granite):
-        so what is added to it needs no factor, and norms of the two are alike but for this."""
-        return self.rms_norm_eps / self._multiplier("residual_multiplier") ** 2
+        so what is added to it needs no factor, and norms of the two are alike but for their epsilon."""
+        eps = self.rms_norm_eps / self._multiplier("residual_multiplier") ** 2
+        return {"eps": eps, "offset": FAMILIES[self.base_model_type].norm_offset}
 
-    @property
-    def stream_embedding_scale(self) -> float:
-        """What a row of the embedding is multiplied by to begin that stream."""
-        return self._multiplier("embedding_multiplier") / self._multiplier("residual_multiplier")
+    def embedding_options(self) -> dict[str, Any]:
+        """What a row of the embedding is multiplied by to begin that stream, as options of `TokenEmbedding`."""
+        if FAMILIES[self.base_model_type].scales_embedding:
+            return {"scale": self.hidden_size**0.5, "rounds_scale": True}
+        return {"scale": self._multiplier("embedding_multiplier") / self._multiplier("residual_multiplier")}
 
     def _multiplier(self, name: str) -> float:
         return getattr(self, name) if FAMILIES[self.base_model_type].has_multipliers else 1.0
@@ -149,10 +151,16 @@ class OrthrusConfig(PreTrainedConfig):
         """For each layer, the options of `OrthrusDecoderLayer` beyond its sizes."""
         family = FAMILIES[self.base_model_type]
         biases = {name: getattr(family, name) for name in ("qkv_bias", "o_bias", "mlp_bias")}
+        scale = None
+        if family.has_multipliers:
+            scale = self.attention_multiplier
+        elif family.scales_queries:
+            scale = self.query_pre_attn_scalar**-0.5
         shared = {
-            "norm_eps": self.stream_norm_eps,
+            **{f"norm_{name}": value for name, value in self.norm_options().items()},
             "norms": family.norms,
-            "scale": self.attention_multiplier if family.has_multipliers else None,
+            "activation": getattr(self, family.activation_field),
+            "scale": scale,
             "qk_norm": family.qk_norm,
             **{name: getattr(self, said) if isinstance(said, str) else said for name, said in biases.items()},
             "view_rank": self.view_rank,
@@ -192,9 +200,11 @@ class OrthrusConfig(PreTrainedConfig):
             raise ValueError(f"mask_embedding must be true or false, but got {self.mask_embedding!r}")
         if self.anchor_view not in ("diffusion", "ar"):
             raise ValueError(f"anchor_view must be 'diffusion' or 'ar', but got {self.anchor_view!r}")
-        if self.hidden_act != "silu":
+        field = FAMILIES[self.base_model_type].activation_field
+        if getattr(self, field) not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act must be 'silu', the activation that is implemented, but got {self.hidden_act!r}"
+                f"{field} must be one of the activations that are implemented, {ACTIVATIONS}, "
+                f"but got {getattr(self, field)!r}"
             )
         if getattr(self, "quantization_config", None) is not None:
             raise ValueError(
@@ -221,6 +231,11 @@ class OrthrusConfig(PreTrainedConfig):
             raise ValueError(
                 f"logits_scaling must be a power of two, which weights can be divided by, but got {scaling}"
             )
+        for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+            if getattr(self, name, None):
+                raise ValueError(f"{name} must be absent: it is not implemented, but got {getattr(self, name)!r}")
+        if FAMILIES[self.base_model_type].scales_queries and not self.query_pre_attn_scalar > 0:
+            raise ValueError(f"query_pre_attn_scalar must be positive, but got {self.query_pre_attn_scalar}")
         self._check_layer_types()
 
     def _check_layer_types(self) -> None:

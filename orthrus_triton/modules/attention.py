@@ -28,7 +28,7 @@ class DualViewAttention(nn.Module):
         qk_norm: RMSNorm of q and k before the rotation: True for one of each head (Qwen3), "whole" for one of all heads
             together (OLMo 2).
         qkv_bias, o_bias: biases of the projections.
-        norm_eps: of the q/k norms.
+        norm_eps, norm_offset: of the q/k norms, as in `orthrus_triton.ops.rms_norm`.
         window: sliding window in tokens, or None.
         use_rope: False for a layer that rotates nothing (every fourth of SmolLM3).
         scale: multiplies the scores, by default head_dim ** -0.5.
@@ -52,6 +52,7 @@ class DualViewAttention(nn.Module):
         qkv_bias: bool = False,
         o_bias: bool = False,
         norm_eps: float = 1e-6,
+        norm_offset: float = 0.0,
         window: int | None = None,
         use_rope: bool = True,
         scale: float | None = None,
@@ -67,7 +68,7 @@ class DualViewAttention(nn.Module):
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, but got {num_heads}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.head_dim, self.qk_norm, self.norm_eps = head_dim, qk_norm, norm_eps
+        self.head_dim, self.qk_norm, self.norm_eps, self.norm_offset = head_dim, qk_norm, norm_eps, norm_offset
         self.window, self.use_rope, self.scale, self.view_rank = window, use_rope, scale, view_rank
         sizes = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
         for suffix in SUFFIX.values():
@@ -82,7 +83,7 @@ class DualViewAttention(nn.Module):
             if qk_norm:
                 for name in "qk":
                     size = sizes[name] if qk_norm == "whole" else head_dim
-                    setattr(self, f"{name}_norm{suffix}", RMSNorm(size, norm_eps))
+                    setattr(self, f"{name}_norm{suffix}", RMSNorm(size, norm_eps, norm_offset))
 
     def forward(
         self,
@@ -192,13 +193,15 @@ class DualViewAttention(nn.Module):
         where = (*self._angles(rope), k_out, v_out, slots)
         if self.qk_norm == "whole":
             qkv = self._project_qkv(hidden, drafting, view_pass.linear_impl)
-            return ops.rope_cache(ops.norm_spans(qkv, q_norm, k_norm, eps, impl=impl), *where, impl=impl)
+            qkv = ops.norm_spans(qkv, q_norm, k_norm, eps, norm_offset=self.norm_offset, impl=impl)
+            return ops.rope_cache(qkv, *where, impl=impl)
         where = (*where, q_norm, k_norm, eps)
+        options = {"norm_offset": self.norm_offset, "impl": impl}
         if impl == view_pass.linear_impl and not (drafting and self.view_rank is not None):
             projection = self.qkv_proj_diff if drafting else self.qkv_proj
             weight, scale = projection.factors(drafting)
-            return ops.qkv_rope_cache(hidden, weight, projection.bias, *where, impl=impl, weight_scale=scale)
-        return ops.rope_cache(self._project_qkv(hidden, drafting, view_pass.linear_impl), *where, impl=impl)
+            return ops.qkv_rope_cache(hidden, weight, projection.bias, *where, **options, weight_scale=scale)
+        return ops.rope_cache(self._project_qkv(hidden, drafting, view_pass.linear_impl), *where, **options)
 
     def _angles(self, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return rope if self.use_rope else (None, None)

@@ -1,4 +1,4 @@
-"""OrthrusDecoderLayer: dual-view attention and a SwiGLU MLP that both views share; and a stack of them."""
+"""OrthrusDecoderLayer: dual-view attention and a gated MLP that both views share; and a stack of them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,32 @@ from orthrus_triton.modules.rotary import angles_of
 from orthrus_triton.ops._dispatch import require_size
 
 NORMS = ("before", "behind", "both")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as transformers' configurations name them
 
 
-class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, gate and up as one product.
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`, gate and up as one product.
 
     Args:
         hidden_size, intermediate_size: widths.
         bias: biases on all three projections.
+        activation: "silu", in which the product takes the rest along, or "gelu_pytorch_tanh", a kernel of its own.
+
+    Raises:
+        ValueError: a size or an activation that cannot be.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool = False,
+        activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
+    ) -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
+        self.activation = activation
         require_size("intermediate_size", intermediate_size)
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         FusedLinear(hidden_size, parts, bias).register_with(self, "gate_up_proj")
@@ -52,7 +66,9 @@ class SwiGLU(nn.Module):
         """
         require_residual(residual, next_norm)
         gate_up = self.gate_up_proj
-        if impl == linear_impl:
+        if self.activation == "gelu_pytorch_tanh":
+            activated = ops.geglu(gate_up(x, impl=linear_impl, draft=draft), impl=impl)
+        elif impl == linear_impl:
             weight, scale = gate_up.factors(draft)
             activated = ops.linear_swiglu(x, weight, gate_up.bias, impl=impl, weight_scale=scale)
         else:  # a product that is not ours has no epilogue to put it in
@@ -79,8 +95,9 @@ class OrthrusDecoderLayer(nn.Module):
         intermediate_size: width of the MLP.
         norm_eps: of all norms.
         norms: where attention and MLP have theirs: "before" them, as most models; "behind" them, normed before it is
-            added to the residual stream (OLMo 2, EXAONE 4); or "both" (GLM-4-0414).
-        mlp_bias: biases in the MLP.
+            added to the residual stream (OLMo 2, EXAONE 4); or "both" (GLM-4-0414, Gemma 3).
+        norm_offset: added to the weights of all norms (1 in Gemma).
+        mlp_bias, activation: of the MLP, as in `GatedMLP`.
         rope_set: which angles are this layer's where the model has a `RotarySets`.
         **attention: further options of `DualViewAttention`.
 
@@ -98,7 +115,9 @@ class OrthrusDecoderLayer(nn.Module):
         *,
         norm_eps: float = 1e-6,
         norms: Literal["before", "behind", "both"] = "before",
+        norm_offset: float = 0.0,
         mlp_bias: bool = False,
+        activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
         rope_set: int = 0,
         **attention: Any,
     ) -> None:
@@ -107,17 +126,17 @@ class OrthrusDecoderLayer(nn.Module):
             raise ValueError(f"norms must be one of {NORMS}, but got {norms!r}")
 
         def norm_if(there: bool) -> RMSNorm | None:
-            return RMSNorm(hidden_size, norm_eps) if there else None
+            return RMSNorm(hidden_size, norm_eps, norm_offset) if there else None
 
         before, behind = norms != "behind", norms != "before"
         self.rope_set = rope_set
         self.input_layernorm = norm_if(before)
         self.self_attn = DualViewAttention(
-            hidden_size, num_heads, num_kv_heads, head_dim, norm_eps=norm_eps, **attention
+            hidden_size, num_heads, num_kv_heads, head_dim, norm_eps=norm_eps, norm_offset=norm_offset, **attention
         )
         self.post_self_attn_layernorm = norm_if(behind)
         self.post_attention_layernorm = norm_if(before)  # the MLP's own: other models' name for it
-        self.mlp = SwiGLU(hidden_size, intermediate_size, mlp_bias)
+        self.mlp = GatedMLP(hidden_size, intermediate_size, mlp_bias, activation)
         self.post_mlp_layernorm = norm_if(behind)
 
     def forward(

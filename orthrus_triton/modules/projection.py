@@ -91,7 +91,8 @@ class Linear(nn.Module):
         if impl == linear_impl:
             weight, scale = self.factors(draft)
             return ops.linear_norm(
-                x, weight, self.bias, residual, norm.weight, norm.eps, impl=impl, weight_scale=scale
+                x, weight, self.bias, residual, norm.weight, norm.eps, norm_offset=norm.offset, impl=impl,
+                weight_scale=scale,
             )  # fmt: skip
         return norm(self(x, impl=linear_impl, draft=draft), residual, impl=impl)
 

@@ -21,7 +21,7 @@ from orthrus_triton.ops.rope_cache import rope_cache
 from orthrus_triton.ops.rotary_angles import rotary_angles
 from orthrus_triton.ops.sample import greedy_choice
 from orthrus_triton.ops.sampling import sample_choice
-from orthrus_triton.ops.swiglu import swiglu
+from orthrus_triton.ops.swiglu import geglu, swiglu
 from orthrus_triton.ops.void_rows import VOID, void_rows
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "consensus_",
     "dual_view_attention",
     "filtered_probs",
+    "geglu",
     "greedy_choice",
     "linear",
     "linear_kl",

@@ -28,6 +28,7 @@ def linear_norm(
     norm_weight: torch.Tensor,
     eps: float,
     *,
+    norm_offset: float = 0.0,
     impl: str = "auto",
     config: KernelConfig | None = None,
     weight_scale: torch.Tensor | None = None,
@@ -44,6 +45,7 @@ def linear_norm(
         residual: [..., N], the dtype of `x`.
         norm_weight: [N], the dtype of `x`.
         eps: added to the mean square, in fp32.
+        norm_offset: as in `rms_norm`.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
         weight_scale: [N] float, for a `weight` of int8, as in `linear`.
@@ -61,17 +63,19 @@ def linear_norm(
         require_same(name, tensor.dtype, x.dtype, "dtype")
     impl = resolve_impl(impl, x)
     require_kernel(config, impl, x, weight, bias, residual, norm_weight)
+    norm = (norm_weight, eps, norm_offset)
     if config is not None:
-        return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, config, weight_scale)
+        return launch_linear_norm(x, weight, bias, residual, *norm, config, weight_scale)
     if runs_directly(impl, x):
-        return linear_norm_torch(x, weight, bias, residual, norm_weight, eps, weight_scale)
-    return torch.ops.orthrus_triton.linear_norm(x, weight, bias, residual, norm_weight, eps, impl, weight_scale)
+        return linear_norm_torch(x, weight, bias, residual, *norm, weight_scale)
+    return torch.ops.orthrus_triton.linear_norm(x, weight, bias, residual, *norm, impl, weight_scale)
 
 
 @triton.jit(do_not_specialize=["M", "run", "apart"])
 def combine_norm_kernel(
     partial_ptr, bias_ptr, residual_ptr, weight_ptr, out_ptr, hidden_ptr, M, run, apart,
-    EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows). As in `linear_kernel`, the residual may be runs of rows."""
     row = tl.program_id(0).to(tl.int64)
@@ -84,7 +88,7 @@ def combine_norm_kernel(
     residual = tl.load(residual_ptr + residual_row * N + cols, mask=mask, other=0.0).to(tl.float32)
     hidden = (product.to(dtype).to(tl.float32) + residual).to(dtype)
     tl.store(hidden_ptr + row * N + cols, hidden, mask=mask)
-    normed = normed_row(hidden.to(tl.float32), weight_ptr, dtype, cols, mask, EPS, N)
+    normed = normed_row(hidden.to(tl.float32), weight_ptr, dtype, cols, mask, EPS, OFFSET, N)
     tl.store(out_ptr + row * N + cols, normed, mask=mask)
 
 
@@ -96,6 +100,7 @@ def launch_linear_norm(
     residual: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
+    norm_offset: float,
     config: KernelConfig | None = None,
     weight_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,8 +120,8 @@ def launch_linear_norm(
     combine_norm_kernel[(M,)](
         product, out if bias is None else bias.contiguous(), residual, norm_weight.contiguous(), out, hidden, M, run,
         apart,
-        EPS=float(eps), N=N, BLOCK=block, SPLIT_K=split_k, HAS_BIAS=bias is not None, num_warps=num_warps,
-        **EXACT_LAUNCH,
+        EPS=float(eps), OFFSET=float(norm_offset), N=N, BLOCK=block, SPLIT_K=split_k, HAS_BIAS=bias is not None,
+        num_warps=num_warps, **EXACT_LAUNCH,
     )  # fmt: skip
     return out, hidden
 
@@ -128,27 +133,30 @@ def linear_norm_torch(
     residual: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
+    norm_offset: float,
     weight_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Any device."""
-    return add_rms_norm_torch(linear_torch(x, weight, bias, None, x.dtype, weight_scale), residual, norm_weight, eps)
+    product = linear_torch(x, weight, bias, None, x.dtype, weight_scale)
+    return add_rms_norm_torch(product, residual, norm_weight, eps, norm_offset)
 
 
 @torch.library.custom_op(
     "orthrus_triton::linear_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, float eps, str impl, "
-    "Tensor? weight_scale=None) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, float eps, "
+    "float norm_offset, str impl, Tensor? weight_scale=None) -> (Tensor, Tensor)",
 )
-def _linear_norm_op(x, weight, bias, residual, norm_weight, eps, impl, weight_scale=None):
+def _linear_norm_op(x, weight, bias, residual, norm_weight, eps, norm_offset, impl, weight_scale=None):
+    norm = (norm_weight, eps, norm_offset)
     if impl == "triton":
-        return launch_linear_norm(x, weight, bias, residual, norm_weight, eps, weight_scale=weight_scale)
+        return launch_linear_norm(x, weight, bias, residual, *norm, weight_scale=weight_scale)
     if impl == "torch":
-        return linear_norm_torch(x, weight, bias, residual, norm_weight, eps, weight_scale)
+        return linear_norm_torch(x, weight, bias, residual, *norm, weight_scale)
     hidden = linear_reference(x, weight, bias, weight_scale).to(x.dtype) + residual
-    return rms_norm_reference(hidden, norm_weight, eps).to(x.dtype), hidden
+    return rms_norm_reference(hidden, *norm).to(x.dtype), hidden
 
 
 @_linear_norm_op.register_fake
-def _(x, weight, bias, residual, norm_weight, eps, impl, weight_scale=None):
+def _(x, weight, bias, residual, norm_weight, eps, norm_offset, impl, weight_scale=None):
     return x.new_empty(residual.shape), x.new_empty(residual.shape)

@@ -25,6 +25,7 @@ def qkv_rope_cache(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     *,
+    norm_offset: float = 0.0,
     impl: str = "auto",
     config: KernelConfig | None = None,
     weight_scale: torch.Tensor | None = None,
@@ -35,7 +36,7 @@ def qkv_rope_cache(
         x: [B, T, K], fp32, fp16 or bf16.
         weight: [(HQ + 2 * HKV) * D, K]: queries, then keys, then values; the dtype of `x`, contiguous.
         bias: [(HQ + 2 * HKV) * D] or None, the dtype of `x`.
-        cos, sin, k_out, v_out, slots, q_norm, k_norm, eps: as in `rope_cache`.
+        cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset: as in `rope_cache`.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
         weight_scale: [(HQ + 2 * HKV) * D] float, for a `weight` of int8, as in `linear`.
@@ -49,7 +50,7 @@ def qkv_rope_cache(
     check_product(x, weight, bias, weight_scale)
     check_rope_cache((*x.shape[:-1], weight.shape[0]), x.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     impl = resolve_impl(impl, x)
-    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset)
     require_kernel(config, impl, x, weight, bias, q_norm, k_norm)
     if config is not None:
         return launch_qkv_rope_cache(x, weight, bias, *rope, config, weight_scale)
@@ -60,13 +61,13 @@ def qkv_rope_cache(
 
 
 def launch_qkv_rope_cache(
-    x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, config: KernelConfig | None = None,
-    weight_scale: torch.Tensor | None = None,
+    x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset,
+    config: KernelConfig | None = None, weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Run the kernels with `linear`'s configuration of this weight shape."""
     N, K = weight.shape
     config = config or lookup("linear", x.dtype, x.device, N=N, K=K)
-    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset)
     if config["SPLIT_K"] == 1 and weight_scale is None:  # a tile of the product is no whole number of heads
         return launch_rope_cache(launch_linear(x, weight, bias, None, x.dtype, config), *rope)
     return launch_rope_cache(launch_partial(x, weight, config, weight_scale), *rope, bias, config["SPLIT_K"])
@@ -76,11 +77,13 @@ def launch_qkv_rope_cache(
     "orthrus_triton::qkv_rope_cache",
     mutates_args=("k_out", "v_out"),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? cos, Tensor? sin, Tensor(a!) k_out, Tensor(b!) v_out, "
-    "Tensor slots, Tensor? q_norm, Tensor? k_norm, float eps, str impl, Tensor? weight_scale=None) -> "
-    "Tensor",
+    "Tensor slots, Tensor? q_norm, Tensor? k_norm, float eps, float norm_offset, str impl, "
+    "Tensor? weight_scale=None) -> Tensor",
 )
-def _qkv_rope_cache_op(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl, weight_scale=None):
-    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+def _qkv_rope_cache_op(
+    x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, impl, weight_scale=None
+):
+    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset)
     if impl == "triton":
         return launch_qkv_rope_cache(x, weight, bias, *rope, weight_scale=weight_scale)
     if impl == "torch":
@@ -91,6 +94,6 @@ def _qkv_rope_cache_op(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k
 
 
 @_qkv_rope_cache_op.register_fake
-def _(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl, weight_scale=None):
+def _(x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, impl, weight_scale=None):
     HKV, D = k_out.shape[1], k_out.shape[3]
     return x.new_empty(*x.shape[:-1], weight.shape[0] // D - 2 * HKV, D)

@@ -29,6 +29,7 @@ def rope_cache(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     *,
+    norm_offset: float = 0.0,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Normalise and rotate q and k, write k and v, return q.
@@ -41,7 +42,7 @@ def rope_cache(
             scratch block of a draft with a sliding window, rows of the block. Any strides, last dimension contiguous.
         slots: [B, T] int32. A slot outside 0..S-1 is not written: rows past the end of the cache are dropped.
         q_norm, k_norm: [D] RMSNorm weights applied per head before the rotation (Qwen3), both or neither.
-        eps: of those norms.
+        eps, norm_offset: of those norms, as in `rms_norm`.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -55,10 +56,11 @@ def rope_cache(
     """
     check_rope_cache(tuple(qkv.shape), qkv.dtype, cos, sin, k_out, v_out, slots, q_norm, k_norm)
     impl = resolve_impl(impl, qkv)
+    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset)
     if runs_directly(impl, qkv):
         compute = accumulate_dtype(qkv.dtype)
-        return rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, qkv.dtype, keep=True)
-    return torch.ops.orthrus_triton.rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl)
+        return rope_cache_torch(qkv, *rope, compute, qkv.dtype, keep=True)
+    return torch.ops.orthrus_triton.rope_cache(qkv, *rope, impl)
 
 
 def check_rope_cache(
@@ -106,6 +108,15 @@ def _norm_weight(q_norm_ptr, k_norm_ptr, offsets, mask, is_query):
 
 
 @triton.jit
+def _normed_half(numbers, weight, dtype: tl.constexpr, OFFSET: tl.constexpr):
+    if OFFSET == 0:
+        numbers = numbers.to(dtype).to(tl.float32)
+    else:
+        weight += OFFSET
+    return (numbers * weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _half_head(qkv_ptr, bias_ptr, token, cols, mask, rows, dtype: tl.constexpr, WIDTH: tl.constexpr,
                SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
     """`cols` of a token's product, rounded to `dtype`, in fp32: SPLIT_K partial sums are added up, 0 is the product."""
@@ -118,8 +129,9 @@ def _half_head(qkv_ptr, bias_ptr, token, cols, mask, rows, dtype: tl.constexpr, 
 def rope_cache_kernel(
     qkv_ptr, bias_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, v_out_ptr, rows, T, S,
     stride_angle_b, stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
-    EPS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    HAS_NORM: tl.constexpr, ROTATES: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, HAS_NORM: tl.constexpr, ROTATES: tl.constexpr, SPLIT_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)  # b * T + t
     head = tl.program_id(1)  # queries, then keys, then values
@@ -142,10 +154,8 @@ def rope_cache_kernel(
             low_weight = _norm_weight(q_norm_ptr, k_norm_ptr, half, mask, is_query)
             high_weight = _norm_weight(q_norm_ptr, k_norm_ptr, HALF + half, mask, is_query)
             # rounded between norm, weight and rotation, as the unfused layers are
-            low = (low * scale).to(dtype).to(tl.float32) * low_weight
-            high = (high * scale).to(dtype).to(tl.float32) * high_weight
-            low = low.to(dtype).to(tl.float32)
-            high = high.to(dtype).to(tl.float32)
+            low = _normed_half(low * scale, low_weight, dtype, OFFSET)
+            high = _normed_half(high * scale, high_weight, dtype, OFFSET)
         if ROTATES:
             # [BLOCK_HALF]
             angle = token // T * stride_angle_b + token % T * HALF + half
@@ -193,7 +203,7 @@ NUM_WARPS = 1
 
 @on_its_device
 def launch_rope_cache(
-    qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, bias=None, split_k: int = 0
+    qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, bias=None, split_k: int = 0
 ) -> torch.Tensor:  # fmt: skip
     """qkv is [B, T, W]; or, with split_k, partial sums [split_k, B * T, W] fp32 of a product that lacks `bias`."""
     (B, T), (HKV, S, D) = slots.shape, k_out.shape[1:]
@@ -206,8 +216,9 @@ def launch_rope_cache(
         slots.contiguous(), *(q if norm is None else norm.contiguous() for norm in (q_norm, k_norm)), q, k_out, v_out,
         B * T, T, S, 0 if cos is None else cos.stride(0),
         *k_out.stride()[:3], *v_out.stride()[:3],
-        EPS=float(eps), HQ=HQ, HKV=HKV, D=D, BLOCK_HALF=max(next_power_of_2(D // 2), 16), HAS_NORM=q_norm is not None,
-        ROTATES=cos is not None, SPLIT_K=split_k, HAS_BIAS=bias is not None, num_warps=NUM_WARPS, **EXACT_LAUNCH,
+        EPS=float(eps), OFFSET=float(norm_offset), HQ=HQ, HKV=HKV, D=D, BLOCK_HALF=max(next_power_of_2(D // 2), 16),
+        HAS_NORM=q_norm is not None, ROTATES=cos is not None, SPLIT_K=split_k, HAS_BIAS=bias is not None,
+        num_warps=NUM_WARPS, **EXACT_LAUNCH,
     )  # fmt: skip
     return q
 
@@ -216,20 +227,20 @@ def launch_rope_cache(
     "orthrus_triton::rope_cache",
     mutates_args=("k_out", "v_out"),
     schema="(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) k_out, Tensor(b!) v_out, Tensor slots, "
-    "Tensor? q_norm, Tensor? k_norm, float eps, str impl) -> Tensor",
+    "Tensor? q_norm, Tensor? k_norm, float eps, float norm_offset, str impl) -> Tensor",
 )
-def _rope_cache_op(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
+def _rope_cache_op(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, impl):
+    rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset)
     if impl == "triton":
-        return launch_rope_cache(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)
+        return launch_rope_cache(qkv, *rope)
     reference = impl == "reference"
     compute = torch.float64 if reference else accumulate_dtype(qkv.dtype)
     rounding = torch.float64 if reference else qkv.dtype
-    q = rope_cache_torch(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding)
-    return q.contiguous()
+    return rope_cache_torch(qkv, *rope, compute, rounding).contiguous()
 
 
 @_rope_cache_op.register_fake
-def _(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, impl):
+def _(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, impl):
     B, T, width = qkv.shape
     HKV, D = k_out.shape[1], k_out.shape[3]
     return qkv.new_empty(B, T, width // D - 2 * HKV, D)

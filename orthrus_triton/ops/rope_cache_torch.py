@@ -18,13 +18,13 @@ _placements: Kept[_Placement] = Kept()
 
 @without_autocast
 def rope_cache_torch(
-    qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, compute, rounding, keep=False
+    qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, compute, rounding, keep=False
 ) -> torch.Tensor:
     """Any device. `compute` is the dtype of the arithmetic, `rounding` that between norm, weight and rotation. With
     keep=True, what follows from the angles and from the slots is kept for other calls with these very tensors."""
     if (
         compute == torch.float32
-        and (q := rope_cache_cpu(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps)) is not None
+        and (q := rope_cache_cpu(qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset)) is not None
     ):
         return q
     B, T, width = qkv.shape
@@ -34,7 +34,7 @@ def rope_cache_torch(
     q_and_k, v = heads[:, :, : HQ + HKV].to(compute), heads[:, :, HQ + HKV :]
     if q_norm is not None:
         weight = torch.cat((q_norm.expand(HQ, D), k_norm.expand(HKV, D)))
-        q_and_k = _norm(q_and_k, weight, eps, rounding)
+        q_and_k = _norm(q_and_k, weight, eps, norm_offset, rounding)
     if cos is None:
         rotated = q_and_k.to(qkv.dtype, copy=True)  # what an op returns must not be its input
     else:
@@ -43,10 +43,14 @@ def rope_cache_torch(
     return rotated[:, :, :HQ]
 
 
-def _norm(heads: torch.Tensor, weight: torch.Tensor, eps: float, rounding: torch.dtype) -> torch.Tensor:
+def _norm(
+    heads: torch.Tensor, weight: torch.Tensor, eps: float, norm_offset: float, rounding: torch.dtype
+) -> torch.Tensor:
     """heads [..., H, D], weight [H, D]."""
     normed = F.rms_norm(heads, heads.shape[-1:], eps=eps)
-    return (normed.to(rounding) * weight.to(rounding)).to(heads.dtype)
+    if norm_offset == 0:
+        return (normed.to(rounding) * weight.to(rounding)).to(heads.dtype)
+    return (normed * (weight.to(heads.dtype) + norm_offset)).to(rounding).to(heads.dtype)
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keep: bool) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -34,7 +36,7 @@ class TinyDualViewModel(nn.Module):
         intermediate_size: int = 96,
         block_size: int = 8,
         anchor_rows: int = 0,
-        **layer: object,
+        **layer: Any,
     ) -> None:
         super().__init__()
         self.vocab_size, self.block_size, self.mask_token_id = vocab_size, block_size, vocab_size - 1
@@ -45,7 +47,7 @@ class TinyDualViewModel(nn.Module):
             OrthrusDecoderLayer(hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, **layer)
             for _ in range(num_layers)
         )
-        self.norm = RMSNorm(hidden_size)
+        self.norm = RMSNorm(hidden_size, offset=layer.get("norm_offset", 0.0))
         self.lm_head = Linear(hidden_size, vocab_size)
         self.rotary = RotaryEmbedding.from_theta(head_dim)
 

@@ -63,7 +63,8 @@ def _train_layer(
     hidden = hidden + _norm(attended, layer.post_self_attn_layernorm)
     normed = _norm(hidden, layer.post_attention_layernorm)
     gate, up = _project(normed, layer.mlp.gate_up_proj).chunk(2, dim=-1)
-    return hidden + _norm(_project(F.silu(gate) * up, layer.mlp.down_proj), layer.post_mlp_layernorm)
+    gate = F.silu(gate) if layer.mlp.activation == "silu" else F.gelu(gate, approximate="tanh")
+    return hidden + _norm(_project(gate * up, layer.mlp.down_proj), layer.post_mlp_layernorm)
 
 
 class BlockStudent(nn.Module):
@@ -204,7 +205,10 @@ def _project(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
 def _norm(x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
     if norm is None:  # there is none at this place
         return x
-    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
+    if norm.offset == 0:
+        return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
+    # in fp32, whatever the weight's dtype, and rounded once
+    return F.rms_norm(x.float(), (x.shape[-1],), norm.weight.float() + norm.offset, norm.eps).to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

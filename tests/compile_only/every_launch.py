@@ -29,7 +29,7 @@ from orthrus_triton.ops.qkv_rope_cache import launch_qkv_rope_cache
 from orthrus_triton.ops.rms_norm import launch_rms_norm
 from orthrus_triton.ops.rope_cache import launch_rope_cache
 from orthrus_triton.ops.sample import launch_greedy_choice
-from orthrus_triton.ops.swiglu import launch_swiglu
+from orthrus_triton.ops.swiglu import launch_gated
 from tests.compile_only.problems import that_count
 from tests.compile_only.sampling_launches import sampling
 
@@ -101,13 +101,13 @@ def fused_products(family: str, dtype: torch.dtype) -> None:
     for n, k in ((576, 576), (4096, 12288)):
         launch_linear_norm(
             meta(2, 8, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype), meta(2, 8, n, dtype=dtype),
-            meta(n, dtype=dtype), 1e-6, config("linear", dtype, family, N=n, K=k),
+            meta(n, dtype=dtype), 1e-6, 0.0, config("linear", dtype, family, N=n, K=k),
         )  # fmt: skip
     # qkv of Qwen3-8B
     cache, angles = meta(2, 8, 512, 128, dtype=dtype), meta(2, 8, 64, dtype=torch.float32)
     launch_qkv_rope_cache(
         meta(2, 8, 4096, dtype=dtype), meta(6144, 4096, dtype=dtype), meta(6144, dtype=dtype), angles, angles, cache,
-        cache, meta(2, 8, dtype=torch.int32), meta(128, dtype=dtype), meta(128, dtype=dtype), 1e-6,
+        cache, meta(2, 8, dtype=torch.int32), meta(128, dtype=dtype), meta(128, dtype=dtype), 1e-6, 0.0,
         config("linear", dtype, family, N=6144, K=4096),
     )  # fmt: skip
     # gate/up of Qwen3-32B, whose depth is whole on every chip, and of 0.6B, whose depth is split
@@ -123,18 +123,19 @@ def fused_products(family: str, dtype: torch.dtype) -> None:
 def small_ops(dtype: torch.dtype) -> None:
     for hidden in (576, 4096):
         x, weight = meta(4, hidden, dtype=dtype), meta(hidden, dtype=dtype)
-        launch_rms_norm(x, x, weight, 1e-6)
-        launch_rms_norm(x, None, weight, 1e-6)
-        launch_add_normed(x, x, weight, 1e-6, weight, 1e-6)
-        launch_add_normed(x, x, weight, 1e-6, None, 0.0)
-        launch_norm_spans(meta(4, 3 * hidden, dtype=dtype), weight, weight, 1e-6)
-    launch_swiglu(meta(4, 2 * 1536, dtype=dtype))
+        launch_rms_norm(x, x, weight, 1e-6, 0.0)
+        launch_rms_norm(x, None, weight, 1e-6, 1.0)
+        launch_add_normed(x, x, weight, 1e-6, weight, 1e-6, 1.0)
+        launch_add_normed(x, x, weight, 1e-6, None, 0.0, 0.0)
+        launch_norm_spans(meta(4, 3 * hidden, dtype=dtype), weight, weight, 1e-6, 0.0)
+    for gelu in (False, True):
+        launch_gated(meta(4, 2 * 1536, dtype=dtype), gelu)
     for head_dim in HEAD_DIMS:
         qkv, cache = meta(2, 4, 8 * head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)
         angles, slots = meta(2, 4, head_dim // 2, dtype=torch.float32), meta(2, 4, dtype=torch.int32)
         for norm in (meta(head_dim, dtype=dtype), None):
-            launch_rope_cache(qkv, angles, angles, cache, cache, slots, norm, norm, 1e-6)
-    launch_rope_cache(qkv, None, None, cache, cache, slots, None, None, 1e-6)
+            launch_rope_cache(qkv, angles, angles, cache, cache, slots, norm, norm, 1e-6, float(head_dim == 256))
+    launch_rope_cache(qkv, None, None, cache, cache, slots, None, None, 1e-6, 0.0)
     launch_greedy_choice(meta(4, 49152, dtype=dtype))
 
 

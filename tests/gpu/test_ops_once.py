@@ -11,14 +11,15 @@ from tests.ops import test_attention, test_block_attention, test_fused_products,
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CASES: list[tuple[Callable, dict]] = [
-    (test_small_ops.test_rms_norm, {"rows": 32, "width": 4096, "add": True}),
-    (test_small_ops.test_add_normed, {"rows": 32, "width": 4096, "is_last": False}),
-    (test_small_ops.test_norm_spans, {"rows": 32, "queries": 4096, "keys": 1024, "rest": 1024}),
-    (test_small_ops.test_swiglu, {"rows": 32, "width": 12_288}),
+    (test_small_ops.test_rms_norm, {"rows": 32, "width": 4096, "add": True, "offset": 1.0}),
+    (test_small_ops.test_add_normed, {"rows": 32, "width": 4096, "is_last": False, "offset": 1.0}),
+    (test_small_ops.test_norm_spans, {"rows": 32, "queries": 4096, "keys": 1024, "rest": 1024, "offset": 0.0}),
+    (test_small_ops.test_gated, {"rows": 32, "width": 12_288, "gelu": False}),
+    (test_small_ops.test_gated, {"rows": 32, "width": 12_288, "gelu": True}),
     (test_small_ops.test_linear, {
         "rows": 32, "n": 1536, "k": 1024, "split_k": 2, "bias": True, "add": True, "wide": False,
     }),
-    (test_small_ops.test_rope_cache, {"norm": True, "head_dim": 80, "batch": 2}),
+    (test_small_ops.test_rope_cache, {"norm": True, "head_dim": 80, "batch": 2, "offset": 0.0}),
     (test_fused_products.test_swiglu_is_the_unfused_pair, {
         "rows": 32, "width": 1536, "k": 1024, "split_k": 1, "bias": False,
     }),

@@ -16,7 +16,18 @@ from tests.models.tiny_bases import base_config, build_base, random_ids
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
 @pytest.mark.parametrize(
-    "case", ["phi3", "phi3 partial longrope", "glm", "glm4", "granite", "exaone4", "olmo2", "ernie4_5 biases, untied"]
+    "case",
+    [
+        "phi3",
+        "phi3 partial longrope",
+        "glm",
+        "glm4",
+        "granite",
+        "exaone4",
+        "olmo2",
+        "gemma3",
+        "ernie4_5 biases, untied",
+    ],
 )
 def test_a_folder_gives_the_model_that_its_object_gives(case: str, max_shard_size: str, tmp_path: Path):
     base = build_base(base_config(case))

@@ -48,6 +48,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         "llama biases, wide heads, tied",
         "qwen2",
         "mistral window",
+        "gemma3",
         "glm",
         "phi3 partial longrope",
         "smollm3",

@@ -15,7 +15,8 @@ from tests.models.tiny_bases import base_config, build_base, random_ids, randomi
 from tests.modules.drafts import ScriptedDrafts
 
 CASES = [
-    "exaone4", "glm", "glm4", "granite", "llama", "llama dynamic", "mistral window", "olmo2",
+    "exaone4", "gemma biases, untied", "gemma3 linear, biases, untied, other scores",
+    "glm", "glm4", "granite", "llama", "llama dynamic", "mistral window", "olmo2",
     "olmo3 yarn",
     "phi3 partial", "qwen2",
     "qwen3 longrope", "seed_oss",

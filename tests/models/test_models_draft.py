@@ -26,6 +26,12 @@ class NaiveOrthrus:
         one = dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1.0)
         one["attention_multiplier"] = model.config.attention_head_dim**-0.5
         self.factors = {name: getattr(model.config, name, value) for name, value in one.items()}
+        self.offset, self.gate = 0.0, torch.nn.functional.silu
+        if model.config.base_model_type.startswith("gemma"):
+            self.offset, self.gate = 1.0, lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+            self.factors["embedding_multiplier"] = model.config.hidden_size**0.5
+            scalar = getattr(model.config, "query_pre_attn_scalar", model.config.attention_head_dim)
+            self.factors["attention_multiplier"] = scalar**-0.5
 
     def project(self, x: torch.Tensor, layer: int, name: str, suffix: str = "") -> torch.Tensor:
         prefix = f"model.layers.{layer}.{name}"
@@ -39,12 +45,13 @@ class NaiveOrthrus:
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if name not in self.weights:
             return x
-        return x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.weights[name]
+        normed = x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
+        return normed * (self.offset + self.weights[name])
 
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor, window: int | None) -> torch.Tensor:
         """x [T, heads, D]: pair (i, i + D/2) turned by position * theta^(-2i/R), or not at all from i = R/2 on."""
         half, rope = x.shape[-1] // 2, self.config.rope_parameters
-        rope = rope.get("full_attention", rope)  # here, those with a window have the same
+        rope = rope.get("full_attention" if window is None else "sliding_attention", rope)
         rotated = int(half * rope.get("partial_rotary_factor", 1.0))  # R/2
         frequencies = rope["rope_theta"] ** (-torch.arange(half).double() / rotated)
         frequencies[rotated:] = 0
@@ -70,7 +77,7 @@ class NaiveOrthrus:
             if self.config.base_model_type not in ("olmo2", "olmo3"):
                 q, k = self.norm(q, norms[0]), self.norm(k, norms[1])
             if self.rotates[layer]:
-                q, k = self.rotate(q, positions), self.rotate(k, positions)
+                q, k = self.rotate(q, positions, window), self.rotate(k, positions, window)
             kept.append((k, v))
             if cached is None:
                 visible = [[j <= i and (window is None or j > i - window) for j in range(T)] for i in range(T)]
@@ -87,7 +94,7 @@ class NaiveOrthrus:
             out = self.project(attended, layer, "self_attn.o_proj", suffix)
             hidden = hidden + part * self.norm(out, f"{prefix}.post_self_attn_layernorm.weight")
             x = self.norm(hidden, f"{prefix}.post_attention_layernorm.weight")
-            gate = torch.nn.functional.silu(self.project(x, layer, "mlp.gate_proj"))
+            gate = self.gate(self.project(x, layer, "mlp.gate_proj"))
             out = self.project(gate * self.project(x, layer, "mlp.up_proj"), layer, "mlp.down_proj")
             hidden = hidden + part * self.norm(out, f"{prefix}.post_mlp_layernorm.weight")
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
@@ -115,8 +122,8 @@ def draft_logits(
 @pytest.mark.parametrize(
     "case",
     [
-        "ernie4_5 biases, untied", "exaone4", "glm", "glm4", "granite", "llama", "llama all heads have keys",
-        "llama biases, wide heads, tied", "mistral window", "olmo2", "olmo3", "qwen2",
+        "ernie4_5 biases, untied", "exaone4", "gemma", "gemma3", "glm", "glm4", "granite", "llama",
+        "llama all heads have keys", "llama biases, wide heads, tied", "mistral window", "olmo2", "olmo3", "qwen2",
         "qwen2 window in upper layers", "qwen3",
         "qwen3 biases, tied, window by layer types", "phi3 window, tied", "phi3 partial",
         "seed_oss no biases but those of o and MLP", "smollm3",
@@ -170,7 +177,7 @@ def test_a_low_rank_view_starts_from_the_same_numbers_every_time():
     assert len(downs) > 1 and not torch.equal(downs[0][0], downs[1][0])
 
 
-@pytest.mark.parametrize("case", ["qwen3", "granite"])
+@pytest.mark.parametrize("case", ["qwen3", "granite", "gemma3 linear, biases, untied, other scores"])
 @torch.inference_mode()
 def test_a_mask_embedding_of_its_own_is_read_like_a_row_of_the_table(case: str):
     base, own = build_base(base_config(case)), torch.randn(64, generator=torch.Generator().manual_seed(3))

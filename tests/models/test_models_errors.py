@@ -105,7 +105,11 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("llama", {"hidden_act": "gelu"}, "hidden_act must be 'silu'.*'gelu'"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act must be one of .*'silu', 'gelu_pytorch_tanh'.*but got 'gelu'"),
+        ("gemma3", {"hidden_activation": "relu"}, "hidden_activation must be one of .* but got 'relu'"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping must be absent.* but got 30.0"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive, but got 0"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be absent.* got True"),
         ("qwen3", {"quantization_config": {"quant_method": "awq"}}, "quantization_config must be absent"),
         (
             "llama",
@@ -165,7 +169,7 @@ def test_options_that_are_not_implemented_are_named(case: str, changes: dict, me
         OrthrusForCausalLM.from_base(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["ernie4_5", "granite", "olmo2"])
+@pytest.mark.parametrize("family", ["ernie4_5", "granite", "gemma3_text", "olmo2"])
 def test_a_checkpoint_whose_weights_lie_as_a_bases_do_is_not_read_as_ours(family: str):
     with pytest.raises(ValueError, match=f"model_type must be 'orthrus' in a dual-view checkpoint of a {family}"):
         OrthrusConfig.from_dict({"model_type": family, "block_size": 4, "mask_token_id": 1})

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.5,
         },
     ),
+    "llama gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "llama linear": ("llama", rope("linear", factor=2.5)),
     "llama yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     "llama yarn, mscale": (
@@ -64,6 +65,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True,
             "rms_norm_eps": 1e-2,
+        },
+    ),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma biases, untied": ("gemma", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 3, "head_dim": 32, "sliding_window": 6, "sliding_window_pattern": 3,
+            "rms_norm_eps": 1e-2,
+        },
+    ),
+    # as in Gemma 3 of 4B and more: layers without a window are stretched
+    "gemma3 linear, biases, untied, other scores": (
+        "gemma3_text",
+        {
+            "head_dim": 16, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"],
+            "attention_bias": True, "tie_word_embeddings": False, "query_pre_attn_scalar": 40,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 20000.0,
+            "rope_local_base_freq": 500.0, "hidden_activation": "silu",
         },
     ),
     "glm": ("glm", {"head_dim": 32}),

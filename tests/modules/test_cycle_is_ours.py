@@ -86,9 +86,9 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
         monkeypatch.setattr(module, "launch_rms_norm", launch)
 
     def library_product_in_the_mlp() -> None:
-        forward = decoder_layer.SwiGLU.forward
+        forward = decoder_layer.GatedMLP.forward
         monkeypatch.setattr(
-            decoder_layer.SwiGLU, "forward",
+            decoder_layer.GatedMLP, "forward",
             lambda self, *arguments, **options: forward(self, *arguments, **options | {"linear_impl": "library"}),
         )  # fmt: skip
 

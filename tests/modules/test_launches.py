@@ -94,6 +94,7 @@ def test_a_layer_launches_what_the_table_lists(
     [
         ({"norms": "both"}, {"add_normed_kernel": 2}, (9, 12)),
         ({"norms": "behind"}, {"add_normed_kernel": 2}, (9, 12)),
+        ({"norms": "both", "norm_offset": 1.0, "activation": "gelu_pytorch_tanh"}, {"add_normed_kernel": 2}, (10, 13)),
         ({"qk_norm": "whole"}, {"norm_spans_kernel": 1, "combine_norm_kernel": 2}, (10, 12)),
         ({"norms": "behind", "qk_norm": "whole"}, {"add_normed_kernel": 2, "norm_spans_kernel": 1}, (10, 14)),
     ],

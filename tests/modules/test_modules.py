@@ -20,7 +20,7 @@ from orthrus_triton.modules import (
     RotarySets,
     SharedKVCache,
 )
-from orthrus_triton.modules.decoder_layer import SwiGLU
+from orthrus_triton.modules.decoder_layer import GatedMLP
 from orthrus_triton.testing import TinyDualViewModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,7 +256,7 @@ def test_a_residual_is_added_with_and_without_a_norm(options: dict, anchor_rows:
     with pytest.raises(ValueError, match=rf"hidden must be \[B, T, 32\], but got shape \({hidden.shape[1]}, 32\)"):
         attention(hidden[0], *where)
     with pytest.raises(ValueError, match="residual must be given with next_norm"):
-        SwiGLU(32, 48)(hidden, None, norm)
+        GatedMLP(32, 48)(hidden, None, norm)
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def test_an_anchor_that_the_frozen_view_reads_is_read_with_its_own_weights() -> 
         ({"window": 3}, 1),
         ({"view_rank": 2}, 0),
         ({"use_rope": False}, 1),
-        ({"norms": "both", "scale": 0.5}, 1),
+        ({"norms": "both", "norm_offset": 1.0, "activation": "gelu_pytorch_tanh", "scale": 0.5}, 1),
         ({"norms": "behind", "qk_norm": "whole"}, 1),
     ],
     ids=str,

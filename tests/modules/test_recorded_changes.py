@@ -11,7 +11,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from orthrus_triton.modules import ConsensusDecoder
-from orthrus_triton.modules.decoder_layer import SwiGLU
+from orthrus_triton.modules.decoder_layer import GatedMLP
 from orthrus_triton.modules.rms_norm import RMSNorm
 from orthrus_triton.ops.cpu.kernels import c_library
 from orthrus_triton.testing import TinyDualViewModel
@@ -67,7 +67,7 @@ def doubled(_module: nn.Module | None, _arguments: tuple, result: tuple) -> tupl
     return (result[0] * 2, result[1])
 
 
-class Doubling(SwiGLU):
+class Doubling(GatedMLP):
     def forward(self, *arguments, **options):
         return doubled(None, arguments, super().forward(*arguments, **options))
 
@@ -77,7 +77,7 @@ def negated(_module: nn.Module, arguments: tuple) -> tuple:
 
 
 def doubled_mlp(module: nn.Module, _arguments: tuple, result: object) -> object:
-    return (result[0] * 2, *result[1:]) if type(module).__name__ == "SwiGLU" else result
+    return (result[0] * 2, *result[1:]) if type(module).__name__ == "GatedMLP" else result
 
 
 AT_ONCE = {

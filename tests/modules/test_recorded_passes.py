@@ -20,13 +20,15 @@ MODELS = {
     "plain": {},
     "norms and biases": {"qk_norm": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "norms behind": {"norms": "behind", "qk_norm": "whole", "scale": 0.2},
-    "norms on both sides": {"norms": "both", "view_rank": 3, "anchor_rows": 1},
+    "norms on both sides": {
+        "norms": "both", "norm_offset": 1.0, "activation": "gelu_pytorch_tanh", "view_rank": 3, "anchor_rows": 1,
+    },
     "low rank": {"view_rank": 3},
     "anchor": {"anchor_rows": 1, "view_rank": 2},
     "anchor and norms": {"anchor_rows": 1, "qk_norm": True},
     "window": {"window": 20},
     "anchor and window": {"anchor_rows": 1, "window": 20},
-}
+}  # fmt: skip
 
 
 def assert_same_text(decoder: ConsensusDecoder, prompts: list[torch.Tensor], tokens: int = 30) -> None:

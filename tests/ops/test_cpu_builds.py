@@ -75,16 +75,19 @@ def test_attention(dtype: torch.dtype, group: int, head_dim: int, block_size: in
 def test_small_operations(dtype: torch.dtype) -> None:
     x, residual, weight = (torch.randn(5, 70).to(dtype), torch.randn(5, 70).to(dtype), torch.randn(70).to(dtype))
     tolerance = dict.fromkeys(("atol", "rtol"), ROUNDING[dtype] * 4 + 1e-5)
-    normed, hidden = kernels.rms_norm_cpu(x, weight, 1e-6, residual)
+    normed, hidden = kernels.rms_norm_cpu(x, weight, 1e-6, 1.0, residual)
     assert torch.equal(hidden, x + residual)
-    torch.testing.assert_close(normed, ops.rms_norm(hidden, weight, 1e-6, impl="reference"), **tolerance)
-    normed, hidden = kernels.add_normed_cpu(x, residual, weight, 1e-6, weight, 1e-2)
+    torch.testing.assert_close(
+        normed, ops.rms_norm(hidden, weight, 1e-6, norm_offset=1.0, impl="reference"), **tolerance
+    )
+    normed, hidden = kernels.add_normed_cpu(x, residual, weight, 1e-6, weight, 1e-2, 0.0)
     expected = ops.add_normed(x, residual, weight, 1e-6, weight, 1e-2, impl="reference")
     torch.testing.assert_close((normed, hidden), expected, **tolerance)
     spans = (x, weight[:40], weight[:20], 1e-6)
     expected = ops.norm_spans(*spans, impl="reference")
-    torch.testing.assert_close(kernels.norm_spans_cpu(*spans), expected, **tolerance)
-    torch.testing.assert_close(kernels.swiglu_cpu(x), ops.swiglu(x, impl="reference"), **tolerance)
+    torch.testing.assert_close(kernels.norm_spans_cpu(*spans, 0.0), expected, **tolerance)
+    for op in (ops.swiglu, ops.geglu):
+        torch.testing.assert_close(kernels.gated_cpu(x, op is ops.geglu), op(x, impl="reference"), **tolerance)
     logits = torch.randint(0, 9, (7, 333)).to(dtype)
     assert torch.equal(token_kernels.greedy_choice_cpu(logits, -1), logits.argmax(-1))
 

@@ -44,10 +44,11 @@ def test_every_op_of_a_cycle_takes_them(dtype: torch.dtype, monkeypatch: pytest.
         ops.norm_spans(x, norm[:40], norm[:24], 1e-6, impl="torch")
         ops.linear_norm(x, weight[:64], None, x, norm, 1e-6, impl="torch")
         ops.linear_swiglu(x, weight, impl="torch")
+        ops.geglu(x, impl="torch")
         ops.lm_head_choice(x, weight, impl="torch")
         ops.sample_choice(x, slots, sampling_of(1), impl="torch")
     names = (
-        "linear rope_cache attention rms_norm add_normed norm_spans linear swiglu greedy_choice sample_choice".split()
+        "linear rope_cache attention rms_norm add_normed norm_spans linear gated greedy_choice sample_choice".split()
     )
     if dtype == torch.bfloat16 and not kernels.has_product(x):  # on CPUs with AMX
         names = [name for name in names if name != "linear"]
@@ -178,7 +179,9 @@ def test_a_wide_head_leaves_nothing_behind_for_a_narrow_one() -> None:
     def norm_of(qkv: torch.Tensor) -> torch.Tensor:
         D = qkv.shape[-1] // 3
         weight, cache = torch.ones(D), torch.zeros(2, 1, 1, 1, D)
-        return kernels.rope_cache_cpu(qkv, *(a[..., : D // 2] for a in angles), *cache, slots, weight, weight, 1e-6)
+        return kernels.rope_cache_cpu(
+            qkv, *(a[..., : D // 2] for a in angles), *cache, slots, weight, weight, 1e-6, 0.0
+        )
 
     narrow = torch.randn(1, 1, 3 * 18)
     expected = ops.rms_norm(narrow[..., :18], torch.ones(18), 1e-6, impl="reference").view(1, 1, 1, 18)

@@ -21,7 +21,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """`c_library` as a process begins with it, an empty cache folder, and few kernels: all take seconds to compile."""
     sources = tmp_path / "few"
     sources.mkdir()
-    for name in ("vectors.h", "swiglu.c", "void_rows.c"):
+    for name in ("vectors.h", "gated.c", "void_rows.c"):
         shutil.copy(c.SOURCES / name, sources)
     monkeypatch.setattr(c, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

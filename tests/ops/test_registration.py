@@ -23,23 +23,24 @@ def arguments() -> dict[str, tuple]:
 
     cache = torch.zeros(2, 1, 2, 8, 64, device=DEVICE)
     return {
-        "rms_norm": (randn(2, 3, 32), randn(32), 1e-6),
-        "add_rms_norm": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6),
-        "add_normed": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6, randn(32), 1e-5),
-        "norm_spans": (randn(2, 3, 32), randn(18), randn(6), 1e-6),
+        "rms_norm": (randn(2, 3, 32), randn(32), 1e-6, 0.0),
+        "add_rms_norm": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6, 1.0),
+        "add_normed": (randn(2, 3, 32), randn(2, 3, 32), randn(32), 1e-6, randn(32), 1e-5, 0.0),
+        "norm_spans": (randn(2, 3, 32), randn(18), randn(6), 1e-6, 0.0),
         "swiglu": (randn(2, 3, 32),),
+        "geglu": (randn(2, 3, 32),),
         "linear": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), torch.float32),
         "linear_swiglu": (randn(2, 3, 32), randn(20, 32), randn(20)),
-        "linear_norm": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), randn(20), 1e-6),
+        "linear_norm": (randn(2, 3, 32), randn(20, 32), randn(20), randn(2, 3, 20), randn(20), 1e-6, 0.0),
         "qkv_rope_cache": (
             randn(1, 2, 48), randn(5 * 64, 48), randn(5 * 64), randn(1, 2, 32), randn(1, 2, 32), cache[0], cache[1],
-            ints(0, 1)[None], randn(64), randn(64), 1e-6,
+            ints(0, 1)[None], randn(64), randn(64), 1e-6, 0.0,
         ),
         "lm_head_choice": (randn(2, 3, 32), randn(50, 32)),
         "greedy_choice": (randn(2, 3, 50),),
         "rope_cache": (
             randn(1, 2, 5 * 64), randn(1, 2, 32), randn(1, 2, 32), cache[0], cache[1], ints(0, 1)[None], randn(64),
-            randn(64), 1e-6,
+            randn(64), 1e-6, 1.0,
         ),
         "dual_view_attention": (
             randn(1, 2, 4, 64), randn(1, 2, 8, 64), randn(1, 2, 8, 64), ints(3, 3)[None], randn(1, 2, 2, 64),
@@ -62,7 +63,7 @@ def test_opcheck(name: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 def test_opcheck_without_a_next_norm(impl: str) -> None:
-    torch.library.opcheck(OPS.add_normed.default, (*arguments()["add_normed"][:-2], None, 0.0, impl))
+    torch.library.opcheck(OPS.add_normed.default, (*arguments()["add_normed"][:-3], None, 0.0, 0.0, impl))
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
@@ -77,7 +78,7 @@ def test_opcheck_of_rows_that_lie_apart(name: str, impl: str) -> None:
 
 def test_a_gradient_does_not_get_lost_in_a_norm_of_spans() -> None:
     rows, *norms = arguments()["norm_spans"]
-    out = ops.norm_spans(rows.requires_grad_(), *norms)
+    out = ops.norm_spans(rows.requires_grad_(), *norms[:-1])
     with pytest.raises(RuntimeError, match="does not require grad|autograd"):
         out.sum().backward()
     assert out.requires_grad and rows.grad is None
@@ -87,17 +88,18 @@ def test_a_gradient_does_not_get_lost_in_a_norm_of_spans() -> None:
 @pytest.mark.parametrize("name", ["rope_cache", "qkv_rope_cache"])
 def test_opcheck_without_angles(name: str, impl: str) -> None:
     """Of one row, whose queries are all that a tensor of their own would hold: they must be one."""
-    inputs = [None if tuple(one.shape) == (1, 2, 32) else one for one in arguments()[name][:-3]]
+    inputs = [None if tuple(one.shape) == (1, 2, 32) else one for one in arguments()[name][:-4]]
     row = [one[:, :1] if isinstance(one, torch.Tensor) and one.shape[:2] == (1, 2) else one for one in inputs]
     for args in (inputs, row):
         assert args.count(None) == 2
-        torch.library.opcheck(getattr(OPS, name).default, (*args, None, None, 1e-6, impl))
+        torch.library.opcheck(getattr(OPS, name).default, (*args, None, None, 1e-6, 0.0, impl))
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_swiglu", "linear_norm", "qkv_rope_cache", "dual_view_attention"])
 def test_a_configuration_does_not_let_gradients_get_lost(name: str) -> None:
     """The registered op refuses `backward`; what is launched beside it would be taken for a constant."""
-    inputs = arguments()[name][: 4 if name == "linear" else None]
+    positional = {"linear": 4, "linear_norm": 6, "qkv_rope_cache": 11}
+    inputs = arguments()[name][: positional.get(name)]
     op, of_heads = getattr(ops, name), name == "dual_view_attention"
     key = {"head_dim": 64, "group": 2} if of_heads else dict(zip("NK", inputs[1].shape))
     config = lookup(name if of_heads else "linear", torch.float32, DEVICE, **key)
@@ -115,7 +117,8 @@ def test_a_configuration_does_not_let_gradients_get_lost(name: str) -> None:
     [
         ("ar", {"qk_norm": True}),
         ("diffusion", {"qk_norm": True}),
-        ("diffusion", {"norms": "behind", "qk_norm": "whole", "scale": 0.2}),
+        ("diffusion", {"norms": "behind", "qk_norm": "whole", "scale": 0.2, "norm_offset": 1.0}),
+        ("diffusion", {"norms": "both", "activation": "gelu_pytorch_tanh"}),
     ],
     ids=str,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,25 +23,30 @@ def randn(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 9999)
+offsets = st.sampled_from([0.0, 1.0])
 
 
-@given(seed=seeds, dtype=dtypes, rows=st.integers(2, 40), width=st.integers(1, 130))
-def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+@given(seed=seeds, dtype=dtypes, rows=st.integers(2, 40), width=st.integers(1, 130), offset=offsets)
+def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, offset: float) -> None:
     x, residual = randn(seed, 1, rows, width, dtype=dtype), randn(seed + 1, 1, rows, width, dtype=dtype)
     weight = randn(seed + 2, width, dtype=dtype)
-    normed, hidden = ops.rms_norm(x, weight, 1e-6, residual, impl="triton")
+    normed, hidden = ops.rms_norm(x, weight, 1e-6, residual, norm_offset=offset, impl="triton")
     row = seed % rows
-    alone = ops.rms_norm(x[:, row : row + 1], weight, 1e-6, residual[:, row : row + 1], impl="triton")
+    one = (x[:, row : row + 1], weight, 1e-6, residual[:, row : row + 1])
+    alone = ops.rms_norm(*one, norm_offset=offset, impl="triton")
     assert torch.equal(alone[0], normed[:, row : row + 1]) and torch.equal(alone[1], hidden[:, row : row + 1])
 
 
-@given(seed=seeds, dtype=dtypes, rows=st.integers(2, 40), width=st.integers(1, 130), is_last=st.booleans())
-def test_add_normed(seed: int, dtype: torch.dtype, rows: int, width: int, is_last: bool) -> None:
+@given(
+    seed=seeds, dtype=dtypes, rows=st.integers(2, 40), width=st.integers(1, 130), is_last=st.booleans(), offset=offsets
+)
+def test_add_normed(seed: int, dtype: torch.dtype, rows: int, width: int, is_last: bool, offset: float) -> None:
     x, residual = randn(seed, 1, rows, width, dtype=dtype), randn(seed + 1, 1, rows, width, dtype=dtype)
     weight, row = randn(seed + 2, width, dtype=dtype), seed % rows
     norms = (weight, 1e-6) if is_last else (weight, 1e-6, weight, 1e-2)
-    together = ops.add_normed(x, residual, *norms, impl="triton")
-    alone = ops.add_normed(x[:, row : row + 1], residual[:, row : row + 1], *norms, impl="triton")
+    options = {"norm_offset": offset, "impl": "triton"}
+    together = ops.add_normed(x, residual, *norms, **options)
+    alone = ops.add_normed(x[:, row : row + 1], residual[:, row : row + 1], *norms, **options)
     assert all(torch.equal(one, all_rows[:, row : row + 1]) for one, all_rows in zip(alone, together))
 
 
@@ -68,15 +75,28 @@ def test_linear(seed: int, dtype: torch.dtype, rows: int, n: int, k: int, split_
     assert torch.equal(ops.linear(x[row : row + 1], weight, bias, one, impl="triton", config=config)[0], whole[row])
 
 
-@given(seed=seeds, dtype=dtypes, rows=st.integers(2, 40), width=st.integers(1, 70))
-def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+@given(
+    op=st.sampled_from([ops.swiglu, ops.geglu]),
+    seed=seeds,
+    dtype=dtypes,
+    rows=st.integers(2, 40),
+    width=st.integers(1, 70),
+)
+def test_gated(op: Callable, seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     gate_up = randn(seed, rows, 2 * width, dtype=dtype)
     row = seed % rows
-    assert torch.equal(ops.swiglu(gate_up[row : row + 1], impl="triton")[0], ops.swiglu(gate_up, impl="triton")[row])
+    assert torch.equal(op(gate_up[row : row + 1], impl="triton")[0], op(gate_up, impl="triton")[row])
 
 
-@given(seed=seeds, dtype=dtypes, rows=st.integers(2, 9), norm=st.booleans(), head_dim=st.sampled_from([64, 80]))
-def test_rope_cache(seed: int, dtype: torch.dtype, rows: int, norm: bool, head_dim: int) -> None:
+@given(
+    seed=seeds,
+    dtype=dtypes,
+    rows=st.integers(2, 9),
+    norm=st.booleans(),
+    head_dim=st.sampled_from([64, 80]),
+    offset=offsets,
+)
+def test_rope_cache(seed: int, dtype: torch.dtype, rows: int, norm: bool, head_dim: int, offset: float) -> None:
     heads, kv_heads, capacity = 3, 1, 32
     qkv = randn(seed, 1, rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     angles = randn(seed + 1, 1, rows, head_dim // 2, dtype=torch.float32)
@@ -87,7 +107,7 @@ def test_rope_cache(seed: int, dtype: torch.dtype, rows: int, norm: bool, head_d
         cache = torch.zeros(2, 1, kv_heads, capacity, head_dim, dtype=dtype, device=DEVICE)
         q = ops.rope_cache(
             qkv[:, rows], angles[:, rows].cos(), angles[:, rows].sin(), cache[0], cache[1], slots[:, rows], *norms,
-            impl="triton",
+            norm_offset=offset, impl="triton",
         )  # fmt: skip
         return q, cache
 

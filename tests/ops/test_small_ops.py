@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +17,7 @@ from tests.ops.attention_cases import DTYPES
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 9999)
+offsets = st.sampled_from([0.0, 1.0])
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -22,15 +25,17 @@ def randn(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("with_and_without_c")
-@given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 200), add=st.booleans())
-def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, add: bool) -> None:
+@given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 200), add=st.booleans(), offset=offsets)
+def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, add: bool, offset: float) -> None:
     x, weight = randn(seed, rows, width, dtype=dtype), randn(seed + 1, width, dtype=dtype)
     residual = randn(seed + 2, rows, width, dtype=dtype) if add else None
     hidden = x + residual if add else x
-    reference = ops.rms_norm(hidden.double(), weight.double(), 1e-6, impl="reference")
-    plain = (hidden.float() * torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype) * weight
+    reference = ops.rms_norm(hidden.double(), weight.double(), 1e-6, norm_offset=offset, impl="reference")
+    plain = hidden.float() * torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    # as transformers' Gemma, or as its Llama
+    plain = (plain * (offset + weight.float())).to(dtype) if offset else plain.to(dtype) * weight
     for impl in ("triton", "torch"):
-        out = ops.rms_norm(x, weight, 1e-6, residual, impl=impl)
+        out = ops.rms_norm(x, weight, 1e-6, residual, norm_offset=offset, impl=impl)
         if add:
             out, new_residual = out
             assert torch.equal(new_residual, hidden), "the new residual must be the plain sum, rounded once"
@@ -38,57 +43,71 @@ def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, add: boo
 
 
 @pytest.mark.usefixtures("with_and_without_c")
-@given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 1100), is_last=st.booleans())
-def test_add_normed(seed: int, dtype: torch.dtype, rows: int, width: int, is_last: bool) -> None:
+@given(
+    seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 1100), is_last=st.booleans(), offset=offsets
+)
+def test_add_normed(seed: int, dtype: torch.dtype, rows: int, width: int, is_last: bool, offset: float) -> None:
     x, residual = randn(seed, rows, width, dtype=dtype) * 3, randn(seed + 1, rows, width, dtype=dtype)
     weight, following = randn(seed + 2, width, dtype=dtype), randn(seed + 3, width, dtype=dtype)
     options = () if is_last else (following, 1e-2)
     for impl in ("triton", "torch"):
-        normed, hidden = ops.add_normed(x, residual, weight, 1e-6, *options, impl=impl)
+        how = {"norm_offset": offset, "impl": impl}
+        normed, hidden = ops.add_normed(x, residual, weight, 1e-6, *options, **how)
         # the kernels' own steps, in which roundings are those of the norm alone
-        assert torch.equal(hidden, residual + ops.rms_norm(x, weight, 1e-6, impl=impl)), impl
-        expected = hidden if is_last else ops.rms_norm(hidden, following, 1e-2, impl=impl)
+        assert torch.equal(hidden, residual + ops.rms_norm(x, weight, 1e-6, **how)), impl
+        expected = hidden if is_last else ops.rms_norm(hidden, following, 1e-2, **how)
         assert torch.equal(normed, expected), impl
         reference = ops.add_normed(
             *(t.double() for t in (x, residual, weight)), 1e-6, *(t.double() for t in options[:1]), *options[1:],
-            impl="reference",
+            norm_offset=offset, impl="reference",
         )  # fmt: skip
-        plain = residual + torch.nn.functional.rms_norm(x, (width,), eps=1e-6) * weight
+        plain = residual + torch.nn.functional.rms_norm(x, (width,), eps=1e-6) * (offset + weight)
         assert_within_budget(hidden, plain, reference[1], what=impl)
 
 
 @pytest.mark.usefixtures("with_and_without_c")
 @given(
     seed=seeds, dtype=dtypes, rows=st.integers(1, 5), queries=st.integers(1, 600), keys=st.integers(1, 90),
-    rest=st.integers(0, 40),
+    rest=st.integers(0, 40), offset=offsets,
 )  # fmt: skip
-def test_norm_spans(seed: int, dtype: torch.dtype, rows: int, queries: int, keys: int, rest: int) -> None:
+def test_norm_spans(
+    seed: int, dtype: torch.dtype, rows: int, queries: int, keys: int, rest: int, offset: float
+) -> None:
     qkv = randn(seed, rows, queries + keys + rest, dtype=dtype)
     weights = randn(seed + 1, queries, dtype=dtype), randn(seed + 2, keys, dtype=dtype)
     q, k, others = qkv.split([queries, keys, rest], dim=-1)
-    exact = ops.norm_spans(qkv.double(), *(weight.double() for weight in weights), 1e-6, impl="reference")
+    exact = ops.norm_spans(
+        qkv.double(), *(weight.double() for weight in weights), 1e-6, norm_offset=offset, impl="reference"
+    )
     for impl in ("triton", "torch"):
-        normed = [ops.rms_norm(span.contiguous(), w, 1e-6, impl=impl) for span, w in zip((q, k), weights)]
-        out = ops.norm_spans(qkv, *weights, 1e-6, impl=impl)
+        how = {"norm_offset": offset, "impl": impl}
+        normed = [ops.rms_norm(span.contiguous(), w, 1e-6, **how) for span, w in zip((q, k), weights)]
+        out = ops.norm_spans(qkv, *weights, 1e-6, **how)
         assert_within_budget(out, torch.cat((*normed, others), dim=-1), exact, what=impl)
         assert torch.equal(out[:, queries + keys :], others)
 
 
 @pytest.mark.usefixtures("with_and_without_c")
-@given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 2100))
-def test_swiglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+@given(seed=seeds, dtype=dtypes, rows=st.integers(1, 5), width=st.integers(1, 2100), gelu=st.booleans())
+def test_gated(seed: int, dtype: torch.dtype, rows: int, width: int, gelu: bool) -> None:
     gate_up = randn(seed, rows, 2 * width, dtype=dtype) * 4
     gate, up = gate_up.chunk(2, dim=-1)
-    reference = ops.swiglu(gate_up.double(), impl="reference")
+    op, plain = ops.swiglu, torch.nn.functional.silu(gate)
+    exact = torch.nn.functional.silu(gate.double())
+    if gelu:
+        op, plain = ops.geglu, torch.nn.functional.gelu(gate, approximate="tanh")
+        exact = torch.nn.functional.gelu(gate.double(), approximate="tanh")
     for impl in ("triton", "torch"):
-        assert_within_budget(ops.swiglu(gate_up, impl=impl), torch.nn.functional.silu(gate) * up, reference, what=impl)
+        assert_within_budget(op(gate_up, impl=impl), plain * up, exact * up.double(), what=impl)
+    torch.testing.assert_close(op(gate_up.double(), impl="reference"), exact * up.double())
 
 
 @pytest.mark.usefixtures("with_and_without_c")
-def test_swiglu_at_the_ends_of_the_range() -> None:
+@pytest.mark.parametrize("op", [ops.swiglu, ops.geglu])
+def test_gated_at_the_ends_of_the_range(op: Callable) -> None:
     gate_up = torch.tensor([[-3e4, -100.0, 0.0, 100.0, 3e4, 1.0, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
     for impl in ("triton", "torch"):
-        assert ops.swiglu(gate_up, impl=impl).tolist() == [[0.0, 0.0, 0.0, 100.0, 3e4]], impl
+        assert op(gate_up, impl=impl).tolist() == [[0.0, 0.0, 0.0, 100.0, 3e4]], impl
 
 
 @given(
@@ -141,8 +160,11 @@ def test_a_part_of_every_sequence_s_rows_is_taken_where_it_lies(rows: slice) -> 
 
 
 @pytest.mark.usefixtures("with_and_without_c")
-@given(seed=seeds, dtype=dtypes, norm=st.booleans(), head_dim=st.sampled_from([64, 80, 96]), batch=st.integers(1, 2))
-def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, batch: int) -> None:
+@given(
+    seed=seeds, dtype=dtypes, norm=st.booleans(), head_dim=st.sampled_from([64, 80, 96]), batch=st.integers(1, 2),
+    offset=offsets,
+)  # fmt: skip
+def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, batch: int, offset: float) -> None:
     rows, heads, kv_heads, capacity = 3, 4, 2, 11
     qkv = randn(seed, batch, rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     angles = randn(seed + 1, batch, rows, head_dim // 2, dtype=torch.float32) * 100
@@ -155,7 +177,7 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
         cache = torch.full((2, batch, kv_heads, capacity, head_dim), 7.0, dtype=compute, device=DEVICE)
         weights = [None if weight is None else weight.to(compute) for weight in norms]
         args = (qkv.to(compute), angles.cos(), angles.sin(), cache[0], cache[1], slots, *weights, 1e-6)
-        return [ops.rope_cache(*args, impl=impl), cache]
+        return [ops.rope_cache(*args, norm_offset=offset, impl=impl), cache]
 
     reference = run("reference", torch.float64)
     plain = run("torch", dtype)
@@ -227,16 +249,18 @@ def test_the_norm_of_a_sum_is_of_the_sum_as_it_is_stored(impl: str, dtype: torch
 
 @pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @torch.no_grad()
-def test_rope_cache_in_torch_rounds_norms_as_the_norm_itself_does(dtype: torch.dtype) -> None:
+def test_rope_cache_in_torch_rounds_norms_as_the_norm_itself_does(dtype: torch.dtype, offset: float) -> None:
     qkv, weights = randn(0, 1, 9, 4 * 64, dtype=dtype), [randn(seed, 64, dtype=dtype) for seed in (1, 2)]
     cos, sin = torch.ones(1, 9, 32, device=DEVICE), torch.zeros(1, 9, 32, device=DEVICE)
     k_out, v_out = torch.zeros(2, 1, 1, 9, 64, device=DEVICE, dtype=dtype)
     slots = torch.arange(9, dtype=torch.int32, device=DEVICE)[None]
-    q = ops.rope_cache(qkv, cos, sin, k_out, v_out, slots, *weights, impl="torch")
+    how = {"norm_offset": offset, "impl": "torch"}
+    q = ops.rope_cache(qkv, cos, sin, k_out, v_out, slots, *weights, **how)
     heads = qkv.view(1, 9, 4, 64)
-    assert torch.equal(q, ops.rms_norm(heads[:, :, :2], weights[0], 1e-6, impl="torch"))
-    assert torch.equal(k_out[:, 0], ops.rms_norm(heads[:, :, 2], weights[1], 1e-6, impl="torch"))
+    assert torch.equal(q, ops.rms_norm(heads[:, :, :2], weights[0], 1e-6, **how))
+    assert torch.equal(k_out[:, 0], ops.rms_norm(heads[:, :, 2], weights[1], 1e-6, **how))
 
 
 @pytest.mark.parametrize("at", [0, 15], ids=["first", "last"])

@@ -37,6 +37,8 @@ from tests.training.view_runs import K, draft_logits, make_args, make_model, mak
         ("qwen3 biases, tied, window by layer types", None),
         ("phi3 partial longrope", None),
         ("smollm3", None),
+        ("gemma", 2),
+        ("gemma3", None),
         ("granite", None),
         ("exaone4", 2),
         ("glm4", None),

@@ -103,6 +103,7 @@ def rope_cache_cpu(
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
+    norm_offset: float,
 ) -> torch.Tensor | None:
     """`rope_cache`."""
     (B, T), (HKV, S, D) = slots.shape, k_out.shape[1:]
@@ -116,15 +117,15 @@ def rope_cache_cpu(
     norms = [norm if norm is None else norm.to(qkv.dtype).contiguous() for norm in (q_norm, k_norm)]
     call(
         library.orthrus_rope_cache, (qkv, cos, sin, slots, *norms, q, k_out, v_out), B, T, HQ, HKV, D, S,
-        0 if cos is None else cos.stride(0), *k_out.stride()[:3], *v_out.stride()[:3], eps, DTYPES[qkv.dtype],
-        torch.get_num_threads(),
+        0 if cos is None else cos.stride(0), *k_out.stride()[:3], *v_out.stride()[:3], eps, norm_offset,
+        DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
     increment_version((k_out, v_out))  # autograd shall know that what it may have saved is gone
     return q
 
 
 def rms_norm_cpu(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, eps: float, norm_offset: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`rms_norm` and what it is the norm of: x + residual, or x without one."""
     library = library_for(x, weight, residual)
@@ -136,15 +137,15 @@ def rms_norm_cpu(
         residual, hidden = residual.contiguous(), empty(x, x.shape)
     H = weight.numel()
     call(
-        library.orthrus_rms_norm, (x, residual, weight, out, hidden), x.numel() // max(H, 1), H, eps, DTYPES[x.dtype],
-        torch.get_num_threads(),
+        library.orthrus_rms_norm, (x, residual, weight, out, hidden), x.numel() // max(H, 1), H, eps, norm_offset,
+        DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out, hidden
 
 
 def add_normed_cpu(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, next_weight: torch.Tensor | None,
-    next_eps: float,
+    next_eps: float, norm_offset: float,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
     """`add_normed`: the norm of the sum, and the sum; the sum twice without `next_weight`."""
     library = library_for(x, residual, weight, next_weight)
@@ -157,13 +158,13 @@ def add_normed_cpu(
     H = weight.numel()
     call(
         library.orthrus_add_normed, (x, residual, weight, next_weight, out, hidden), x.numel() // max(H, 1), H, eps,
-        next_eps, DTYPES[x.dtype], torch.get_num_threads(),
+        next_eps, norm_offset, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out, hidden
 
 
 def norm_spans_cpu(
-    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, norm_offset: float
 ) -> torch.Tensor | None:
     """`norm_spans`."""
     library = library_for(qkv, q_weight, k_weight)
@@ -173,21 +174,22 @@ def norm_spans_cpu(
     width = qkv.shape[-1]
     call(
         library.orthrus_norm_spans, (qkv, q_weight, k_weight, out), qkv.numel() // max(width, 1), width,
-        q_weight.numel(), k_weight.numel(), eps, DTYPES[qkv.dtype], torch.get_num_threads(),
+        q_weight.numel(), k_weight.numel(), eps, norm_offset, DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor | None:
-    """`swiglu`."""
+def gated_cpu(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor | None:
+    """`swiglu`; with `gelu`, `geglu`."""
     library = library_for(gate_up)
     if library is None:
         return None
     gate_up, I = gate_up.contiguous(), gate_up.shape[-1] // 2
     out = empty(gate_up, (*gate_up.shape[:-1], I))
     call(
-        library.orthrus_swiglu, (gate_up, out), out.numel() // max(I, 1), I, DTYPES[out.dtype], torch.get_num_threads()
-    )
+        library.orthrus_gated, (gate_up, out), out.numel() // max(I, 1), I, int(gelu), DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 

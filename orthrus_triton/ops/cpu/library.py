@@ -30,20 +30,20 @@ SLOWER = "PyTorch's own operations are taken, and decoding takes about twice as 
 
 VOID_P, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 ARGUMENTS = {
-    "orthrus_add_normed": (*[VOID_P] * 6, *[INT64] * 2, FLOAT, FLOAT, INT, INT),
+    "orthrus_add_normed": (*[VOID_P] * 6, *[INT64] * 2, *[FLOAT] * 3, INT, INT),
     "orthrus_attention": (*[VOID_P] * 7, *[INT64] * 15, FLOAT, INT, INT),
     "orthrus_consensus": (*[VOID_P] * 10, *[INT64] * 6),
+    "orthrus_gated": (*[VOID_P] * 2, *[INT64] * 2, *[INT] * 3),
     "orthrus_greedy_choice": (*[VOID_P] * 2, *[INT64] * 3, INT, INT),
     "orthrus_linear_bf16": (*[VOID_P] * 4, *[INT64] * 4, INT),
     "orthrus_linear_bf16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
     "orthrus_linear_fp16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
     "orthrus_linear_fp32": (*[VOID_P] * 4, *[INT64] * 4, INT),
-    "orthrus_norm_spans": (*[VOID_P] * 4, *[INT64] * 4, FLOAT, INT, INT),
+    "orthrus_norm_spans": (*[VOID_P] * 4, *[INT64] * 4, FLOAT, FLOAT, INT, INT),
     "orthrus_recall": (*[VOID_P] * 7, *[INT64] * 4, FLOAT),
-    "orthrus_rms_norm": (*[VOID_P] * 5, *[INT64] * 2, FLOAT, INT, INT),
-    "orthrus_rope_cache": (*[VOID_P] * 9, *[INT64] * 13, FLOAT, INT, INT),
+    "orthrus_rms_norm": (*[VOID_P] * 5, *[INT64] * 2, FLOAT, FLOAT, INT, INT),
+    "orthrus_rope_cache": (*[VOID_P] * 9, *[INT64] * 13, FLOAT, FLOAT, INT, INT),
     "orthrus_sample_choice": (*[VOID_P] * 9, *[INT64] * 5, INT, INT),
-    "orthrus_swiglu": (*[VOID_P] * 2, *[INT64] * 2, INT, INT),
     "orthrus_void_rows": (*[VOID_P] * 3, *[INT64] * 3, INT),
 }
 

@@ -2,17 +2,17 @@
 
 #include "vectors.h"
 
-/* A head times its norm's weight, rounded before the weight and after it. */
-static void norm_head(float *numbers, const void *weight, int64_t D, float eps, int dtype) {
+/* A head's norm, rounded as in rms_norm.c. */
+static void norm_head(float *numbers, const void *weight, int64_t D, float eps, float offset, int dtype) {
     float weights[MAX_HEAD];
     floats squares = {};
     for (int64_t d = D; d % LANES; d++) numbers[d] = 0;
     for (int64_t d = 0; d < D; d += LANES) squares = fused(load(numbers + d), load(numbers + d), squares);
     float scale = 1 / sqrtf(sum_of_lanes(squares) / D + eps);
     for (int64_t d = 0; d < D; d++) numbers[d] *= scale;
-    round_floats(numbers, D, dtype);
+    if (offset == 0) round_floats(numbers, D, dtype);
     to_floats(weights, weight, D, dtype);
-    for (int64_t d = 0; d < D; d++) numbers[d] *= weights[d];
+    for (int64_t d = 0; d < D; d++) numbers[d] *= weights[d] + offset;
     round_floats(numbers, D, dtype);
 }
 
@@ -22,7 +22,7 @@ void orthrus_rope_cache(
     const void *qkv, const float *cos, const float *sin, const int32_t *slots, const void *q_norm, const void *k_norm,
     void *q_out, void *k_out, void *v_out, int64_t B, int64_t T, int64_t HQ, int64_t HKV, int64_t D, int64_t S,
     int64_t angle_stride_b, int64_t k_stride_b, int64_t k_stride_h, int64_t k_stride_s, int64_t v_stride_b,
-    int64_t v_stride_h, int64_t v_stride_s, float eps, int dtype, int num_threads) {
+    int64_t v_stride_h, int64_t v_stride_s, float eps, float offset, int dtype, int num_threads) {
     int64_t heads = HQ + 2 * HKV, half = D / 2;
 #pragma omp parallel for num_threads(num_threads) if (B * T * heads * D > 8192)
     for (int64_t token = 0; token < B * T; token++) {
@@ -37,7 +37,7 @@ void orthrus_rope_cache(
             }
             float numbers[MAX_HEAD], rotated[MAX_HEAD], *result = cos ? rotated : numbers;
             to_floats(numbers, from, D, dtype);
-            if (q_norm) norm_head(numbers, head < HQ ? q_norm : k_norm, D, eps, dtype);
+            if (q_norm) norm_head(numbers, head < HQ ? q_norm : k_norm, D, eps, offset, dtype);
             if (cos) {
                 const float *c = cos + b * angle_stride_b + t * half, *s = sin + b * angle_stride_b + t * half;
                 for (int64_t d = 0; d < half; d++) {
