@@ -21,6 +21,7 @@ from orthrus_triton.models.checkpoint import (
 )
 from orthrus_triton.models.config import OrthrusConfig, family_config
 from orthrus_triton.models.families import FAMILIES
+from orthrus_triton.models.language_model import INSIDE, language_config, language_fields, language_weights
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -44,12 +45,14 @@ def open_base(model_or_path: PreTrainedModel | str | PathLike[str]) -> BaseModel
         TypeError: something else. ValueError: an unsupported architecture. FileNotFoundError: no such folder or file.
     """
     if isinstance(model_or_path, PreTrainedModel):
-        _check_family(model_or_path.config.model_type, type(model_or_path).__name__)
+        config, name = language_config(model_or_path.config), type(model_or_path).__name__
+        _check_family(config.model_type, name)
+        source = state_dict_source(name, model_or_path.state_dict())
+        if config is not model_or_path.config:
+            source = language_weights(source)
         return BaseModel(
-            config=model_or_path.config,
-            weights=as_ours(
-                state_dict_source(type(model_or_path).__name__, model_or_path.state_dict()), model_or_path.config
-            ),
+            config=config,
+            weights=as_ours(source, config),
             generation_config=copy.deepcopy(getattr(model_or_path, "generation_config", None)),
             dtype=model_or_path.dtype,
             device=model_or_path.device,
@@ -61,11 +64,15 @@ def open_base(model_or_path: PreTrainedModel | str | PathLike[str]) -> BaseModel
             f"but got a {type(model_or_path).__name__}"
         )
     folder = resolve_folder(model_or_path)
-    fields = read_json(folder / "config.json")
+    of_whole = read_json(folder / "config.json")
+    fields = language_fields(of_whole)
     _check_family(fields.get("model_type"), str(model_or_path), "block_size" in fields)
     config = family_config(fields["model_type"], fields)
     config.name_or_path = str(model_or_path)
     source = folder_source(folder)
+    if fields is not of_whole:
+        source = language_weights(source)
+        config.tie_word_embeddings = "lm_head.weight" not in source.shapes  # wholes rarely say
     return BaseModel(
         config=config,
         weights=as_ours(source, config),
@@ -125,4 +132,5 @@ def _check_family(model_type: str | None, name: str, has_view: bool = False) -> 
     if model_type == OrthrusConfig.model_type or (model_type in FAMILIES and has_view):
         raise ValueError(f"{name!r} must be a base model, but it has a second view: use from_pretrained")
     if model_type not in FAMILIES:
-        raise ValueError(f"{name!r} must have a model_type of {list(FAMILIES)}, but got {model_type!r}")
+        known = [*FAMILIES, *INSIDE]
+        raise ValueError(f"{name!r} must have a model_type of {known}, but got {model_type!r}")

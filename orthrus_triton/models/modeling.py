@@ -163,7 +163,8 @@ class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedM
 
         Args:
             model_or_path: a transformers model of one of `FAMILIES` (its weights are copied), a folder with its
-                config.json and safetensors, or a hub id.
+                config.json and safetensors, or a hub id. Of a model that sees images, too (Gemma 3, Mistral Small
+                3.1), the language model alone is taken.
             block_size: rows of a draft block, anchor included, >= 2.
             mask_token_id: the token that stands for a position to be drafted. None takes the base config's
                 mask_token_id; without one, the first embedding row that the tokenizer in the folder does not use; else
