@@ -54,8 +54,9 @@ def problems_of(model: str | Path | Mapping[str, Any], dtype: str | None = None)
     head_dim = _integer(config, "head_dim") if config.get("head_dim") else hidden // heads
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads must divide num_attention_heads={heads}, but got {kv_heads}")
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     weights = {
-        (vocab, hidden): "head", (2 * intermediate, hidden): "gate_up",
+        (vocab, hidden): "head", (2 * intermediate, hidden): "gate_up" if activation == "silu" else "product",
         (hidden, intermediate): "followed", ((heads + 2 * kv_heads) * head_dim, hidden): "followed",
         (hidden, heads * head_dim): "followed",
     }  # fmt: skip

@@ -28,8 +28,8 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the model in a TARGET that is not empty.")] = False,
 ) -> None:
     """Give a frozen base model a diffusion view that starts as a copy of its AR weights. Llama, Mistral, Phi-3, Qwen2,
-    Qwen3, SmolLM3, Granite, OLMo 2 and 3, EXAONE 4, ERNIE 4.5, GLM and Seed-OSS can be one: what counts is the
-    model_type in its config.json.
+    Qwen3, SmolLM3, Gemma and Gemma 3, Granite, OLMo 2 and 3, EXAONE 4, ERNIE 4.5, GLM and Seed-OSS can be one: what
+    counts is the model_type in its config.json. Of a model that sees images, too, the language model is taken.
 
     The AR weights are stored unchanged (Granite's last norm divided by a power of two), or rounded to --dtype. The
     view drafts poorly until it is trained.

@@ -65,6 +65,8 @@ def test_keys_of_qwen3_8b():
         "linear:K=4096,N=4096", "dual_view_attention:group=4,head_dim=128",
     ]  # fmt: skip
     assert [problem.uses for problem in problems[:2]] == [("head",), ("gate_up",)]
+    of_gelu = problems_of({**SHAPES["qwen3-8b"], "hidden_act": "gelu_pytorch_tanh"})  # behind it, nothing is fused
+    assert [problem.uses for problem in of_gelu[:2]] == [("head",), ("product",)]
     assert {problem.dtype for problem in problems} == {"bf16"}
 
 
