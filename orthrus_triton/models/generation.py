@@ -95,7 +95,8 @@ class OrthrusGenerationMixin:
 
         Returns:
             [B * num_return_sequences, L + new] int64: the prompts as they came, what was generated, then pad tokens;
-            or, with return_dict_in_generate, an object with these `sequences`.
+            or, with return_dict_in_generate, an object with these `sequences` and, with output_logits, the model's
+            `logits` [B * num_return_sequences, V] fp32 at each step, before processors; 0 behind a sequence's end.
 
         Raises:
             ValueError: an option out of range, or one that asks for what cannot be had; it names the option.
@@ -132,7 +133,8 @@ class OrthrusGenerationMixin:
             strings = [StopStrings(tokenizer, settings.stop_strings, prompt.tolist()) for prompt in prompts]
         if streamer is not None:
             streamer = _PromptAsItCame(streamer, rows)
-        output = self.consensus_decoder("consensus" if use_diffusion_mode else "ar").generate(
+        decoder = self.consensus_decoder("consensus" if use_diffusion_mode else "ar")
+        output = decoder.generate(
             prompts, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_ids, streamer=streamer,
             block_size=block_size, params=settings.params, sampling=sampling, reuse_cache=reuse_cache,
             stop=_stop(stopping_criteria or [], strings, rows, settings.max_time),
@@ -141,7 +143,13 @@ class OrthrusGenerationMixin:
         new = [ids[len(prompt) :] for prompt, ids in zip(prompts, output.sequences)]
         new = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=settings.pad_token_id)
         sequences = torch.cat((rows, new.to(rows)), dim=1)
-        return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict else sequences
+        if not settings.return_dict:
+            return sequences
+        logits = None
+        if settings.output_logits:
+            of_each = [decoder.run.logits(b) for b in range(len(prompts))]
+            logits = torch.nn.utils.rnn.pad_sequence(of_each, batch_first=True).unbind(1)
+        return GenerateDecoderOnlyOutput(sequences=sequences, logits=logits)
 
 
 def _mask_of_padding(inputs: torch.Tensor, config: GenerationConfig, default_eos: list[int]) -> torch.Tensor | None:

@@ -45,8 +45,7 @@ UNSUPPORTED = {
     "exponential_decay_length_penalty": "pass a logits_processor", "token_healing": "heal the prompt before",
     "prompt_lookup_num_tokens": "the diffusion view drafts", "assistant_early_exit": "the diffusion view drafts",
     "use_mtp": "the diffusion view drafts", "speculation_type": "the diffusion view drafts",
-    "output_scores": "tokens leave the cycle without logits; model(sequences) gives logits of every position",
-    "output_logits": "tokens leave the cycle without logits; model(sequences) gives logits of every position",
+    "output_scores": "what processors make of logits is not kept; output_logits=True gives what they began with",
     "output_attentions": "attention weights are never formed", "output_hidden_states": "they are not kept",
     "remove_invalid_values": "a sequence ends where the logits are not finite, and the error has what the others got",
     "renormalize_logits": "nothing reads the logits afterwards",
@@ -74,6 +73,7 @@ class GenerationSettings:
     pad_token_id: int
     num_return_sequences: int
     return_dict: bool
+    output_logits: bool
     stop_strings: list[str]
     max_time: float | None
     params: list[SamplingParams]
@@ -133,10 +133,13 @@ class GenerationSettings:
             _host_processors(config, length, processors, prefix_allowed, row)
             for row, length in enumerate(lengths) for _ in range(copies)
         ]  # fmt: skip
+        return_dict, output_logits = bool(config.return_dict_in_generate), bool(config.output_logits)
+        if output_logits and not return_dict:
+            raise ValueError("output_logits=True must come with return_dict_in_generate=True, but that is not set")
         if longest := [one.max_length for one in criteria or [] if type(one) is MaxLengthCriteria]:
             max_new = max(min(longest) - prompt_length, 1)
         return cls(
-            max_new, eos_ids, pad_id, copies, bool(config.return_dict_in_generate), strings, config.max_time,
+            max_new, eos_ids, pad_id, copies, return_dict, output_logits, strings, config.max_time,
             [SamplingParams(**shared, sequence=b, logits_processor=host or None) for b, host in enumerate(hosts)],
         )  # fmt: skip
 

@@ -127,8 +127,9 @@ class DecodeCycle:
     def prefill(
         self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str,
         params: SamplingParams, cached: int,
-    ) -> None:  # fmt: skip
-        """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot."""
+    ) -> torch.Tensor:  # fmt: skip
+        """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot. Gives
+        the hidden state [1, 1, H] by which that was chosen."""
         state.start(max_new_tokens, prompt)
         if state.sampling is not None:
             state.sampling.start(params, prompt)
@@ -137,6 +138,7 @@ class DecodeCycle:
         choice = ops.void_rows(self.choose(hidden, state, view_pass), hidden, impl=impl)
         state.commit(choice, choice, cache.context_len, impl)
         state.accepted_histogram.zero_()
+        return hidden
 
     def prefill_ahead(self, prompt: torch.Tensor, cache: SharedKVCache, impl: str, cached: int) -> int:
         """Fill one chunk of a prompt [L] into a one-sequence cache that holds its first `cached` tokens -> how many it

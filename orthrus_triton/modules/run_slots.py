@@ -15,6 +15,7 @@ from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.prompts import split_prompts, tokens_to_cache
 from orthrus_triton.modules.report_ring import ReportRing
+from orthrus_triton.modules.reread import reread_logits
 from orthrus_triton.modules.sampling_params import GREEDY_PARAMS, Choosing, SamplingParams
 from orthrus_triton.modules.slot import Slot
 from orthrus_triton.ops._dispatch import require_size
@@ -81,7 +82,7 @@ class RunSlots:
         # failed until the prefill is through: a cache that was half written must not be taken for the prompt's
         self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
         self._ring.begin()
-        self._decoder.prefill(
+        self.slots[b].prompt_hidden = self._decoder.prefill(
             prompt, self.cache.sequences(b, 1), self.state.slots(b, 1), max_new_tokens, self.impl, params, cached
         )
         self.slots[b].failed = False
@@ -174,6 +175,34 @@ class RunSlots:
             slot.failed = False
         slot.finished = True
         self.state.finished[b : b + 1].fill_(True)
+
+    @device_work
+    def logits(self, b: int, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """[count, V] fp32: the frozen view's logits that tokens `first`, `first` + 1, ... of slot `b` were chosen from,
+        by default all that are known, before penalties or temperature. They are computed now, in passes of many rows,
+        and have the bits that they had then (of AR with exact=False only nearly), as long as the weights have theirs.
+
+        Raises:
+            ValueError: no such slot, or tokens that it does not have.
+            RuntimeError: a newer run has the buffers, or the slot's prompt was read together with others.
+        """
+        self._require_slot(b)
+        self._require_current()
+        slot = self.slots[b]
+        count = len(slot.tokens) - first if count is None else count
+        if first < 0 or count < 0 or first + count > len(slot.tokens):
+            raise ValueError(f"first and count must lie in {len(slot.tokens)} tokens, but got {first} and {count}")
+        if slot.prompt_hidden is None:
+            raise RuntimeError(
+                f"slot {b} has nothing to begin with: its prompt was read together with others, or none was"
+            )
+        text = torch.cat((slot.prompt.cpu(), torch.tensor(slot.tokens, dtype=torch.int64, device="cpu")))
+        pieces = reread_logits(
+            self._decoder.model, text, slot.prompt.numel(), slot.prompt_hidden, self.cache.sequences(b, 1), self.impl,
+            first, count,
+        )  # fmt: skip
+        rows = list(pieces)
+        return torch.cat(rows) if rows else slot.prompt_hidden.new_empty(0, self._decoder.model.vocab_size).float()
 
     def width_with(self, b: int) -> int:
         """How many slots a step is of once slot `b` is live, too."""

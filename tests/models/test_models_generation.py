@@ -247,11 +247,36 @@ def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
         OrthrusForCausalLM.from_pretrained(tmp_path, dtype="bf16")
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.8}, {"use_diffusion_mode": False}])
+def test_logits_of_a_padded_batch_are_transformers_own(pair, options: dict) -> None:
+    """Before processors; 0 for a sequence that has ended, where transformers goes on with padding."""
+    base, model = pair
+    ids, mask = padded()
+    texts = model.generate(ids, attention_mask=mask, max_new_tokens=9, eos_token_id=[], **options)
+    ends = int(texts[1, 6 + 3])  # the second text's fourth token
+    common = {
+        "attention_mask": mask, "max_new_tokens": 9, "eos_token_id": ends, "return_dict_in_generate": True,
+        "output_logits": True, "do_sample": False,
+    }  # fmt: skip
+    ours = model.generate(ids, **common, **options)
+    of_theirs = {name: value for name, value in options.items() if name != "use_diffusion_mode"}
+    theirs = base.generate(ids, **common, **of_theirs)
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert len(ours.logits) == len(theirs.logits) > 4
+    lengths = [(row != PAD).nonzero().max().item() + 1 for row in ours.sequences[:, 6:]]
+    assert len(set(lengths)) == 2
+    for step, (our, their) in enumerate(zip(ours.logits, theirs.logits)):
+        for b, length in enumerate(lengths):
+            expected = their[b] if step < length else torch.zeros_like(their[b])
+            torch.testing.assert_close(our[b], expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"num_beams": 4}, ValueError, "num_beams must be left at its default, but got 4"),
-        ({"output_scores": True}, ValueError, "output_scores must be left at its default"),
+        ({"output_scores": True}, ValueError, "output_scores must be left at its default, .* output_logits=True gives"),
+        ({"output_logits": True}, ValueError, "output_logits=True must come with return_dict_in_generate=True"),
         ({"remove_invalid_values": True}, ValueError, "remove_invalid_values must be left"),
         ({"penalty_alpha": 1.0}, ValueError, "penalty_alpha must be left"),
         ({"forced_eos_token_id": 0}, ValueError, "forced_eos_token_id must be left at its default, but got 0"),

@@ -1,0 +1,84 @@
+"""Logits of tokens that were generated, computed afterwards: they are the ones that the tokens were chosen from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules import reread as reread_module
+from orthrus_triton.modules.batch_prefill import BatchPrefill
+from tests.modules.test_consensus_decoder import MODELS, VOCAB, make_model, prompts_of
+
+
+def spied_logits(decoder: ConsensusDecoder, prompt: torch.Tensor, tokens: int, monkeypatch: pytest.MonkeyPatch):
+    """[tokens, V]: what plain AR decoding, one row a pass, computed on its way."""
+    seen, compute = [], type(decoder.model).compute_logits
+
+    def spy(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
+        seen.append(compute(self, hidden, linear_impl))
+        return seen[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(decoder.model), "compute_logits", spy)
+        patch.setattr(
+            type(decoder.model), "choose", lambda self, hidden, impl: self.compute_logits(hidden, impl).argmax(-1)
+        )
+        output = decoder.generate([prompt], max_new_tokens=tokens, eos_token_id=[], block_size=8)
+    return output.sequences[0], torch.cat([logits[0, :1] for logits in seen])
+
+
+@pytest.mark.parametrize(
+    ("name", "impl", "tokens"),
+    [("bf16", "torch", 11), ("window", "torch", 11), ("frozen_anchor_bf16", "torch", 11), ("small", "triton", 3)],
+)
+def test_they_are_those_of_decoding_to_the_bit(
+    name: str, impl: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(num_layers=1, num_heads=2, num_kv_heads=1) if name == "small" else MODELS[name]
+    monkeypatch.setattr(reread_module, "ROWS", 4)
+    prompts = prompts_of(5, [9, 3][: 1 + (impl == "torch")])
+    decoder = ConsensusDecoder(model, impl=impl)
+    sequences = decoder.generate(prompts, max_new_tokens=tokens, eos_token_id=[]).sequences
+    for b, prompt in enumerate(prompts):
+        ar = ConsensusDecoder(model, mode="ar", impl=impl, cuda_graph=False)
+        text, expected = spied_logits(ar, prompt, tokens, monkeypatch)
+        assert torch.equal(text, sequences[b])
+        held = [buffer[b, :, : len(text) - 1] for layer in decoder.cache.layers for buffer in (layer.k, layer.v)]
+        before = [buffer.clone() for buffer in held]
+        got = decoder.run.logits(b)
+        assert got.dtype == torch.float32 and torch.equal(got, expected[:tokens])
+        assert torch.equal(ar.run.logits(0), got)
+        assert torch.equal(decoder.run.logits(b, 1, tokens - 2), expected[1 : tokens - 1])
+        assert decoder.run.logits(b, tokens).shape == (0, VOCAB)
+        assert all(map(torch.equal, held, before))
+
+
+def test_sampled_text_has_the_logits_before_temperature_and_penalties() -> None:
+    params = [SamplingParams(temperature=0.7, seed=3, repetition_penalty=1.4)]
+    decoder, prompt = ConsensusDecoder(MODELS["qk_norm"]), prompts_of(6, [7])
+    text = decoder.generate(prompt, max_new_tokens=9, params=params, eos_token_id=[]).sequences[0]
+    hidden = decoder.run.logits(0)
+    cache = decoder.model.new_cache(1, len(text), 8)
+    read = decoder.model.forward_view(text[None], cache, cache.view_pass("ar", len(text)))
+    torch.testing.assert_close(hidden, decoder.model.compute_logits(read)[0, 6:-1], atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_had_is_named() -> None:
+    decoder, prompts = ConsensusDecoder(MODELS["plain"]), prompts_of(7, [4])
+    run = decoder.open(2, 64)
+    with pytest.raises(RuntimeError, match="slot 0 has nothing to begin with"):
+        run.logits(0)
+    run.admit(0, prompts[0], 3)
+    run.poll(lag=0)
+    with pytest.raises(ValueError, match="first and count must lie in 1 tokens, but got 0 and 2"):
+        run.logits(0, 0, 2)
+    with pytest.raises(ValueError, match=r"a slot must be in 0\.\.1, but got 2"):
+        run.logits(2)
+    run.admit_together([1], prompts, 3, BatchPrefill(decoder.model, 8, 1))
+    run.poll(lag=0)
+    with pytest.raises(RuntimeError, match="its prompt was read together with others"):
+        run.logits(1)
+    decoder.open(2, 64)
+    with pytest.raises(RuntimeError, match="belong to a newer run"):
+        run.logits(0)
