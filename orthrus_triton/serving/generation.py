@@ -6,19 +6,21 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import torch
 from fastapi import HTTPException
 
 from orthrus_triton.models.stop_strings import StopStrings
+from orthrus_triton.serving.logprobs import TokenLogprobs
 from orthrus_triton.serving.request import FinishReason, Request
 from orthrus_triton.serving.scheduler import QueueFullError, Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 512
+LogprobsForm = Callable[[Any, Sequence[TokenLogprobs], int], dict[str, Any]]
 
 
 class Generation:
@@ -53,12 +55,13 @@ class Generation:
                 stop = StopStrings(tokenizer, body.stop_strings)
         except ValueError as error:
             raise HTTPException(400, f"stop: {error}") from error
+        self._tokenizer, self._reported, self._offset = tokenizer, 0, 0
         self._text = TextStream(tokenizer, stop, scheduler.decoder.model.eos_token_ids)
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(ids), 1))
         try:
             prompt = torch.tensor(ids, dtype=torch.int64)
-            self._request = Request(prompt, max_tokens, body.params(), self._deliver, stop)
+            self._request = Request(prompt, max_tokens, body.params(), self._deliver, stop, body.alternatives)
             scheduler.submit(self._request)
         except QueueFullError as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
@@ -94,6 +97,18 @@ class Generation:
             return self._text.push(tokens, last)
         except Exception as error:  # tokenizers raise what they like
             raise HTTPException(500, f"text: the tokenizer failed: {type(error).__name__}: {error}") from error
+
+    def new_logprobs(self, form: LogprobsForm) -> dict[str, Any] | None:
+        """Those of the tokens that came since the last call, as `form` has them: all but stop tokens, even those whose
+        text is held back or cut off. None if nobody asked."""
+        if self._request.alternatives is None:
+            return None
+        arrived = self._request.logprobs[self._reported : len(self._text.tokens)]
+        self._reported += len(arrived)
+        shown = [one for one in arrived if one.token not in self._text.stop_ids]
+        field = form(self._tokenizer, shown, self._offset)
+        self._offset += sum(len(self._tokenizer.decode([one.token])) for one in shown)
+        return field
 
     def cancel(self) -> None:
         """Free the slot, or the place in the queue."""

@@ -10,16 +10,19 @@ from fastapi import HTTPException
 from fastapi.responses import StreamingResponse
 
 from orthrus_triton.serving.errors import error_body
-from orthrus_triton.serving.generation import Generation
+from orthrus_triton.serving.generation import Generation, LogprobsForm
+from orthrus_triton.serving.logprobs import chat_logprobs, completion_logprobs
 
 
 class ReplyFormat(NamedTuple):
-    """How one endpoint names things: a reply, a chunk of one, and the text in either (of a chunk: is it the first?)."""
+    """How one endpoint names things: a reply, a chunk of one, the text in either (of a chunk: is it the first?), and
+    what is reported of tokens."""
 
     object: str
     chunk_object: str
     text: Callable[[str], dict[str, Any]]
     chunk_text: Callable[[str, bool], dict[str, Any]]
+    logprobs: LogprobsForm
 
 
 def _delta(text: str, first: bool) -> dict[str, Any]:
@@ -28,18 +31,20 @@ def _delta(text: str, first: bool) -> dict[str, Any]:
 
 
 COMPLETION = ReplyFormat(
-    "text_completion", "text_completion", lambda text: {"text": text}, lambda text, _: {"text": text}
-)
+    "text_completion", "text_completion", lambda text: {"text": text}, lambda text, _: {"text": text},
+    completion_logprobs,
+)  # fmt: skip
 CHAT = ReplyFormat(
-    "chat.completion", "chat.completion.chunk", lambda text: {"message": {"role": "assistant", "content": text}}, _delta
-)
+    "chat.completion", "chat.completion.chunk", lambda text: {"message": {"role": "assistant", "content": text}},
+    _delta, chat_logprobs,
+)  # fmt: skip
 
 
 def whole_reply(generation: Generation, text: str, model_name: str, reply: ReplyFormat) -> dict[str, Any]:
     """The reply of a generation that has ended with this text."""
     return {
-        **_head(generation, model_name, reply.object), "choices": [_choice(reply.text(text), generation.reason)],
-        "usage": generation.usage(),
+        **_head(generation, model_name, reply.object),
+        "choices": [_choice(generation, reply, reply.text(text), generation.reason)], "usage": generation.usage(),
     }  # fmt: skip
 
 
@@ -51,9 +56,10 @@ async def reply_events(
     pieces = generation.pieces()
     try:
         async for text in pieces:
-            yield _event({**head, "choices": [_choice(reply.chunk_text(text, first), None)]})
+            yield _event({**head, "choices": [_choice(generation, reply, reply.chunk_text(text, first), None)]})
             first = False
-        yield _event({**head, "choices": [_choice(reply.chunk_text("", first), generation.reason)]})
+        last = _choice(generation, reply, reply.chunk_text("", first), generation.reason)
+        yield _event({**head, "choices": [last]})
         if include_usage:
             yield _event({**head, "choices": [], "usage": generation.usage()})
         yield "data: [DONE]\n\n"
@@ -82,8 +88,10 @@ def _head(generation: Generation, model_name: str, kind: str) -> dict[str, Any]:
     return {"id": generation.id, "created": generation.created, "model": model_name, "object": kind}
 
 
-def _choice(text: dict[str, Any], reason: str | None) -> dict[str, Any]:
-    return {"index": 0, **text, "logprobs": None, "finish_reason": reason}
+def _choice(
+    generation: Generation, reply: ReplyFormat, text: dict[str, Any], reason: str | None
+) -> dict[str, Any]:  # fmt: skip
+    return {"index": 0, **text, "logprobs": generation.new_logprobs(reply.logprobs), "finish_reason": reason}
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from orthrus_triton.modules import SamplingParams
+from orthrus_triton.serving.logprobs import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "error"]
 Deliver = Callable[[list[int], "FinishReason | None", str], None]
@@ -25,10 +26,12 @@ class Request:
         params: how it samples.
         deliver: called from the scheduler's thread with new tokens, the reason once it has finished, and what went
             wrong if the reason is "error". Must not block.
+        alternatives: None, or for how many tokens at each place `logprobs` has a number, besides the token that came.
         stop: called after every token with all new tokens, also from that thread; True ends the sequence there.
 
     Attributes:
         cached: tokens of the prompt that a slot held already.
+        logprobs: of every token that was delivered, where asked for; they are there before the token is.
     """
 
     prompt: torch.Tensor | Sequence[int]
@@ -36,9 +39,11 @@ class Request:
     params: SamplingParams
     deliver: Deliver
     stop: Callable[[list[int]], bool] | None = None
+    alternatives: int | None = None
     cancelled: bool = field(default=False, init=False)
     delivered: int = field(default=0, init=False)
     cached: int = field(default=0, init=False)
+    logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         # a copy: it is read in parts, while its owner may use the tensor for the next one

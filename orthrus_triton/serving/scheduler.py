@@ -15,6 +15,7 @@ from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.modules.sampling_params import SamplingRule
 from orthrus_triton.modules.slot import Progress, Slot
 from orthrus_triton.serving.apart import run_apart
+from orthrus_triton.serving.logprobs import token_logprobs
 from orthrus_triton.serving.placing import find_place
 from orthrus_triton.serving.request import FinishReason, Request
 
@@ -216,6 +217,9 @@ class Scheduler:
             if count is not None:
                 self._run.release(part.slot, keep=request.delivered + count)
                 tokens, reason, error = tokens[:count], "stop", ""
+        if tokens and request.alternatives is not None:
+            logits = self._run.logits(part.slot, request.delivered, len(tokens))
+            request.logprobs += token_logprobs(logits, tokens, request.alternatives)
         if reason is not None:
             self._leave(part.slot)
         request.delivered += len(tokens)

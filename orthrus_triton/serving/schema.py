@@ -18,6 +18,7 @@ from pydantic import (
 
 from orthrus_triton.modules import SamplingParams
 from orthrus_triton.modules.sampling_params import MOST_NEW_TOKENS
+from orthrus_triton.serving.logprobs import MOST_ALTERNATIVES
 
 MOST_MESSAGES = 1000
 
@@ -34,6 +35,7 @@ def _boolean(value: Any) -> Any:
     return value
 
 
+Alternatives = Annotated[int, BeforeValidator(_integer), Field(ge=0, le=MOST_ALTERNATIVES)]
 One = Annotated[Literal[1], BeforeValidator(_integer)]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
 
@@ -124,7 +126,12 @@ class CompletionRequest(_Common):
     prompt: str | list[int]
     echo: No = False
     best_of: One = 1
-    logprobs: None = None
+    logprobs: Alternatives | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As in `Request`."""
+        return self.logprobs
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -142,11 +149,23 @@ class ChatRequest(_Common):
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: No | None = None
-    top_logprobs: None = None
+    logprobs: Annotated[bool, BeforeValidator(_boolean)] = False
+    top_logprobs: Alternatives | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     tools: None = None
     tool_choice: Literal["none", "auto"] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As in `Request`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _of_logprobs(cls, alternatives: int | None, info: ValidationInfo) -> int | None:
+        if alternatives is not None and not info.data.get("logprobs", True):
+            raise ValueError("is allowed only with logprobs=true")
+        return alternatives
 
     @field_validator("max_completion_tokens")
     @classmethod
