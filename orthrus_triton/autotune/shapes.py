@@ -54,7 +54,7 @@ def problems_of(model: str | Path | Mapping[str, Any], dtype: str | None = None)
     head_dim = _integer(config, "head_dim") if config.get("head_dim") else hidden // heads
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads must divide num_attention_heads={heads}, but got {kv_heads}")
-    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    activation = config.get("hidden_act") or config.get("hidden_activation") or "silu"
     weights = {
         (vocab, hidden): "head", (2 * intermediate, hidden): "gate_up" if activation == "silu" else "product",
         (hidden, intermediate): "followed", ((heads + 2 * kv_heads) * head_dim, hidden): "followed",
@@ -100,6 +100,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{file} must be JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold an object")
+    if "text_config" in config:
+        raise ValueError(f"{file} is of a model that sees images, too: name the folder that convert makes of it")
     return config
 
 

@@ -67,7 +67,9 @@ def _c_kernels() -> str:
     from orthrus_triton.ops.cpu.library import c_library
 
     if c_library() is not None:
-        kernels = "products, attention, norms, rotation, SwiGLU, greedy choice and sampling in fp32, bf16 and fp16"
+        kernels = (
+            "products, attention, norms, rotation, SwiGLU, GeGLU, greedy choice and sampling in fp32, bf16 and fp16"
+        )
         has_bf16 = has_product(torch.empty(0, dtype=torch.bfloat16))
         return f"compiled for this CPU: {kernels}" + ("" if has_bf16 else "; products of bf16 are oneDNN's")
     return "none (they need Linux and a C compiler such as gcc): decoding on this CPU takes about twice as long"

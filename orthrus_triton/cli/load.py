@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,6 +91,22 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _chat_template_apart(name)
+        return tokenizer
     except (ValueError, OSError) as error:
         raise ValueError(f"{name} must have a tokenizer that transformers can read, but: {error}") from error
+
+
+def _chat_template_apart(name: str) -> str | None:
+    """The chat template that models that see images, too, have in a file of its own, which no tokenizer reads."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from orthrus_triton.models.checkpoint import read_json
+
+    path = Path(name, "chat_template.json")
+    if not Path(name).is_dir():  # whoever has the weights from the hub has it, too
+        cached = try_to_load_from_cache(name, path.name)
+        path = Path(cached) if isinstance(cached, str) else path
+    return read_json(path).get("chat_template") if path.is_file() else None

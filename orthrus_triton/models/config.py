@@ -204,7 +204,7 @@ class OrthrusConfig(PreTrainedConfig):
         if getattr(self, field) not in ACTIVATIONS:
             raise ValueError(
                 f"{field} must be one of the activations that are implemented, {ACTIVATIONS}, "
-                f"but got {getattr(self, field)!r}"
+                f"but got {getattr(self, field)!r} (of which Gemma's first files say 'gelu' for the second)"
             )
         if getattr(self, "quantization_config", None) is not None:
             raise ValueError(

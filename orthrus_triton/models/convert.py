@@ -45,7 +45,7 @@ def open_base(model_or_path: PreTrainedModel | str | PathLike[str]) -> BaseModel
         TypeError: something else. ValueError: an unsupported architecture. FileNotFoundError: no such folder or file.
     """
     if isinstance(model_or_path, PreTrainedModel):
-        config, name = language_config(model_or_path.config), type(model_or_path).__name__
+        config, name = language_config(model_or_path), type(model_or_path).__name__
         _check_family(config.model_type, name)
         source = state_dict_source(name, model_or_path.state_dict())
         if config is not model_or_path.config:
@@ -72,7 +72,8 @@ def open_base(model_or_path: PreTrainedModel | str | PathLike[str]) -> BaseModel
     source = folder_source(folder)
     if fields is not of_whole:
         source = language_weights(source)
-        config.tie_word_embeddings = "lm_head.weight" not in source.shapes  # wholes rarely say
+        if "tie_word_embeddings" not in fields:  # a text's default is no word on the whole
+            config.tie_word_embeddings = "lm_head.weight" not in source.shapes
     return BaseModel(
         config=config,
         weights=as_ours(source, config),

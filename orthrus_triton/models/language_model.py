@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from orthrus_triton.models.checkpoint import WeightSource
 
 # types of a whole, and of what is inside it unless its configuration says otherwise
 INSIDE = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-OF_THE_WHOLE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+OF_THE_WHOLE = (
+    "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "quantization_config",
+)  # fmt: skip
 # what files hold, and what transformers has in memory
 NAMES = (
     (re.compile(r"language_model\.(model\.|lm_head\.)"), r"\1"),
@@ -39,15 +42,16 @@ def language_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return {"model_type": INSIDE[fields["model_type"]], **inside, **of_whole}
 
 
-def language_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The same of a configuration, and whether its head is tied."""
+def language_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The same of a model's configuration; whether its head is tied, the model itself tells."""
+    config = model.config
     if config.model_type not in INSIDE:
         return config
     inside = copy.deepcopy(config.get_text_config())
     for name in OF_THE_WHOLE:
         if name != "torch_dtype" and getattr(config, name, None) is not None:
             setattr(inside, name, getattr(config, name))
-    inside.tie_word_embeddings = config.tie_word_embeddings
+    inside.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return inside
 
 

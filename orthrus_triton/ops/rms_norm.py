@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_triton._triton import EXACT_LAUNCH, next_power_of_2, tl, triton
-from orthrus_triton.ops._dispatch import on_its_device, require_same, resolve_impl, runs_directly
+from orthrus_triton.ops._dispatch import (
+    accumulate_dtype,
+    on_its_device,
+    require_same,
+    resolve_impl,
+    runs_directly,
+)
 from orthrus_triton.ops.cpu.kernels import rms_norm_cpu
 from orthrus_triton.ops.swiglu import SHARED_FROM
 
@@ -124,7 +130,9 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float, norm_offse
         return rms_norm_torch(x.expand(2, *x.shape), weight, eps, norm_offset)[0]
     if norm_offset == 0:
         return F.rms_norm(x.contiguous(), weight.shape, eps=eps) * weight
-    return (F.rms_norm(x.contiguous().float(), weight.shape, eps=eps) * (weight.float() + norm_offset)).to(x.dtype)
+    wide = accumulate_dtype(x.dtype)
+    normed = F.rms_norm(x.contiguous().to(wide), weight.shape, eps=eps)
+    return (normed * (weight.to(wide) + norm_offset)).to(x.dtype)
 
 
 def add_rms_norm_torch(

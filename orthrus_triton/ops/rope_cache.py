@@ -153,7 +153,7 @@ def rope_cache_kernel(
             is_query = head + tl.zeros_like(half) < HQ
             low_weight = _norm_weight(q_norm_ptr, k_norm_ptr, half, mask, is_query)
             high_weight = _norm_weight(q_norm_ptr, k_norm_ptr, HALF + half, mask, is_query)
-            # rounded between norm, weight and rotation, as the unfused layers are
+            # rounded as the norm itself, and before the rotation
             low = _normed_half(low * scale, low_weight, dtype, OFFSET)
             high = _normed_half(high * scale, high_weight, dtype, OFFSET)
         if ROTATES:

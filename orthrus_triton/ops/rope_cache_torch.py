@@ -20,7 +20,7 @@ _placements: Kept[_Placement] = Kept()
 def rope_cache_torch(
     qkv, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, compute, rounding, keep=False
 ) -> torch.Tensor:
-    """Any device. `compute` is the dtype of the arithmetic, `rounding` that between norm, weight and rotation. With
+    """Any device. `compute` is the dtype of the arithmetic, `rounding` that of norms and before rotation. With
     keep=True, what follows from the angles and from the slots is kept for other calls with these very tensors."""
     if (
         compute == torch.float32
@@ -50,7 +50,7 @@ def _norm(
     normed = F.rms_norm(heads, heads.shape[-1:], eps=eps)
     if norm_offset == 0:
         return (normed.to(rounding) * weight.to(rounding)).to(heads.dtype)
-    return (normed * (weight.to(heads.dtype) + norm_offset)).to(rounding).to(heads.dtype)
+    return (normed * (weight.to(rounding).to(heads.dtype) + norm_offset)).to(rounding).to(heads.dtype)
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keep: bool) -> torch.Tensor:

@@ -93,8 +93,10 @@ def geglu_formula(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As `swiglu_formula`."""
     if dtype == torch.float32 and (out := gated_cpu(gate_up, gelu=True)) is not None:
         return out
-    gate, up = gate_up.contiguous().to(dtype).chunk(2, dim=-1)
-    x = (gate * gate).mul_(0.07135481627260025).add_(1.5957691216057308).mul_(gate)
+    both = gate_up.contiguous().to(dtype)
+    # of both halves, though only gate's counts: rows that lie apart, as those of silu do, each end where one alone does
+    x, _ = (both * both).mul_(0.07135481627260025).add_(1.5957691216057308).mul_(both).chunk(2, dim=-1)
+    gate, up = both.chunk(2, dim=-1)
     return _sigmoid(x).mul_(gate).mul_(up).to(gate_up.dtype)
 
 

@@ -207,8 +207,9 @@ def _norm(x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         return x
     if norm.offset == 0:
         return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
-    # in fp32, whatever the weight's dtype, and rounded once
-    return F.rms_norm(x.float(), (x.shape[-1],), norm.weight.float() + norm.offset, norm.eps).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = norm.weight.to(x.dtype).to(wide) + norm.offset
+    return F.rms_norm(x.to(wide), (x.shape[-1],), weight, norm.eps).to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,10 @@ CASES: list[tuple[Callable, dict]] = [
         "rows": 32, "width": 1536, "k": 1024, "split_k": 1, "bias": False,
     }),
     (test_fused_products.test_norm_is_the_unfused_pair, {
-        "rows": 16, "width": 1024, "k": 1024, "split_k": 2, "bias": False, "skip": 1,
+        "rows": 16, "width": 1024, "k": 1024, "split_k": 2, "bias": False, "skip": 1, "offset": 0.0,
     }),
     (test_fused_products.test_rotation_is_the_unfused_pair, {
-        "rows": 6, "head_dim": 80, "k": 1024, "split_k": 2, "bias": True, "norm": True,
+        "rows": 6, "head_dim": 80, "k": 1024, "split_k": 2, "bias": True, "norm": True, "offset": 1.0,
     }),
     (test_attention.test_triton_fuzz, {
         "batch": 2, "blocks": 3, "block_size": 32, "kv_heads": 8, "group": 4, "context": 80, "window": None,

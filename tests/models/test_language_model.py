@@ -66,6 +66,43 @@ def test_it_says_what_the_whole_says_of_text(kind: str, tmp_path: Path):
     assert torch.equal(OrthrusForCausalLM.from_pretrained(tmp_path / "ours")(ids), model(ids))
 
 
+def edit_config(folder: Path, drop: tuple[str, ...] = (), **changes: object) -> None:
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+    for name in drop:
+        fields.pop(name, None)
+        fields["text_config"].pop(name, None)
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def test_whether_the_head_is_tied_is_what_the_weights_say_where_the_file_does_not(tmp_path: Path):
+    """As of Mistral Small 3.1: by the default of its class it would be tied."""
+    whole = build_whole("mistral3")
+    whole.save_pretrained(tmp_path)
+    edit_config(tmp_path, drop=("tie_word_embeddings",))
+    loaded = Mistral3ForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.tie_word_embeddings
+    ids = random_ids(5)
+    for source in (loaded, tmp_path):
+        model = OrthrusForCausalLM.from_base(source, block_size=4)
+        torch.testing.assert_close(model(ids), whole(ids).logits, atol=2e-4, rtol=0)
+
+
+def test_a_head_that_the_file_promises_must_be_there(tmp_path: Path):
+    build_whole("mistral3").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("language_model.lm_head.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing tensor 'lm_head.weight'"):
+        OrthrusForCausalLM.from_base(tmp_path)
+
+
+def test_a_quantised_one_is_refused_by_name(tmp_path: Path):
+    build_whole("gemma3").save_pretrained(tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "awq"})
+    with pytest.raises(ValueError, match="quantization_config must be absent"):
+        OrthrusForCausalLM.from_base(tmp_path)
+
+
 def test_a_tensor_that_it_lacks_is_named(tmp_path: Path):
     build_whole("mistral3").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

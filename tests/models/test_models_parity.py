@@ -92,6 +92,15 @@ def test_forward_gives_the_logits_of_a_whole_batch(case: str, length: int):
     torch.testing.assert_close(logits, base(ids).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["gemma", "gemma3"])
+def test_an_embedding_is_multiplied_by_what_the_dtype_has_of_a_root(case: str, dtype: torch.dtype):
+    base = build_base(base_config(case, hidden_size=48), dtype)
+    ids = random_ids(40)
+    ours = OrthrusForCausalLM.from_base(base).model.embed_tokens(ids)
+    assert torch.equal(ours, base.get_input_embeddings()(ids))
+
+
 def test_rotary_frequencies_stay_fp32_on_the_way_through_meta_and_bf16():
     base = build_base(base_config("llama longrope"))
     model = OrthrusForCausalLM.from_base(base, dtype=torch.bfloat16)

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-2,
         },
     ),
-    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma": ("gemma", {"head_dim": 32, "hidden_size": 48}),
     "gemma biases, untied": ("gemma", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
     "gemma3": (
         "gemma3_text",

@@ -15,20 +15,21 @@ ON_CPU = DEVICE.type == "cpu"
 EDGES = [253, 509, 766]
 # where norms are
 QWEN3, OLMO2 = {"qk_norm": True}, {"qk_norm": "whole", "norms": "behind"}
+GEMMA = {"norm_offset": 1.0, "activation": "gelu_pytorch_tanh", "intermediate_size": 97}
 GEMMA3 = {"qk_norm": True, "norms": "both", "norm_offset": 1.0, "activation": "gelu_pytorch_tanh"}
 
 
 @pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.skipif(not ON_CPU, reason="on a GPU the torch implementation promises no bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [QWEN3, OLMO2, GEMMA3], ids=str)
+@pytest.mark.parametrize("options", [QWEN3, OLMO2, GEMMA, GEMMA3], ids=str)
 def test_torch_verify_rows_are_decode_rows(options: dict, dtype: torch.dtype) -> None:
     model = make_model(dtype, **options)
     assert_verify_rows_are_decode_rows(model, [0, *EDGES], rows=6, impl="torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [QWEN3, OLMO2, GEMMA3], ids=str)
+@pytest.mark.parametrize("options", [QWEN3, OLMO2, GEMMA, GEMMA3], ids=str)
 def test_triton_verify_rows_are_decode_rows(options: dict, dtype: torch.dtype) -> None:
     model = make_model(dtype, num_layers=1, num_heads=2, num_kv_heads=1, **options)
     assert_verify_rows_are_decode_rows(model, [62, 1], rows=3, impl="triton")

@@ -54,13 +54,16 @@ def two_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(9, 5000), (33, 1037), (3, 33000)])
-def test_a_row_of_swiglu_has_the_bits_it_has_alone_where_threads_share_the_rows(rows, width, two_threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", [ops.swiglu, ops.geglu])
+@pytest.mark.parametrize(("rows", "width"), [(9, 5000), (33, 1037), (3, 33000), (7, 131), (2, 5)])
+def test_a_row_of_a_gated_mlp_has_the_bits_it_has_alone(rows, width, op, dtype, two_threads):
+    """Also where threads share the rows."""
     for seed in range(8):
-        gate_up = torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(seed)) * 3
-        together = ops.swiglu(gate_up, impl="torch")
-        assert torch.equal(together, ops.swiglu(gate_up[None], impl="torch")[0])
-        assert torch.equal(together, torch.cat([ops.swiglu(row, impl="torch") for row in gate_up.split(1)]))
+        gate_up = (torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+        together = op(gate_up, impl="torch")
+        assert torch.equal(together, op(gate_up[None], impl="torch")[0])
+        assert torch.equal(together, torch.cat([op(row, impl="torch") for row in gate_up.split(1)]))
 
 
 @pytest.mark.parametrize("width", [33129, 70001])

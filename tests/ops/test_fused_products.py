@@ -18,6 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE = 32  # columns of a tile: vocabularies below cross several
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 9999)
+offsets = st.sampled_from([0.0, 1.0])
 
 
 def config(split_k: int = 1) -> KernelConfig:
@@ -55,30 +56,30 @@ def test_swiglu_is_the_unfused_pair(seed, dtype, rows, width, k, split_k, bias) 
 
 @given(
     seed=seeds, dtype=dtypes, rows=st.integers(1, 9), width=st.integers(1, 90), k=st.integers(1, 70),
-    split_k=st.sampled_from([1, 2, 3]), bias=st.booleans(), skip=st.integers(0, 2),
+    split_k=st.sampled_from([1, 2, 3]), bias=st.booleans(), skip=st.integers(0, 2), offset=offsets,
 )  # fmt: skip
-def test_norm_is_the_unfused_pair(seed, dtype, rows, width, k, split_k, bias, skip) -> None:
+def test_norm_is_the_unfused_pair(seed, dtype, rows, width, k, split_k, bias, skip, offset) -> None:
     """The residual is rows of a longer block, two sequences of it, as where a draft's parts are projected apart."""
     x, weight = randn(seed, 2, rows, k, dtype=dtype), randn(seed + 1, width, k, dtype=dtype)
     residual = randn(seed + 2, 2, rows + skip, width, dtype=dtype)[:, skip:]
     norm, bias = randn(seed + 3, width, dtype=dtype), randn(seed + 4, width, dtype=dtype) if bias else None
     options = {"impl": "triton", "config": config(split_k)}
-    normed, hidden = ops.linear_norm(x, weight, bias, residual, norm, 1e-6, **options)
+    normed, hidden = ops.linear_norm(x, weight, bias, residual, norm, 1e-6, norm_offset=offset, **options)
     unfused = ops.linear(x, weight, bias, residual, **options)
     assert torch.equal(hidden, unfused)
-    assert_normed_alike(normed, ops.rms_norm(unfused, norm, 1e-6, impl="triton"))
+    assert_normed_alike(normed, ops.rms_norm(unfused, norm, 1e-6, norm_offset=offset, impl="triton"))
     row = seed % rows
     alone = ops.linear_norm(
-        x[1:, row : row + 1], weight, bias, residual[1:, row : row + 1], norm, 1e-6, **options
+        x[1:, row : row + 1], weight, bias, residual[1:, row : row + 1], norm, 1e-6, norm_offset=offset, **options
     )  # fmt: skip
     assert torch.equal(alone[0][0, 0], normed[1, row]) and torch.equal(alone[1][0, 0], hidden[1, row])
 
 
 @given(
     seed=seeds, dtype=dtypes, rows=st.integers(1, 6), head_dim=st.sampled_from([16, 80]), k=st.integers(1, 70),
-    split_k=st.sampled_from([1, 2, 3]), bias=st.booleans(), norm=st.booleans(),
+    split_k=st.sampled_from([1, 2, 3]), bias=st.booleans(), norm=st.booleans(), offset=offsets,
 )  # fmt: skip
-def test_rotation_is_the_unfused_pair(seed, dtype, rows, head_dim, k, split_k, bias, norm) -> None:
+def test_rotation_is_the_unfused_pair(seed, dtype, rows, head_dim, k, split_k, bias, norm, offset) -> None:
     width = 4 * head_dim  # two query heads, one of keys, one of values
     x, weight = randn(seed, 2, rows, k, dtype=dtype), randn(seed + 1, width, k, dtype=dtype)
     bias = randn(seed + 2, width, dtype=dtype) if bias else None
@@ -91,14 +92,15 @@ def test_rotation_is_the_unfused_pair(seed, dtype, rows, head_dim, k, split_k, b
     def rope(cache: torch.Tensor, of: slice = slice(None)) -> tuple:
         return angles[:, of].cos(), angles[:, of].sin(), *cache, slots[:, of], *norms
 
-    fused = ops.qkv_rope_cache(x, weight, bias, *rope(caches[0]), **options)
-    unfused = ops.rope_cache(ops.linear(x, weight, bias, **options), *rope(caches[1]), impl="triton")
+    fused = ops.qkv_rope_cache(x, weight, bias, *rope(caches[0]), norm_offset=offset, **options)
+    product = ops.linear(x, weight, bias, **options)
+    unfused = ops.rope_cache(product, *rope(caches[1]), norm_offset=offset, impl="triton")
     alike = assert_normed_alike if norm else lambda *pair: torch.testing.assert_close(*pair, rtol=0, atol=0)
     alike(fused, unfused)
     alike(caches[0], caches[1])
     row = seed % rows
     one = slice(row, row + 1)
-    alone = ops.qkv_rope_cache(x[:, one], weight, bias, *rope(caches[2], one), **options)
+    alone = ops.qkv_rope_cache(x[:, one], weight, bias, *rope(caches[2], one), norm_offset=offset, **options)
     assert torch.equal(alone[:, 0], fused[:, row])
     assert torch.equal(caches[2][..., 3 + row, :], caches[0][..., 3 + row, :])
 

@@ -263,6 +263,22 @@ def test_rope_cache_in_torch_rounds_norms_as_the_norm_itself_does(dtype: torch.d
     assert torch.equal(k_out[:, 0], ops.rms_norm(heads[:, :, 2], weights[1], 1e-6, **how))
 
 
+@pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@torch.no_grad()
+def test_weights_of_head_norms_are_rounded_to_the_dtype_of_what_they_norm(offset: float) -> None:
+    qkv, weights = randn(0, 1, 9, 4 * 64, dtype=torch.bfloat16), [randn(n, 64, dtype=torch.float32) for n in (1, 2)]
+    slots = torch.arange(9, dtype=torch.int32, device=DEVICE)[None]
+    found = [
+        ops.rope_cache(
+            qkv, None, None, *torch.zeros(2, 1, 1, 9, 64, device=DEVICE, dtype=torch.bfloat16), slots, *norms,
+            norm_offset=offset, impl="torch",
+        )
+        for norms in (weights, [weight.bfloat16() for weight in weights])
+    ]  # fmt: skip
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("at", [0, 15], ids=["first", "last"])
 @pytest.mark.parametrize("number", [torch.inf, torch.nan], ids=str)
 def test_a_value_that_is_not_finite_makes_its_key_one_and_harms_no_other(number: float, at: int) -> None:
