@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import torch
@@ -36,6 +37,21 @@ def test_convert_options_reach_the_model(base_folder, tmp_path):
     model = OrthrusForCausalLM.from_pretrained(target)
     assert (model.config.view_rank, model.mask_token_id, model.block_size) == (3, 0, 6)
     assert model.dtype == torch.bfloat16
+
+
+def test_convert_finds_a_chat_template_in_a_file_of_its_own(base_folder, tmp_path):
+    """As models have it that see images, too."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(base_folder, source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(source)
+    for path in source.glob("chat_template*"):
+        path.unlink()
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
+    assert AutoTokenizer.from_pretrained(source).chat_template is None
+    assert run("convert", source, target).exit_code == 0
+    assert AutoTokenizer.from_pretrained(target).chat_template == CHAT_TEMPLATE
 
 
 def test_convert_refuses_a_target_that_is_not_empty_unless_forced(base_folder, tmp_path):

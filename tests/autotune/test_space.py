@@ -70,6 +70,12 @@ def test_keys_of_qwen3_8b():
     assert {problem.dtype for problem in problems} == {"bf16"}
 
 
+def test_a_model_that_sees_images_is_to_be_converted_first(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3", "text_config": {}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="sees images, too: name the folder that convert makes of it"):
+        problems_of(tmp_path)
+
+
 @interpreted
 def test_keys_are_what_a_model_looks_up(tmp_path, monkeypatch):
     """A tiny model, full and of low rank, run with the Triton kernels: nothing is looked up that would not be tuned."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from orthrus_triton.models import OrthrusConfig, OrthrusForCausalLM, checkpoint
 from orthrus_triton.models.families import FAMILIES
+from orthrus_triton.models.language_model import INSIDE
 from tests.models.tiny_bases import base_config, build_base
 
 LAYER = "model.layers.1."
@@ -203,7 +204,7 @@ def test_a_published_config_without_a_mask_token_is_refused():
 
 def test_unsupported_architectures_are_named(tmp_path: Path):
     other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20))
-    message = re.escape(f"must have a model_type of {list(FAMILIES)}, but got 'gpt2'")
+    message = re.escape(f"must have a model_type of {[*FAMILIES, *INSIDE]}, but got 'gpt2'")
     with pytest.raises(ValueError, match=f"'GPT2LMHeadModel' {message}"):
         OrthrusForCausalLM.from_base(other)
     other.save_pretrained(tmp_path)
