@@ -60,8 +60,8 @@ class OrthrusGenerationMixin:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         prefix_allowed_tokens_fn: Any | None = None,
-        streamer: Any | None = None,
         *,
+        streamer: Any | None = None,
         use_diffusion_mode: bool = True,
         seed: int | None = None,
         sampling: SamplingRule = "coupled",
@@ -77,6 +77,7 @@ class OrthrusGenerationMixin:
                 is where the padding token is, unless that ends sequences, too.
             generation_config: by default the model's own; its fields may be passed as keywords too. With no length
                 named anywhere, there are 20 new tokens; eos_token_id=None is no stop token, top_k=None no limit.
+                Penalties and n-grams do not count the padding before a prompt, which transformers' do.
             logits_processor: run on the host, row by row with the row's own history. Each must be a function of
                 (input_ids, scores) alone.
             stopping_criteria: asked after every token, sequence by sequence, with the prompt as it came (padding
@@ -110,6 +111,13 @@ class OrthrusGenerationMixin:
             if allowed is not None and value is not None and value not in allowed:
                 hint = "; reuse_cache=True continues a text" if name in ("past_key_values", "cache") else ""
                 raise ValueError(f"{name} must be {allowed[0]}, but got {type(value).__name__} {value!r:.40}{hint}")
+        for name, several in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            if several is not None and not isinstance(several, (list, tuple)):
+                raise ValueError(f"{name} must be a list, but got a {type(several).__name__}")
+        if not isinstance(generation_config, GenerationConfig | None):
+            raise ValueError(
+                f"generation_config must be a GenerationConfig, but got a {type(generation_config).__name__}"
+            )
         config, unknown = merged_config(self.generation_config, generation_config, options)
         if unknown:
             raise TypeError(f"generate() got options it does not know: {sorted(unknown)}")
@@ -120,7 +128,8 @@ class OrthrusGenerationMixin:
             attention_mask = _mask_of_padding(inputs, config, self.eos_token_ids)
         prompts = split_prompts(inputs, attention_mask, self.vocab_size)
         settings = GenerationSettings.of(
-            config, inputs.shape[1], [len(prompt) for prompt in prompts], seed=seed, default_eos=self.eos_token_ids,
+            config, inputs.shape[1], [len(prompt) for prompt in prompts], self.vocab_size, seed=seed,
+            default_eos=self.eos_token_ids,
             positions=getattr(self.config, "max_position_embeddings", None), processors=logits_processor,
             prefix_allowed=prefix_allowed_tokens_fn, criteria=stopping_criteria,
         )  # fmt: skip

@@ -80,9 +80,10 @@ class GenerationSettings:
 
     @classmethod
     def of(
-        cls, config: GenerationConfig, prompt_length: int, lengths: list[int], *, seed: int | None = None,
-        default_eos: list[int], positions: int | None = None, processors: LogitsProcessorList | None = None,
-        prefix_allowed: Any = None, criteria: StoppingCriteriaList | None = None,
+        cls, config: GenerationConfig, prompt_length: int, lengths: list[int], vocab_size: int, *,
+        seed: int | None = None, default_eos: list[int], positions: int | None = None,
+        processors: LogitsProcessorList | None = None, prefix_allowed: Any = None,
+        criteria: StoppingCriteriaList | None = None,
     ) -> GenerationSettings:  # fmt: skip
         """Read `config`.
 
@@ -90,6 +91,7 @@ class GenerationSettings:
             config: transformers' own.
             prompt_length: columns of the padded prompts, which max_length and min_length count.
             lengths: of the prompts without padding; with num_return_sequences > 1 each is decoded that often.
+            vocab_size: tokens to suppress that lie outside are none.
             seed: of sampling; None draws one from torch's global generator.
             default_eos: stop tokens when the config has none.
             positions: of the model, the most that a text of no named length may have.
@@ -114,14 +116,15 @@ class GenerationSettings:
         if pad_id is None:
             pad_id = eos_ids[0] if eos_ids else 0
         strings = config.stop_strings or []
-        strings = [strings] if isinstance(strings, str) else list(strings)
+        strings = [strings] if isinstance(strings, str) else strings
+        _require_lists(config, strings, vocab_size)
         copies = 1 if config.num_return_sequences is None else config.num_return_sequences
         require_size("num_return_sequences", copies)
         if copies > 1 and not config.do_sample:
             raise ValueError(f"num_return_sequences must be 1 without do_sample, but got {copies}: all would be equal")
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ())) if config.do_sample else 0
-        shared = _shared_params(config, prompt_length, seed, eos_ids)
+        shared = _shared_params(config, prompt_length, vocab_size, seed, eos_ids)
         if ends := [one.eos_token_id.flatten().tolist() for one in criteria or [] if type(one) is EosTokenCriteria]:
             options_eos, eos_ids = eos_ids, sorted({token for ids in ends for token in ids})
             if shared["min_new_tokens"] and set(eos_ids) != set(options_eos):
@@ -139,7 +142,7 @@ class GenerationSettings:
         if longest := [one.max_length for one in criteria or [] if type(one) is MaxLengthCriteria]:
             max_new = max(min(longest) - prompt_length, 1)
         return cls(
-            max_new, eos_ids, pad_id, copies, return_dict, output_logits, strings, config.max_time,
+            max_new, eos_ids, pad_id, copies, return_dict, output_logits, list(strings), config.max_time,
             [SamplingParams(**shared, sequence=b, logits_processor=host or None) for b, host in enumerate(hosts)],
         )  # fmt: skip
 
@@ -163,8 +166,24 @@ def _max_new_tokens(config: GenerationConfig, prompt_length: int, positions: int
     return longest - prompt_length
 
 
-def _shared_params(config: GenerationConfig, prompt_length: int, seed: int, eos_ids: list[int]) -> dict[str, Any]:
-    bias = {token: -torch.inf for token in config.suppress_tokens or []}
+def _require_lists(config: GenerationConfig, stop_strings: Any, vocab_size: int) -> None:
+    """Raise a ValueError where what must be a list is none, or holds something else."""
+    if not isinstance(stop_strings, (list, tuple)) or not all(isinstance(one, str) for one in stop_strings):
+        raise ValueError(f"stop_strings must be strings, but got {stop_strings!r}")
+    for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a list, but got {value!r}")
+    for words in config.bad_words_ids or []:
+        is_list = isinstance(words, (list, tuple)) and len(words) > 0
+        if not is_list or not all(isinstance(one, int) and 0 <= one < vocab_size for one in words):
+            raise ValueError(f"bad_words_ids must hold lists of ids in 0..{vocab_size - 1}, but got {words!r}")
+
+
+def _shared_params(
+    config: GenerationConfig, prompt_length: int, vocab_size: int, seed: int, eos_ids: list[int]
+) -> dict[str, Any]:
+    bias = {token: -torch.inf for token in config.suppress_tokens or [] if token < vocab_size}
     for words in config.bad_words_ids or []:
         if len(words) == 1 and words[0] not in eos_ids:
             bias[words[0]] = -torch.inf

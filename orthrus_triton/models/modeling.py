@@ -1,5 +1,5 @@
 """OrthrusForCausalLM: a transformers model with two views over one KV cache, for ConsensusDecoder and for training.
-Its parameters carry the names of the published Orthrus checkpoints."""
+In its state dict, tensors carry the names of the published Orthrus checkpoints."""
 
 from __future__ import annotations
 
@@ -138,6 +138,8 @@ class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedM
         Returns:
             [B, T, V] fp32.
         """
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids must be [B, T] with at least one token, but got {tuple(input_ids.shape)}")
         B, T = input_ids.shape
         if not torch.compiler.is_compiling():
             forget_changed()  # as for a decoder's run: what was packed of weights may be of those before

@@ -1,5 +1,6 @@
 """DualViewAttention: one attention layer, two sets of projections, one KV cache.
-Parameter names are those of the published Orthrus checkpoints: {q,k,v,o}_proj, {q,k}_norm, and each with _diff."""
+In state dicts, names are those of the published Orthrus checkpoints: {q,k,v,o}_proj, {q,k}_norm, and each with _diff.
+As parameters, q, k and v are one, `qkv_proj`, and so are gate and up."""
 
 from __future__ import annotations
 

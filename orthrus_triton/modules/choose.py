@@ -55,10 +55,10 @@ def choose_logits(
     """The logits [B, T, V] fp32 that the tokens are chosen from, processed. Arguments as in `choose_tokens`."""
     impl = view_pass.impl
     logits = model.compute_logits(hidden, view_pass.linear_impl)
-    if logits.shape[:-1] != hidden.shape[:-1]:
+    if logits.shape != (*hidden.shape[:-1], model.vocab_size):
         raise ValueError(
-            f"model.compute_logits must return logits [B, T, V] of all rows of hidden {tuple(hidden.shape)}, but "
-            f"returned {tuple(logits.shape)}"
+            f"model.compute_logits must return logits [B, T, {model.vocab_size}] of all rows of hidden "
+            f"{tuple(hidden.shape)}, but returned {tuple(logits.shape)}"
         )
     positions = view_pass.positions[:, : hidden.shape[1]] + 1
     if choosing.processed:

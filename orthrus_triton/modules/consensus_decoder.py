@@ -12,7 +12,13 @@ import torch
 
 from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, BlockRule, FixedBlock, auto_sizes
 from orthrus_triton.modules.compiled import compile_apart
-from orthrus_triton.modules.cuda_graph import CudaGraphCapture, StepRunner, weight_addresses, weight_versions
+from orthrus_triton.modules.cuda_graph import (
+    CudaGraphCapture,
+    StepRunner,
+    settings_of,
+    weight_addresses,
+    weight_versions,
+)
 from orthrus_triton.modules.decode_cycle import DecodeCycle
 from orthrus_triton.modules.decode_options import (
     BlockSize,
@@ -60,12 +66,14 @@ class ConsensusDecoder(DecodeCycle):
             calls of C kernels that a pass through the layers consists of, as they were when the run was opened; not
             where other people's modules are among them. False runs every module each time.
         compile: run the cycle through torch.compile; True, or the name of a backend. No bit changes: whatever rounds
-            more than once is opaque to the compiler.
+            more than once is opaque to the compiler. It compiles anew for each batch size and cache size: set
+            max_cache_len.
 
     Attributes:
         cache: the K/V buffers, or None before the first call. They stay from call to call while they are large enough
-            and the model has the same tensors as weights. What they hold is used again (`reuse_cache`) only while these
-            tensors were not written, as far as torch counts it: through `.data` it does not.
+            and the model has the same tensors as weights, the same settings (windows, epsilons) and the same hooks.
+            What they hold is used again (`reuse_cache`) only while these tensors were not written, as far as torch
+            counts it: through `.data` it does not.
 
     Calls from several threads wait for each other. Decoders of their own do not, and may share a model.
 
@@ -259,7 +267,7 @@ class ConsensusDecoder(DecodeCycle):
         """Buffers for a run: the ones there are if they are large enough and of these weights (True), else new ones and
         no captures of the old."""
         cache, state = self.cache, self._state
-        weights, self._weights = self._weights, weight_addresses(self.model)
+        weights, self._weights = self._weights, (weight_addresses(self.model), settings_of(self.model))
         if (
             cache is not None and weights == self._weights
             and cache.batch_size == batch_size and cache.capacity >= max_len

@@ -126,15 +126,19 @@ class DecodeCycle:
 
     def prefill(
         self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str,
-        params: SamplingParams, cached: int,
+        params: SamplingParams, cached: int, hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot. Gives
-        the hidden state [1, 1, H] by which that was chosen."""
+        the hidden state [1, 1, H] by which that was chosen; with it given, the cache holds all of the prompt."""
         state.start(max_new_tokens, prompt)
         if state.sampling is not None:
             state.sampling.start(params, prompt)
-        chunk, linear_impl = self._chunk(cache), self._prefill_linear(impl)
-        hidden, view_pass = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached)
+        if hidden is None:
+            chunk, linear_impl = self._chunk(cache), self._prefill_linear(impl)
+            hidden = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached)
+        cache.prompt_len.fill_(prompt.numel())
+        cache.context_len.fill_(prompt.numel() - 1)
+        view_pass = cache.view_pass("ar", 1, impl=impl)
         choice = ops.void_rows(self.choose(hidden, state, view_pass), hidden, impl=impl)
         state.commit(choice, choice, cache.context_len, impl)
         state.accepted_histogram.zero_()

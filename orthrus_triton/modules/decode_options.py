@@ -29,12 +29,12 @@ def widest_block(block_size: BlockSize | None, model: DualViewModel) -> int:
     """
     if block_size is None or block_size == "auto":
         return model.block_size
-    if not isinstance(block_size, int) or not 2 <= block_size <= model.block_size:
+    if not isinstance(block_size, Integral) or not 2 <= block_size <= model.block_size:
         raise ValueError(
             f"block_size must be in 2..{model.block_size}, the size the view was made for, or 'auto', "
             f"but got {block_size!r}"
         )
-    return block_size
+    return int(block_size)
 
 
 def stop_ids(eos_token_id: int | list[int] | None, model: DualViewModel) -> list[int]:
@@ -50,7 +50,9 @@ def stop_ids(eos_token_id: int | list[int] | None, model: DualViewModel) -> list
             raise ValueError(
                 f"model.eos_token_ids must be a list of ids, which may be empty, but is {model.eos_token_ids!r}"
             ) from None
-    ids = list(eos_token_id) if isinstance(eos_token_id, (list, tuple, set)) else [eos_token_id]
+    if isinstance(eos_token_id, torch.Tensor):
+        eos_token_id = eos_token_id.flatten().tolist()
+    ids = list(eos_token_id) if isinstance(eos_token_id, (list, tuple, set, range)) else [eos_token_id]
     for token in ids:
         if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < model.vocab_size:
             raise ValueError(f"eos_token_id must be in 0..{model.vocab_size - 1}, but got {token!r}")

@@ -86,8 +86,8 @@ class GatedMLP(nn.Module):
 
 
 class OrthrusDecoderLayer(nn.Module):
-    """One Transformer layer with two attention views, for inference: its passes have no gradient. What trains a view is
-    in `orthrus_triton.training.student`.
+    """One Transformer layer with two attention views, for inference: its kernels have no gradient, so run it under
+    `torch.no_grad`; `backward` raises. What trains a view is in `orthrus_triton.training.student`.
 
     Args:
         hidden_size: width of the residual stream.
@@ -128,6 +128,8 @@ class OrthrusDecoderLayer(nn.Module):
         def norm_if(there: bool) -> RMSNorm | None:
             return RMSNorm(hidden_size, norm_eps, norm_offset) if there else None
 
+        if type(rope_set) is not int or rope_set < 0:
+            raise ValueError(f"rope_set must be an integer >= 0, but got {rope_set!r}")
         before, behind = norms != "behind", norms != "before"
         self.rope_set = rope_set
         self.input_layernorm = norm_if(before)

@@ -15,7 +15,7 @@ class DualViewModel(Protocol):
 
     block_size: the block the diffusion view was trained for, the largest one that may be asked for.
     mask_token_id: the token that stands for a position to be drafted.
-    vocab_size: ids are 0..vocab_size-1.
+    vocab_size: ids are 0..vocab_size-1, and logits are of these, without padding.
     eos_token_ids: stop tokens when the caller names none; may be empty.
 
     A model may also have `choose(hidden [B, T, H], impl) -> [B, T]`, the greedy tokens of `compute_logits` with the

@@ -61,7 +61,8 @@ class SharedKVCache:
     Args:
         num_layers, num_kv_heads, head_dim: shape of the model's attention.
         batch_size: sequences.
-        max_len: tokens each sequence may hold; rounded up to a multiple of 512 as `capacity`.
+        max_len: tokens each sequence may hold; rounded up to a multiple of 512 as `capacity`. K/V of rows beyond that
+            are lost without a word, for only the device knows where a row stands: whoever drives passes himself counts.
         block_size: most rows of one draft block; sizes the scratch that windowed layers share. The paper's O(1)
             overhead keeps one block per layer; here drafts lie in the cache's free rows, or in one block for all.
         dtype, device: of the buffers.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_triton.modules.dual_view_model import DualViewModel, run_view
-from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
+from orthrus_triton.modules.kv_cache import SharedKVCache
 
 CPU_CHUNK, GPU_CHUNK = 512, 4096  # prompt tokens per pass: enough rows to be bound by arithmetic
 ROW_QUANTUM = 8  # passes have whole eights of rows: below that a library may switch to kernels of another order
@@ -15,7 +15,7 @@ ROW_QUANTUM = 8  # passes have whole eights of rows: below that a library may sw
 def prefill(
     model: DualViewModel, prompt: torch.Tensor, cache: SharedKVCache, chunk: int, impl: str, linear_impl: str,
     cached: int = 0,
-) -> tuple[torch.Tensor, ViewPass]:  # fmt: skip
+) -> torch.Tensor:  # fmt: skip
     """Write a prompt's K/V into a one-sequence cache.
 
     Memory grows with `chunk`, not with the prompt: a pass keeps activations of one chunk, and hidden states only of
@@ -24,20 +24,19 @@ def prefill(
     Args:
         model: see `DualViewModel`.
         prompt: [L] int64.
-        cache: of one sequence (`SharedKVCache.sequences`). `prompt_len` is set to L, `context_len` to L - 1: the last
-            prompt token is the anchor of the choice that follows, and committing that choice advances past it.
+        cache: of one sequence (`SharedKVCache.sequences`). `prompt_len` and `context_len` are set to L; the choice that
+            follows has the last prompt token as its anchor, so that committing it advances past that.
         chunk: prompt tokens per pass.
         impl, linear_impl: of the attention and small ops, and of the products.
         cached: how many of the prompt's first tokens the cache holds already, < L.
 
     Returns:
-        The final hidden state of the last prompt token [1, 1, H], and the pass that a choice there belongs to.
+        The final hidden state of the last prompt token [1, 1, H].
     """
     length = prompt.numel()
     for start in range(cached, length, chunk):
         hidden = prefill_chunk(model, prompt, cache, start, min(chunk, length - start), impl, linear_impl)
-    cache.context_len.fill_(length - 1)
-    return hidden, cache.view_pass("ar", 1, impl=impl)
+    return hidden
 
 
 def prefill_chunk(

@@ -173,8 +173,8 @@ class LowRankDelta(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"view_rank must be >= 1 or None, but got {rank}")
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"view_rank must be an integer >= 1 or None, but got {rank!r}")
         self.down = Linear(in_features, rank)
         self.up = Linear(rank, out_features)
         nn.init.zeros_(self.up.weight)

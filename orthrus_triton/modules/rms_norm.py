@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import nn
 
@@ -15,6 +18,9 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6, offset: float = 0.0) -> None:
         super().__init__()
         require_size("hidden_size", hidden_size)
+        for name, value in (("eps", eps), ("offset", offset)):
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number >= 0, but got {value!r}")
         self.weight = nn.Parameter(torch.full((hidden_size,), 1.0 - offset))
         self.eps, self.offset = eps, offset
 

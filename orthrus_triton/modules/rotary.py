@@ -57,9 +57,11 @@ class RotaryEmbedding(nn.Module):
         """The plain rule: `theta ** (-2i / head_dim)`.
 
         Raises:
-            ValueError: `head_dim` is odd or no size.
+            ValueError: `head_dim` is odd or no size, or `theta` is not positive.
         """
         require_head_dim(head_dim)
+        if not theta > 0:
+            raise ValueError(f"theta must be positive, but got {theta!r}")
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
 
     def _apply(self, fn, recurse: bool = True):
@@ -89,10 +91,16 @@ class RotarySets(nn.Module):
 
     Args:
         sets: two or more; a rule that looks at the length must be that of one `original_max_len`.
+
+    Raises:
+        ValueError: fewer, or sets of several head sizes or of several `original_max_len`.
     """
 
     def __init__(self, sets: Sequence[RotaryEmbedding]) -> None:
         super().__init__()
+        sizes = [2 * one.inv_freq.shape[0] for one in sets]
+        if len(sizes) < 2 or len(set(sizes)) > 1:
+            raise ValueError(f"sets must be two or more of one head size, but got sizes {sizes}")
         self.sets = nn.ModuleList(sets)
         lengths = {one.original_max_len for one in sets} - {None}
         if len(lengths) > 1:
@@ -108,4 +116,8 @@ class RotarySets(nn.Module):
 def angles_of(rope: tuple[torch.Tensor, torch.Tensor], number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Those of one set, [B, T, D // 2] each; all there are where there are no sets."""
     cos, sin = rope
-    return (cos[number], sin[number]) if cos.dim() == 4 else rope
+    if cos.dim() != 4:
+        return rope
+    if number >= len(cos):
+        raise ValueError(f"rope_set must be in 0..{len(cos) - 1}, for the model has {len(cos)} sets, but got {number}")
+    return cos[number], sin[number]

@@ -66,25 +66,30 @@ class RunSlots:
     @device_work
     def admit(
         self, b: int, prompt: torch.Tensor, max_new_tokens: int, params: SamplingParams = GREEDY_PARAMS,
-        cached: int = 0,
+        cached: int = 0, like: int | None = None,
     ) -> None:  # fmt: skip
         """Prefill `prompt` [L] int64 into free slot `b` and choose its first token; it takes part in every later step.
 
-        `cached` of its first tokens are taken from the slot's cache as they are: see `cached_prefix`.
+        `cached` of its first tokens are taken from the slot's cache as they are: see `cached_prefix`. Where slot `like`
+        was admitted with this prompt, all is copied from there instead of being computed again: the same bits.
 
         Raises:
             ValueError: no such slot or it is taken, a prompt or a length that cannot be, too much for the cache, or
-                `params` that the run is not open for.
+                `params` that the run is not open for; slot `like` has another prompt.
         """
         prompt = self._checked(b, prompt, max_new_tokens, cached)
+        hidden = None if like is None else self._hidden_of(like, prompt)
         self.choosing.require(params)
         params.require_vocab(self._decoder.model.vocab_size)
         # failed until the prefill is through: a cache that was half written must not be taken for the prompt's
         self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
         self._ring.begin()
+        if hidden is not None:
+            self.cache.copy_sequence(like, b, prompt.numel())
         self.slots[b].prompt_hidden = self._decoder.prefill(
-            prompt, self.cache.sequences(b, 1), self.state.slots(b, 1), max_new_tokens, self.impl, params, cached
-        )
+            prompt, self.cache.sequences(b, 1), self.state.slots(b, 1), max_new_tokens, self.impl, params, cached,
+            hidden,
+        )  # fmt: skip
         self.slots[b].failed = False
         self.state.write_report()
         self._post(0, 0, 0)
@@ -219,6 +224,14 @@ class RunSlots:
     def _post(self, size: int, cycles: int, width: int) -> None:
         self._ring.post(self.state.report, Work(self._posted, size, cycles, width))
         self._posted += 1
+
+    def _hidden_of(self, source: int, prompt: torch.Tensor) -> torch.Tensor:
+        """The hidden state by which slot `source` chose its first token after this prompt."""
+        self._require_slot(source)
+        slot = self.slots[source]
+        if slot.prompt_hidden is None or not torch.equal(slot.prompt.cpu(), prompt.cpu()):
+            raise ValueError(f"like must be a slot that was admitted with this prompt, but slot {source} was not")
+        return slot.prompt_hidden
 
     def _require_slot(self, b: int) -> None:
         if b not in range(len(self.slots)):

@@ -44,8 +44,13 @@ def run_to_end(
         NonFiniteLogitsError: after all sequences have ended, if any of them had to.
     """
     started = clock()
+    first_with: dict[tuple[int, ...], int] = {}  # of several samples of one prompt
     for b, prompt in enumerate(prompts):
-        run.admit(b, prompt, max_new_tokens, params[b], run.cached_prefix(b, prompt) if reuse_cache else 0)
+        like = first_with.setdefault(tuple(prompt.tolist()), b)
+        if reuse_cache or like == b:
+            run.admit(b, prompt, max_new_tokens, params[b], run.cached_prefix(b, prompt) if reuse_cache else 0)
+        else:
+            run.admit(b, prompt, max_new_tokens, params[b], like=like)
     watch = _Watch(run, stop, streamer)
     first = run.poll(lag=0)
     prefilled = clock()

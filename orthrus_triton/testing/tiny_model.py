@@ -1,4 +1,4 @@
-"""A complete dual-view language model in 60 lines of modules: for tests, and as the pattern for models of your own."""
+"""A complete dual-view language model of modules: for tests, and as the pattern for models of your own."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def model() -> OrthrusForCausalLM:
 
 
 def settings(default_eos: tuple[int, ...] = (), **fields: object) -> GenerationSettings:
-    return GenerationSettings.of(GenerationConfig(**fields), 6, [6, 4], seed=3, default_eos=list(default_eos))
+    return GenerationSettings.of(GenerationConfig(**fields), 6, [6, 4], 101, seed=3, default_eos=list(default_eos))
 
 
 def test_every_field_of_sampling_arrives() -> None:

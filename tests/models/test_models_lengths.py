@@ -115,7 +115,7 @@ def test_a_least_length_of_other_stop_tokens_than_the_criteria_s_is_refused(pair
 def test_sampling_is_from_as_many_tokens_as_in_transformers(pair, options: dict, left: int) -> None:
     base, model = pair
     config = merged_config(model.generation_config, None, {"do_sample": True, **options})[0]
-    (params,) = GenerationSettings.of(config, 6, [6], default_eos=[EOS]).params
+    (params,) = GenerationSettings.of(config, 6, [6], 101, default_eos=[EOS]).params
     assert (params.top_k or 101) == left
     theirs = base._prepare_generation_config(None, do_sample=True, **options)[0]
     scores = base._get_logits_processor(theirs, 6)(torch.ones(1, 6).long(), torch.randn(1, 101))

@@ -78,7 +78,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
         monkeypatch.setattr(ConsensusDecoder, "choose", choose)
 
     def mean_inside_an_op() -> None:
-        def launch(x, residual, weight, eps):
+        def launch(x, residual, weight, eps, norm_offset):
             h = x if residual is None else x + residual
             return h * (h.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight, h
 

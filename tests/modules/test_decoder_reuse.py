@@ -244,3 +244,27 @@ def test_a_copy_of_a_decoder_has_a_turn_of_its_own() -> None:
     for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
         assert other.turn is not decoder.turn
         assert all(map(torch.equal, other.generate(PROMPTS, max_new_tokens=5).sequences, said))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.layers[0].self_attn, "window", 3),
+        lambda model: setattr(model.layers[0].self_attn, "scale", 0.02),
+        lambda model: setattr(model.layers[1].input_layernorm, "eps", 5e3),
+        lambda model: model.layers[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2, *inputs[1:])),
+    ],
+    ids=["window", "scale", "eps", "hook"],
+)
+def test_keys_of_other_settings_are_not_used_again(change) -> None:
+    torch.manual_seed(0)
+    model, prompt = TinyDualViewModel(), [torch.arange(1, 40)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    decoder = ConsensusDecoder(model, batch_invariant_prefill=True, max_cache_len=200)
+    before = decoder.generate(prompt, max_new_tokens=20).sequences[0]
+    change(model)
+    fresh = ConsensusDecoder(model, mode="ar", batch_invariant_prefill=True).generate(prompt, max_new_tokens=20)
+    again = decoder.generate(prompt, max_new_tokens=20, reuse_cache=True).sequences[0]
+    assert torch.equal(again, fresh.sequences[0]) and not torch.equal(again, before)

@@ -215,7 +215,7 @@ def test_a_model_whose_cache_or_logits_do_not_fit_is_told_so() -> None:
     with pytest.raises(ValueError, match="cache must hold 2 layers, as the model does, but holds 1"):
         ConsensusDecoder(model, impl="torch").generate(torch.tensor([1, 2]), max_new_tokens=3)
     model.new_cache, model.compute_logits = new_cache, lambda *hidden: compute_logits(*hidden)[:, -1]
-    with pytest.raises(ValueError, match=r"compute_logits must return logits \[B, T, V\] .* but returned \(1, 61\)"):
+    with pytest.raises(ValueError, match=r"compute_logits must return logits \[B, T, 61\] .* but returned \(1, 61\)"):
         ConsensusDecoder(model, impl="torch").generate(torch.tensor([1, 2]), max_new_tokens=3, temperature=1.0)
 
 
@@ -370,3 +370,50 @@ def test_a_layer_takes_its_own_set_of_angles(anchor_rows: int | None) -> None:
         RotarySets([RotaryEmbedding(torch.ones(8), dynamic_ntk=(1e4, 2.0), original_max_len=n) for n in (9, 8)])
     rules = {"dynamic_ntk": (1e4, 2.0), "original_max_len": 9}
     assert RotarySets([RotaryEmbedding(torch.ones(8)), RotaryEmbedding(torch.ones(8), **rules)]).original_max_len == 9
+
+
+def test_logits_of_a_padded_head_are_refused() -> None:
+    """Ids that do not exist would be said."""
+    model = TinyDualViewModel()
+    model.vocab_size = 50
+    with pytest.raises(ValueError, match=r"must return logits \[B, T, 50\] .* but returned \(1, 1, 61\)"):
+        ConsensusDecoder(model, impl="torch").generate(torch.tensor([1, 2]), max_new_tokens=3, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: DualViewAttention(32, 4, 2, 8, view_rank=2.0),
+            "view_rank must be an integer >= 1 or None, but got 2.0",
+        ),
+        (lambda: OrthrusDecoderLayer(32, 4, 2, 8, 48, norm_eps=None), "eps must be a number >= 0, but got None"),
+        (lambda: OrthrusDecoderLayer(32, 4, 2, 8, 48, norm_offset="a"), "offset must be a number >= 0, but got 'a'"),
+        (lambda: OrthrusDecoderLayer(32, 4, 2, 8, 48, rope_set=-1), "rope_set must be an integer >= 0, but got -1"),
+        (lambda: GatedMLP(32, 48, activation="relu"), "activation must be one of .* but got 'relu'"),
+        (
+            lambda: RotarySets([RotaryEmbedding.from_theta(8)]),
+            r"sets must be two or more of one head size, but .* \[8\]",
+        ),
+        (
+            lambda: RotarySets([RotaryEmbedding.from_theta(8), RotaryEmbedding.from_theta(6)]),
+            r"sets must be two or more of one head size, but got sizes \[8, 6\]",
+        ),
+        (lambda: RotaryEmbedding.from_theta(8, 0.0), "theta must be positive, but got 0.0"),
+        (lambda: RMSNorm(8, offset=1.0).add_to(torch.ones(8), torch.ones(8), RMSNorm(8)), "must have offset 1.0, as"),
+    ],
+)
+def test_what_cannot_be_is_named(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_layer_of_a_rotary_set_that_the_model_has_not_is_named() -> None:
+    rotary = RotarySets([RotaryEmbedding.from_theta(8), RotaryEmbedding.from_theta(8, 500.0)])
+    layer, cache = (
+        OrthrusDecoderLayer(32, 4, 2, 8, 48, rope_set=2),
+        SharedKVCache(1, 2, 8, batch_size=1, max_len=8, block_size=2, dtype=torch.float32),
+    )
+    view_pass = cache.view_pass("ar", 3)
+    with pytest.raises(ValueError, match=r"rope_set must be in 0\.\.1, for the model has 2 sets, but got 2"):
+        layer(torch.randn(1, 3, 32), rotary(view_pass.positions, view_pass.prompt_len), cache.layers[0], view_pass)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams, decode_cycle
 from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.sampling_params import Choosing
 from tests.modules.test_consensus_decoder import ar_answer, prompts_of
@@ -40,6 +40,40 @@ def test_a_prompt_enters_chunk_by_chunk_behind_what_another_slot_holds(
             run.copy_prefix(source, b, prompt)
     with pytest.raises(ValueError, match="slot 0 must be free"):
         run.prefill_ahead(0, prompt, 0)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_samples_of_one_prompt_are_prefilled_once_and_have_the_bits_they_have_alone(
+    sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [SamplingParams(temperature=0.8 * sampled, seed=4, sequence=b, repetition_penalty=1.1) for b in range(3)]
+    prompts = [PROMPTS[2], PROMPTS[0], PROMPTS[2].clone()]
+    alone = [ConsensusDecoder(MODEL, mode="ar") for _ in prompts]
+    expected = [
+        decoder.generate([prompt], max_new_tokens=12, params=[one], eos_token_id=[]).sequences[0]
+        for decoder, prompt, one in zip(alone, prompts, params)
+    ]
+    assert not sampled or not torch.equal(expected[0], expected[2])
+    reads, prefill = [], decode_cycle.prefill
+    monkeypatch.setattr(
+        decode_cycle, "prefill", lambda model, prompt, *rest: reads.append(prompt) or prefill(model, prompt, *rest)
+    )
+    decoder = ConsensusDecoder(MODEL)
+    output = decoder.generate(prompts, max_new_tokens=12, params=params, eos_token_id=[])
+    assert len(reads) == 2
+    assert all(map(torch.equal, output.sequences, expected))
+    for b, of_one in enumerate(alone):
+        rows = len(expected[b]) - 1
+        for ours, theirs in zip(decoder.cache.layers, of_one.cache.layers):
+            assert torch.equal(ours.k[b, :, :rows], theirs.k[0, :, :rows])
+        assert torch.equal(decoder.run.logits(b), of_one.run.logits(0))
+    run = decoder.open(2, 64)
+    for like, message in ((1, "slot 1 was not"), (2, r"a slot must be in 0\.\.1")):
+        with pytest.raises(ValueError, match=message):
+            run.admit(0, PROMPTS[0], 3, like=like)
+    run.admit(0, PROMPTS[0], 3)
+    with pytest.raises(ValueError, match="like must be a slot that was admitted with this prompt, but slot 0 was not"):
+        run.admit(1, PROMPTS[1], 3, like=0)
 
 
 def test_sequences_admitted_together() -> None:
