@@ -99,18 +99,24 @@ def weight_addresses(model: Any) -> tuple:
     return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
+SETTING = frozenset((bool, int, float, str, type(None)))
+
+
 def settings_of(model: Any) -> tuple:
     """What K/V and captures depend on besides tensors: numbers that this package's modules compute with (windows,
     factors, epsilons), and anybody's hooks."""
     if not isinstance(model, torch.nn.Module):
         return ()
     found = []
-    for module in model.modules():
-        found += [*module._forward_hooks, *module._forward_pre_hooks]
+    for module in model.modules():  # in every call: some thousand values, in a few milliseconds
+        own = vars(module)
+        found += [*own["_forward_hooks"], *own["_forward_pre_hooks"]]
         if type(module).__module__.startswith("orthrus_triton."):
             # torch's own attributes begin with _
-            own = [(name, value) for name, value in vars(module).items() if name[0] != "_" and name != "training"]
-            found += [(name, value) for name, value in own if isinstance(value, (bool, int, float, str, type(None)))]
+            found += [
+                (name, value) for name, value in own.items()
+                if type(value) in SETTING and name[0] != "_" and name != "training"
+            ]  # fmt: skip
     return tuple(found)
 
 
