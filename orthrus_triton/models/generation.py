@@ -142,22 +142,22 @@ class OrthrusGenerationMixin:
             strings = [StopStrings(tokenizer, settings.stop_strings, prompt.tolist()) for prompt in prompts]
         if streamer is not None:
             streamer = _PromptAsItCame(streamer, rows)
-        decoder = self.consensus_decoder("consensus" if use_diffusion_mode else "ar")
-        output = decoder.generate(
-            prompts, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_ids, streamer=streamer,
-            block_size=block_size, params=settings.params, sampling=sampling, reuse_cache=reuse_cache,
-            stop=_stop(stopping_criteria or [], strings, rows, settings.max_time),
-        )  # fmt: skip
+        decoder, logits = self.consensus_decoder("consensus" if use_diffusion_mode else "ar"), None
+        with decoder.turn:  # until the logits are there, which are of its latest run
+            output = decoder.generate(
+                prompts, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_ids, streamer=streamer,
+                block_size=block_size, params=settings.params, sampling=sampling, reuse_cache=reuse_cache,
+                stop=_stop(stopping_criteria or [], strings, rows, settings.max_time),
+            )  # fmt: skip
+            if settings.output_logits:
+                of_each = [decoder.run.logits(b) for b in range(len(prompts))]
+                logits = torch.nn.utils.rnn.pad_sequence(of_each, batch_first=True).unbind(1)
         self.last_stats = output.stats
         new = [ids[len(prompt) :] for prompt, ids in zip(prompts, output.sequences)]
         new = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=settings.pad_token_id)
         sequences = torch.cat((rows, new.to(rows)), dim=1)
         if not settings.return_dict:
             return sequences
-        logits = None
-        if settings.output_logits:
-            of_each = [decoder.run.logits(b) for b in range(len(prompts))]
-            logits = torch.nn.utils.rnn.pad_sequence(of_each, batch_first=True).unbind(1)
         return GenerateDecoderOnlyOutput(sequences=sequences, logits=logits)
 
 

@@ -174,16 +174,18 @@ def _require_lists(config: GenerationConfig, stop_strings: Any, vocab_size: int)
         value = getattr(config, name)
         if value is not None and not isinstance(value, (list, tuple)):
             raise ValueError(f"{name} must be a list, but got {value!r}")
+        if name != "bad_words_ids" and not all(type(one) is int for one in value or []):
+            raise ValueError(f"{name} must hold integers, but got {value!r}")
     for words in config.bad_words_ids or []:
         is_list = isinstance(words, (list, tuple)) and len(words) > 0
-        if not is_list or not all(isinstance(one, int) and 0 <= one < vocab_size for one in words):
+        if not is_list or not all(type(one) is int and 0 <= one < vocab_size for one in words):
             raise ValueError(f"bad_words_ids must hold lists of ids in 0..{vocab_size - 1}, but got {words!r}")
 
 
 def _shared_params(
     config: GenerationConfig, prompt_length: int, vocab_size: int, seed: int, eos_ids: list[int]
 ) -> dict[str, Any]:
-    bias = {token: -torch.inf for token in config.suppress_tokens or [] if token < vocab_size}
+    bias = {token: -torch.inf for token in config.suppress_tokens or [] if 0 <= token < vocab_size}
     for words in config.bad_words_ids or []:
         if len(words) == 1 and words[0] not in eos_ids:
             bias[words[0]] = -torch.inf

@@ -51,7 +51,9 @@ def language_config(model: PreTrainedModel) -> PreTrainedConfig:
     for name in OF_THE_WHOLE:
         if name != "torch_dtype" and getattr(config, name, None) is not None:
             setattr(inside, name, getattr(config, name))
-    inside.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    if head is not None:  # without one, the weights are found wanting
+        inside.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     return inside
 
 

@@ -71,8 +71,8 @@ class ConsensusDecoder(DecodeCycle):
 
     Attributes:
         cache: the K/V buffers, or None before the first call. They stay from call to call while they are large enough
-            and the model has the same tensors as weights, the same settings (windows, epsilons) and the same hooks.
-            What they hold is used again (`reuse_cache`) only while these tensors were not written, as far as torch
+            and the model has the same tensors as weights. What they hold is used again (`reuse_cache`) only while
+            settings (windows, epsilons) and hooks are the same, and these tensors were not written, as far as torch
             counts it: through `.data` it does not.
 
     Calls from several threads wait for each other. Decoders of their own do not, and may share a model.
@@ -113,6 +113,7 @@ class ConsensusDecoder(DecodeCycle):
         self._state: DecodeState | None = None
         self._runner: StepRunner | None = None
         self._weights: tuple = ()
+        self._settings: tuple = ()
         self._versions: tuple = ()
         self._adaptive: dict[int, AdaptiveBlock] = {}
         self._compile_options = None
@@ -225,8 +226,9 @@ class ConsensusDecoder(DecodeCycle):
                     f"but prompt + max_new_tokens - 1 is {max_len}"
                 )
             max_len = self.max_cache_len
-        kept = self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids))
-        versions = weight_versions(self.model)
+        settings = settings_of(self.model)
+        kept = self._reserve(batch_size, max_len, max(widest, self.block_size), 1 + len(eos_ids), settings)
+        versions = (weight_versions(self.model), settings)
         # the buffers serve weights that were changed in place, but what lies in them is of the weights before
         last = self.run.slots if kept and versions == self._versions and self.run is not None else []
         self._state.reset(eos_ids, choosing, self.model.vocab_size)
@@ -263,13 +265,15 @@ class ConsensusDecoder(DecodeCycle):
             cycle = self._compiled[key]
         cycle(cache, state, block_size, impl)
 
-    def _reserve(self, batch_size: int, max_len: int, block_size: int, eos_count: int) -> bool:
-        """Buffers for a run: the ones there are if they are large enough and of these weights (True), else new ones and
-        no captures of the old."""
+    def _reserve(self, batch_size: int, max_len: int, block_size: int, eos_count: int, settings: tuple) -> bool:
+        """Buffers for a run: the ones there are if they are large enough and of these weights (True), and what was
+        captured over them is of these settings; else new ones and no captures of the old."""
         cache, state = self.cache, self._state
-        weights, self._weights = self._weights, (weight_addresses(self.model), settings_of(self.model))
+        weights, self._weights = self._weights, weight_addresses(self.model)
+        changed, self._settings = self._settings != settings, settings
         if (
             cache is not None and weights == self._weights
+            and not (changed and (self._runner.captures_steps or self._compile_options is not None))
             and cache.batch_size == batch_size and cache.capacity >= max_len
             and cache.block_size >= block_size and state.eos_ids.numel() >= eos_count
         ):  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,25 +100,30 @@ def weight_addresses(model: Any) -> tuple:
     return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
-SETTING = frozenset((bool, int, float, str, type(None)))
+SETTING = frozenset((bool, int, float, str, tuple, type(None)))
 
 
 def settings_of(model: Any) -> tuple:
     """What K/V and captures depend on besides tensors: numbers that this package's modules compute with (windows,
-    factors, epsilons), and anybody's hooks."""
+    factors, epsilons), anybody's hooks, and methods put in the place of a module's own."""
     if not isinstance(model, torch.nn.Module):
         return ()
     found = []
     for module in model.modules():  # in every call: some thousand values, in a few milliseconds
         own = vars(module)
-        found += [*own["_forward_hooks"], *own["_forward_pre_hooks"]]
-        if type(module).__module__.startswith("orthrus_triton."):
+        found += [*own["_forward_hooks"], *own["_forward_pre_hooks"], own.get("forward")]
+        if _is_of_ours(type(module)):
             # torch's own attributes begin with _
             found += [
                 (name, value) for name, value in own.items()
                 if type(value) in SETTING and name[0] != "_" and name != "training"
             ]  # fmt: skip
     return tuple(found)
+
+
+@cache
+def _is_of_ours(kind: type) -> bool:
+    return any(base.__module__.startswith("orthrus_triton.") for base in kind.__mro__)
 
 
 def weight_versions(model: Any) -> tuple:

@@ -135,7 +135,8 @@ class DecodeCycle:
             state.sampling.start(params, prompt)
         if hidden is None:
             chunk, linear_impl = self._chunk(cache), self._prefill_linear(impl)
-            hidden = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached)
+            # a copy: of what it is cut out of, one row is kept
+            hidden = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached).clone()
         cache.prompt_len.fill_(prompt.numel())
         cache.context_len.fill_(prompt.numel() - 1)
         view_pass = cache.view_pass("ar", 1, impl=impl)

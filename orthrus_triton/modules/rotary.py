@@ -3,7 +3,9 @@ Covers the frequency rules that change with length (longrope, dynamic NTK) as a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ class RotaryEmbedding(nn.Module):
             ValueError: `head_dim` is odd or no size, or `theta` is not positive.
         """
         require_head_dim(head_dim)
-        if not theta > 0:
+        if not isinstance(theta, Real) or not 0 < theta < math.inf:
             raise ValueError(f"theta must be positive, but got {theta!r}")
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -71,13 +72,16 @@ class RunSlots:
         """Prefill `prompt` [L] int64 into free slot `b` and choose its first token; it takes part in every later step.
 
         `cached` of its first tokens are taken from the slot's cache as they are: see `cached_prefix`. Where slot `like`
-        was admitted with this prompt, all is copied from there instead of being computed again: the same bits.
+        was admitted with this prompt, all is copied from there instead of being computed again: the same bits, and
+        none are `cached`.
 
         Raises:
             ValueError: no such slot or it is taken, a prompt or a length that cannot be, too much for the cache, or
                 `params` that the run is not open for; slot `like` has another prompt.
         """
         prompt = self._checked(b, prompt, max_new_tokens, cached)
+        if like is not None and cached:
+            raise ValueError(f"cached must be 0 with like={like}, but got {cached}")
         hidden = None if like is None else self._hidden_of(like, prompt)
         self.choosing.require(params)
         params.require_vocab(self._decoder.model.vocab_size)
@@ -185,15 +189,20 @@ class RunSlots:
     def logits(self, b: int, first: int = 0, count: int | None = None) -> torch.Tensor:
         """[count, V] fp32: the frozen view's logits that tokens `first`, `first` + 1, ... of slot `b` were chosen from,
         by default all that are known, before penalties or temperature. They are computed now, in passes of many rows,
-        and have the bits that they had then (of AR with exact=False only nearly), as long as the weights have theirs.
+        and have the bits that they had then, as long as the weights have theirs.
 
         Raises:
             ValueError: no such slot, or tokens that it does not have.
-            RuntimeError: a newer run has the buffers, or the slot's prompt was read together with others.
+            RuntimeError: a newer run has the buffers, the slot's prompt was read together with others, or its tokens
+                were chosen with exact=False, by products that cannot be had again.
         """
         self._require_slot(b)
         self._require_current()
         slot = self.slots[b]
+        if self._decoder.mode == "ar" and not self._decoder.exact and self.impl != "triton":
+            raise RuntimeError("logits of tokens that were chosen with exact=False cannot be had again")
+        if not all(type(number) is int for number in (first, count) if number is not None):
+            raise ValueError(f"first and count must be integers, but got {first!r} and {count!r}")
         count = len(slot.tokens) - first if count is None else count
         if first < 0 or count < 0 or first + count > len(slot.tokens):
             raise ValueError(f"first and count must lie in {len(slot.tokens)} tokens, but got {first} and {count}")
@@ -234,7 +243,7 @@ class RunSlots:
         return slot.prompt_hidden
 
     def _require_slot(self, b: int) -> None:
-        if b not in range(len(self.slots)):
+        if isinstance(b, bool) or not isinstance(b, Integral) or not 0 <= b < len(self.slots):
             raise ValueError(f"a slot must be in 0..{len(self.slots) - 1}, but got {b!r}")
 
     def _require_free(self, b: int) -> None:

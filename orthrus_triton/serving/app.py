@@ -82,7 +82,7 @@ def create_app(
         text = await _whole_text(generation, http)
         if text is None:
             return Response(status_code=499)  # nobody reads it
-        return whole_reply(generation, text, model_name, reply)
+        return await asyncio.to_thread(whole_reply, generation, text, model_name, reply)
 
     return app
 

@@ -13,14 +13,14 @@ import torch
 from fastapi import HTTPException
 
 from orthrus_triton.models.stop_strings import StopStrings
-from orthrus_triton.serving.logprobs import TokenLogprobs
+from orthrus_triton.serving.logprobs import LogprobsField, TokenLogprobs
 from orthrus_triton.serving.request import FinishReason, Request
 from orthrus_triton.serving.scheduler import QueueFullError, Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 512
-LogprobsForm = Callable[[Any, Sequence[TokenLogprobs], int], dict[str, Any]]
+LogprobsForm = Callable[[LogprobsField, Sequence[TokenLogprobs]], dict[str, Any]]
 
 
 class Generation:
@@ -55,7 +55,7 @@ class Generation:
                 stop = StopStrings(tokenizer, body.stop_strings)
         except ValueError as error:
             raise HTTPException(400, f"stop: {error}") from error
-        self._tokenizer, self._reported, self._offset = tokenizer, 0, 0
+        self._logprobs, self._reported = LogprobsField(tokenizer), 0
         self._text = TextStream(tokenizer, stop, scheduler.decoder.model.eos_token_ids)
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(ids), 1))
@@ -103,12 +103,13 @@ class Generation:
         text is held back or cut off. None if nobody asked."""
         if self._request.alternatives is None:
             return None
-        arrived = self._request.logprobs[self._reported : len(self._text.tokens)]
+        arrived = self._request.logprobs[: len(self._text.tokens) - self._reported]
+        del self._request.logprobs[: len(arrived)]
         self._reported += len(arrived)
-        shown = [one for one in arrived if one.token not in self._text.stop_ids]
-        field = form(self._tokenizer, shown, self._offset)
-        self._offset += sum(len(self._tokenizer.decode([one.token])) for one in shown)
-        return field
+        try:
+            return form(self._logprobs, [one for one in arrived if one.token not in self._text.stop_ids])
+        except Exception as error:  # tokenizers raise what they like
+            raise HTTPException(500, f"logprobs: the tokenizer failed: {type(error).__name__}: {error}") from error
 
     def cancel(self) -> None:
         """Free the slot, or the place in the queue."""

@@ -3,14 +3,18 @@ From logits in the scheduler's thread; in the two forms that clients know."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from orthrus_triton.models.token_text import UNFINISHED
+from orthrus_triton.models.token_text import UNFINISHED, TokenText
 
 MOST_ALTERNATIVES = 20
+LEAST = -9999.0  # stands for -inf, which JSON has not
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenLogprobs(NamedTuple):
@@ -23,39 +27,73 @@ class TokenLogprobs(NamedTuple):
 
 def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenLogprobs]:
     """logits [n, V] that n tokens were chosen from -> what is reported of each, with so many alternatives."""
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.log_softmax(-1).clamp(min=LEAST)
     chosen = logprobs.gather(1, torch.tensor([tokens], device=logits.device).T)[:, 0].tolist()
     top = logprobs.topk(min(alternatives, logits.shape[1]))
     rows = zip(top.indices.tolist(), top.values.tolist())
     return [TokenLogprobs(token, of, list(zip(*row))) for token, of, row in zip(tokens, chosen, rows)]
 
 
-def chat_logprobs(tokenizer: Any, tokens: Sequence[TokenLogprobs], _text_offset: int = 0) -> dict[str, Any]:
-    """The field of a chat's choice."""
+class LogprobsField:
+    """The field of a choice, piece by piece of one text."""
 
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        whole = None if UNFINISHED in text else list(text.encode())  # part of a character
-        return {"token": text, "logprob": logprob, "bytes": whole}
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._text, self._length = TokenText(tokenizer, skip_special_tokens=True), 0
 
-    return {
-        "content": [
-            entry(one.token, one.logprob) | {"top_logprobs": [entry(*other) for other in one.likeliest]}
+    def of_chat(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """For the next tokens of a chat's choice."""
+        content = [
+            self._entry(one.token, one.logprob) | {"top_logprobs": [self._entry(*other) for other in one.likeliest]}
             for one in tokens
-        ],
-        "refusal": None,
-    }  # fmt: skip
+        ]
+        return {"content": content, "refusal": None}
+
+    def of_completion(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """For the next tokens of a completion's choice. Of alternatives with one name the best counts; the token that
+        came is always among them."""
+        field: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for one in tokens:
+            named: dict[str, float] = {}
+            for token, logprob in (*one.likeliest, (one.token, one.logprob)):
+                named.setdefault(self._name(token), logprob)
+            field["tokens"].append(self._name(one.token))
+            field["token_logprobs"].append(one.logprob)
+            field["top_logprobs"].append(named)
+            field["text_offset"].append(self._length)
+            self._length += len(self._text.push([one.token])[0])
+        return field
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text, data = text_and_bytes(self._tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": None if data is None else list(data)}
+
+    def _name(self, token: int) -> str:
+        text, data = text_and_bytes(self._tokenizer, token)
+        if UNFINISHED not in text or data is None:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def completion_logprobs(tokenizer: Any, tokens: Sequence[TokenLogprobs], text_offset: int = 0) -> dict[str, Any]:
-    """The field of a completion's choice; `text_offset`: characters that tokens before these have."""
-    texts, offsets = [tokenizer.decode([one.token]) for one in tokens], []
-    for text in texts:
-        offsets.append(text_offset)
-        text_offset += len(text)
-    return {
-        "tokens": texts,
-        "token_logprobs": [one.logprob for one in tokens],
-        "top_logprobs": [{tokenizer.decode([token]): of for token, of in one.likeliest} for one in tokens],
-        "text_offset": offsets,
-    }
+@lru_cache(maxsize=1 << 18)
+def text_and_bytes(tokenizer: Any, token: int) -> tuple[str, bytes | None]:
+    """What a token adds to a text, as it would behind itself: with the space that begins a word, which the first of a
+    text may lose; and the bytes, None where the tokenizer does not tell those of a part of a character."""
+    alone, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
+    text = twice[len(alone) :] if twice.startswith(alone) else alone
+    if UNFINISHED not in text:
+        return text, text.encode()
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if byte := BYTE.fullmatch(piece):
+        return text, bytes.fromhex(byte[1])
+    table = _byte_level()
+    return text, bytes(table[sign] for sign in piece) if all(sign in table for sign in piece) else None
+
+
+@cache
+def _byte_level() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level vocabularies since GPT-2: those that can be printed for
+    themselves, the others in order from U+0100 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from orthrus_triton.serving.errors import error_body
 from orthrus_triton.serving.generation import Generation, LogprobsForm
-from orthrus_triton.serving.logprobs import chat_logprobs, completion_logprobs
+from orthrus_triton.serving.logprobs import LogprobsField
 
 
 class ReplyFormat(NamedTuple):
@@ -32,11 +32,11 @@ def _delta(text: str, first: bool) -> dict[str, Any]:
 
 COMPLETION = ReplyFormat(
     "text_completion", "text_completion", lambda text: {"text": text}, lambda text, _: {"text": text},
-    completion_logprobs,
+    LogprobsField.of_completion,
 )  # fmt: skip
 CHAT = ReplyFormat(
     "chat.completion", "chat.completion.chunk", lambda text: {"message": {"role": "assistant", "content": text}},
-    _delta, chat_logprobs,
+    _delta, LogprobsField.of_chat,
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class Request:
 
     Attributes:
         cached: tokens of the prompt that a slot held already.
-        logprobs: of every token that was delivered, where asked for; they are there before the token is.
+        logprobs: of tokens that were delivered, where asked for: there before these are, until their reader drops them.
     """
 
     prompt: torch.Tensor | Sequence[int]

@@ -218,8 +218,13 @@ class Scheduler:
                 self._run.release(part.slot, keep=request.delivered + count)
                 tokens, reason, error = tokens[:count], "stop", ""
         if tokens and request.alternatives is not None:
-            logits = self._run.logits(part.slot, request.delivered, len(tokens))
-            request.logprobs += token_logprobs(logits, tokens, request.alternatives)
+            try:
+                logits = self._run.logits(part.slot, request.delivered, len(tokens))
+                request.logprobs += token_logprobs(logits, tokens, request.alternatives)
+            except Exception as failure:  # such as a lack of memory, which only this request needs
+                logger.exception("log probabilities failed; their request ends")
+                self._run.release(part.slot)
+                tokens, reason, error = [], "error", f"logprobs: {type(failure).__name__}: {failure}"
         if reason is not None:
             self._leave(part.slot)
         request.delivered += len(tokens)

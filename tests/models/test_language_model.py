@@ -96,6 +96,11 @@ def test_a_head_that_the_file_promises_must_be_there(tmp_path: Path):
         OrthrusForCausalLM.from_base(tmp_path)
 
 
+def test_one_without_a_head_is_found_wanting():
+    with pytest.raises(ValueError, match="'Gemma3Model' does not hold the weights"):
+        OrthrusForCausalLM.from_base(build_whole("gemma3").model)
+
+
 def test_a_quantised_one_is_refused_by_name(tmp_path: Path):
     build_whole("gemma3").save_pretrained(tmp_path)
     edit_config(tmp_path, quantization_config={"quant_method": "awq"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +58,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     "options",
     [
         {}, {"repetition_penalty": 1.8}, {"min_new_tokens": 6}, {"bad_words_ids": [[7], [8, 9]]},
-        {"no_repeat_ngram_size": 2}, {"suppress_tokens": [11, 12, 500]}, {"min_length": 11}, {"max_length": 14},
+        {"no_repeat_ngram_size": 2}, {"suppress_tokens": [11, 12, 500, -1]}, {"min_length": 11}, {"max_length": 14},
         {"sequence_bias": [[[5], 4.0]]}, {"begin_suppress_tokens": [4, 5, 6]},
         {"prefix_allowed_tokens_fn": lambda row, ids: [5 + row, 9, 10 + len(ids)]},
         {"max_new_tokens": None},
@@ -247,6 +248,22 @@ def test_auto_classes_and_pipeline(pair, tokenizer, tmp_path: Path) -> None:
         OrthrusForCausalLM.from_pretrained(tmp_path, dtype="bf16")
 
 
+def test_logits_are_those_of_the_thread_that_asks(pair) -> None:
+    _, model = pair
+    ask = {"max_new_tokens": 9, "output_logits": True, "return_dict_in_generate": True}
+    prompts = [random_ids(6, seed=seed).clamp(min=3) for seed in range(4)]
+    alone = [torch.stack(model.generate(prompt, **ask).logits) for prompt in prompts]
+    found: list[torch.Tensor | None] = [None] * 4
+
+    def work(n: int) -> None:
+        for _ in range(5):
+            found[n] = torch.stack(model.generate(prompts[n], **ask).logits)
+            assert torch.equal(found[n], alone[n])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.8}, {"use_diffusion_mode": False}])
 def test_logits_of_a_padded_batch_are_transformers_own(pair, options: dict) -> None:
     """Before processors; 0 for a sequence that has ended, where transformers goes on with padding."""
@@ -278,6 +295,8 @@ def test_logits_of_a_padded_batch_are_transformers_own(pair, options: dict) -> N
         ({"output_scores": True}, ValueError, "output_scores must be left at its default, .* output_logits=True gives"),
         ({"output_logits": True}, ValueError, "output_logits=True must come with return_dict_in_generate=True"),
         ({"bad_words_ids": [[500]]}, ValueError, r"bad_words_ids must hold lists of ids in 0..100, but got \[500\]"),
+        ({"bad_words_ids": [[True]]}, ValueError, r"bad_words_ids must hold lists of ids in 0..100, but got \[True\]"),
+        ({"suppress_tokens": ["a"]}, ValueError, r"suppress_tokens must hold integers, but got \['a'\]"),
         ({"bad_words_ids": [5]}, ValueError, "bad_words_ids must hold lists of ids in 0..100, but got 5"),
         ({"bad_words_ids": [[]]}, ValueError, r"bad_words_ids must hold lists of ids in 0..100, but got \[\]"),
         ({"begin_suppress_tokens": 5}, ValueError, "begin_suppress_tokens must be a list, but got 5"),

@@ -246,6 +246,10 @@ def test_a_copy_of_a_decoder_has_a_turn_of_its_own() -> None:
         assert all(map(torch.equal, other.generate(PROMPTS, max_new_tokens=5).sequences, said))
 
 
+def _doubled(forward):
+    return lambda hidden, *rest, **options: forward(hidden * 2, *rest, **options)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -253,8 +257,9 @@ def test_a_copy_of_a_decoder_has_a_turn_of_its_own() -> None:
         lambda model: setattr(model.layers[0].self_attn, "scale", 0.02),
         lambda model: setattr(model.layers[1].input_layernorm, "eps", 5e3),
         lambda model: model.layers[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2, *inputs[1:])),
+        lambda model: setattr(model.layers[0], "forward", _doubled(model.layers[0].forward)),
     ],
-    ids=["window", "scale", "eps", "hook"],
+    ids=["window", "scale", "eps", "hook", "patched"],
 )
 def test_keys_of_other_settings_are_not_used_again(change) -> None:
     torch.manual_seed(0)

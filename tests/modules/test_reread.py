@@ -30,7 +30,7 @@ def spied_logits(decoder: ConsensusDecoder, prompt: torch.Tensor, tokens: int, m
 
 @pytest.mark.parametrize(
     ("name", "impl", "tokens"),
-    [("bf16", "torch", 11), ("window", "torch", 11), ("frozen_anchor_bf16", "torch", 11), ("small", "triton", 3)],
+    [("bf16", "torch", 90), ("window", "torch", 11), ("frozen_anchor_bf16", "torch", 11), ("small", "triton", 3)],
 )
 def test_they_are_those_of_decoding_to_the_bit(
     name: str, impl: str, tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -38,7 +38,8 @@ def test_they_are_those_of_decoding_to_the_bit(
     if impl == "torch" and DEVICE.type != "cpu":
         pytest.skip("on a GPU the torch implementation promises no bits")
     model = make_model(num_layers=1, num_heads=2, num_kv_heads=1) if name == "small" else MODELS[name]
-    monkeypatch.setattr(reread_module, "ROWS", 4)
+    if tokens < reread_module.ROWS:
+        monkeypatch.setattr(reread_module, "ROWS", 4)
     prompts = prompts_of(5, [9, 3][: 1 + (impl == "torch")])
     decoder = ConsensusDecoder(model, impl=impl)
     sequences = decoder.generate(prompts, max_new_tokens=tokens, eos_token_id=[]).sequences
@@ -54,6 +55,19 @@ def test_they_are_those_of_decoding_to_the_bit(
         assert torch.equal(decoder.run.logits(b, 1, tokens - 2), expected[1 : tokens - 1])
         assert decoder.run.logits(b, tokens).shape == (0, VOCAB)
         assert all(map(torch.equal, held, before))
+
+
+def test_a_run_goes_on_as_if_nobody_had_asked() -> None:
+    decoder, prompts = ConsensusDecoder(MODELS["frozen_anchor"], impl="torch"), prompts_of(8, [9, 4])
+    expected = decoder.generate(prompts, max_new_tokens=40, eos_token_id=[]).sequences
+    run = decoder.open(2, 64, eos_token_id=[])
+    for b, prompt in enumerate(prompts):
+        run.admit(b, prompt, 40)
+    while not run.done:
+        run.advance()
+        for b in range(2):
+            run.logits(b)
+    assert [slot.tokens for slot in run.slots] == [text[len(p) :].tolist() for text, p in zip(expected, prompts)]
 
 
 def test_sampled_text_has_the_logits_before_temperature_and_penalties() -> None:
@@ -81,6 +95,15 @@ def test_what_cannot_be_had_is_named() -> None:
     run.poll(lag=0)
     with pytest.raises(RuntimeError, match="its prompt was read together with others"):
         run.logits(1)
+    with pytest.raises(ValueError, match="first and count must be integers, but got 'a' and None"):
+        run.logits(0, "a")
     decoder.open(2, 64)
     with pytest.raises(RuntimeError, match="belong to a newer run"):
         run.logits(0)
+
+
+def test_what_was_chosen_by_other_products_cannot_be_had_again() -> None:
+    decoder = ConsensusDecoder(MODELS["plain"], mode="ar", exact=False, impl="torch")
+    decoder.generate(prompts_of(7, [4]), max_new_tokens=3)
+    with pytest.raises(RuntimeError, match="chosen with exact=False cannot be had again"):
+        decoder.run.logits(0)

@@ -72,6 +72,10 @@ def test_samples_of_one_prompt_are_prefilled_once_and_have_the_bits_they_have_al
         with pytest.raises(ValueError, match=message):
             run.admit(0, PROMPTS[0], 3, like=like)
     run.admit(0, PROMPTS[0], 3)
+    with pytest.raises(ValueError, match="cached must be 0 with like=0, but got 2"):
+        run.admit(1, PROMPTS[0], 3, cached=2, like=0)
+    with pytest.raises(ValueError, match=r"a slot must be in 0\.\.1, but got True"):
+        run.admit(1, PROMPTS[0], 3, like=True)
     with pytest.raises(ValueError, match="like must be a slot that was admitted with this prompt, but slot 0 was not"):
         run.admit(1, PROMPTS[1], 3, like=0)
 

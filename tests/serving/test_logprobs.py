@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from orthrus_triton.modules import SamplingParams
+from orthrus_triton.serving.logprobs import LogprobsField, TokenLogprobs, _byte_level, token_logprobs
 from tests.modules.ledger_model import oracle
 from tests.serving.running import Running, openai
 
@@ -29,14 +32,14 @@ def test_of_a_chat(server: Running, stream: bool) -> None:
     choices = [chunk.choices[0] for chunk in reply] if stream else [reply.choices[0]]
     content = [entry for choice in choices for entry in choice.logprobs.content]
     for entry, (token, logprobs) in zip(content, expected(server, [1, 2], 9), strict=True):
-        assert (entry.token, bytes(entry.bytes).decode()) == (f"w{token}", f"w{token}")
+        assert (entry.token, bytes(entry.bytes).decode()) == (f" w{token}", f" w{token}")
         assert entry.logprob == pytest.approx(float(logprobs[token]), abs=1e-4)
         values, ids = logprobs.topk(3)
-        assert [one.token for one in entry.top_logprobs] == [f"w{other}" for other in ids.tolist()]
+        assert [one.token for one in entry.top_logprobs] == [f" w{other}" for other in ids.tolist()]
         assert [one.logprob for one in entry.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
     if stream:  # they come with their text
         text = "".join(choice.delta.content for choice in choices)
-        assert text.split() == [entry.token for entry in content] and len(choices[0].logprobs.content) < 9
+        assert f" {text}" == "".join(entry.token for entry in content) and len(choices[0].logprobs.content) < 9
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -50,13 +53,57 @@ def test_of_a_completion(server: Running, stream: bool, alternatives: int) -> No
         "tokens", "token_logprobs", "top_logprobs", "text_offset"
     )}  # fmt: skip
     truth = expected(server, [3, 4, 5], 7)
-    assert found["tokens"] == [f"w{token}" for token, _ in truth]
+    assert found["tokens"] == [f" w{token}" for token, _ in truth]
     assert found["token_logprobs"] == pytest.approx([float(of[token]) for token, of in truth], abs=1e-4)
-    assert [list(top) for top in found["top_logprobs"]] == [
-        [f"w{other}" for other in of.topk(alternatives).indices.tolist()] for _, of in truth
-    ]
-    lengths = [len(token) for token in found["tokens"]]
-    assert found["text_offset"] == [sum(lengths[:n]) for n in range(7)]
+    for top, (token, of) in zip(found["top_logprobs"], truth):  # the one that came, too
+        assert list(top) == list(
+            dict.fromkeys(f" w{other}" for other in [*of.topk(alternatives).indices.tolist(), token])
+        )
+    text = "".join(choice.text for choice in choices)
+    spans = zip(found["text_offset"], [*found["text_offset"][1:], None])
+    assert [text[start:end].strip() for start, end in spans] == [token.strip() for token in found["tokens"]]
+
+
+def test_parts_of_a_character_have_their_bytes_and_names_of_their_own() -> None:
+    byte_level = Tokenizer(models.BPE({sign: n for n, sign in enumerate(sorted(_byte_level()))}, []))
+    byte_level.pre_tokenizer, byte_level.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    byte_level = PreTrainedTokenizerFast(tokenizer_object=byte_level, clean_up_tokenization_spaces=False)
+    ids = byte_level("a\u20acb")["input_ids"]
+    given = [TokenLogprobs(token, -1.0, [(ids[1], -0.1), (ids[2], -2.0), (ids[3], -9.0)]) for token in ids]
+    chat = LogprobsField(byte_level).of_chat(given)["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in chat).decode() == "a\u20acb"
+    field = LogprobsField(byte_level).of_completion(given)
+    assert field["tokens"] == ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "b"]
+    assert field["text_offset"] == [0, 1, 1, 1, 2]
+    assert field["top_logprobs"][0] == {"bytes:\\xe2": -0.1, "bytes:\\x82": -2.0, "bytes:\\xac": -9.0, "a": -1.0}
+    assert field["top_logprobs"][1]["bytes:\\xe2"] == -0.1
+
+
+def test_names_that_two_tokens_share_are_of_the_likelier() -> None:
+    words = Tokenizer(models.WordLevel({"<0xE2>": 0, "\u2581the": 1, "the": 2}, unk_token="the"))
+    words.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=False)
+    field = LogprobsField(tokenizer).of_completion([TokenLogprobs(2, -0.1, [(2, -0.1), (1, -7.0), (0, -8.0)])])
+    assert field["top_logprobs"] == [{"the": -0.1, " the": -7.0, "bytes:\\xe2": -8.0}]
+
+
+def test_there_is_no_infinity() -> None:
+    (one,) = token_logprobs(torch.tensor([[0.0, -torch.inf]]), [0], 2)
+    assert one.likeliest == [(0, 0.0), (1, -9999.0)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_fails_for_one_ends_it_alone(server: Running, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = {"model": "tiny", "prompt": [3, 4], "max_tokens": 5, "temperature": 0}
+    for place, message in (
+        ("orthrus_triton.serving.logprobs.text_and_bytes", "logprobs: the tokenizer failed: KeyError: 7"),
+        ("orthrus_triton.serving.scheduler.token_logprobs", "logprobs: KeyError: 7"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(openai.APIError, match=message):
+            patch.setattr(place, lambda *_: {}[7])
+            reply = server.client().completions.create(**ask, logprobs=1, stream=stream)
+            list(reply) if stream else reply
+        assert server.client().completions.create(**ask).choices[0].text == server.expected("w3 w4", 5)
 
 
 def test_a_stop_token_has_none_and_who_does_not_ask_gets_none() -> None:
@@ -68,7 +115,7 @@ def test_a_stop_token_has_none_and_who_does_not_ask_gets_none() -> None:
     try:
         ask = {"model": "tiny", "prompt": [1], "max_tokens": 40, "temperature": 0}
         reply = server.client().completions.create(**ask, logprobs=1).choices[0]
-        assert reply.finish_reason == "stop" and reply.logprobs.tokens == reply.text.split()
+        assert reply.finish_reason == "stop" and "".join(reply.logprobs.tokens) == f" {reply.text}"
         assert server.client().completions.create(**ask).choices[0].logprobs is None
     finally:
         server.close()
