@@ -100,7 +100,7 @@ def weight_addresses(model: Any) -> tuple:
     return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
-SETTING = frozenset((bool, int, float, str, tuple, type(None)))
+SETTING = frozenset((bool, int, float, str, type(None)))
 
 
 def settings_of(model: Any) -> tuple:
@@ -116,7 +116,8 @@ def settings_of(model: Any) -> tuple:
             # torch's own attributes begin with _
             found += [
                 (name, value) for name, value in own.items()
-                if type(value) in SETTING and name[0] != "_" and name != "training"
+                if (type(value) in SETTING or type(value) is tuple and SETTING.issuperset(map(type, value)))
+                and name[0] != "_" and name != "training"
             ]  # fmt: skip
     return tuple(found)
 

@@ -59,7 +59,7 @@ def two_threads():
 @pytest.mark.parametrize(("rows", "width"), [(9, 5000), (33, 1037), (3, 33000), (7, 131), (2, 5)])
 def test_a_row_of_a_gated_mlp_has_the_bits_it_has_alone(rows, width, op, dtype, two_threads):
     """Also where threads share the rows."""
-    for seed in range(8):
+    for seed in range(3):
         gate_up = (torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
         together = op(gate_up, impl="torch")
         assert torch.equal(together, op(gate_up[None], impl="torch")[0])
