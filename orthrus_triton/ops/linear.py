@@ -39,7 +39,8 @@ def linear(
         weight: [N, K], the dtype of `x`, contiguous.
         bias: [N] or None, the dtype of `x`.
         residual: [..., N] or None, the output's dtype. The product is rounded before it is added, as if unfused.
-        out_dtype: dtype of the result, by default that of `x`; fp32 keeps the accumulator (the LM head asks for that).
+        out_dtype: dtype of the result, by default that of `x`; fp32 keeps Triton's accumulator (the LM head asks for
+            that). The torch implementation rounds to the dtype of `x` first, as products of libraries do.
         impl: "auto", "triton", "torch" or "reference"; or "library", the vendor's product (cuBLAS, BLAS) for many rows
             at once, whose row bits may depend on the row count.
         config: kernel configuration, by default the one looked up for this weight shape. Only with impl="triton".
