@@ -3,7 +3,7 @@ Its rows have the same bits in any pass, so the text is read again, many rows at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ ROWS = 64  # tokens per pass: a large vocabulary's logits of them are some ten m
 
 
 def reread_logits(
-    model: DualViewModel, text: torch.Tensor, prompt_len: int, prompt_hidden: torch.Tensor, cache: SharedKVCache,
+    model: DualViewModel, tokens: Sequence[int], prompt_len: int, prompt_hidden: torch.Tensor, cache: SharedKVCache,
     impl: str, first: int, count: int,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     """Logits of `count` generated tokens, from the one numbered `first` on.
@@ -23,10 +23,10 @@ def reread_logits(
 
     Args:
         model: see `DualViewModel`.
-        text: [prompt_len + n] int64, the prompt and what was generated.
-        prompt_len: tokens of the prompt.
+        tokens: n of them, which were generated.
+        prompt_len: tokens of the prompt before them.
         prompt_hidden: [1, 1, H], what prefill had of the prompt's last token: it may have read it with other products.
-        cache: of one sequence, which holds all of the text but its last token.
+        cache: of one sequence, which holds the prompt and all tokens but the last.
         impl: of the passes that decoded it.
         first, count: 0 <= first, first + count <= n.
 
@@ -40,7 +40,9 @@ def reread_logits(
     # a view of the cache that records nothing: passes like these seldom come again
     cache = cache.prefix(cache.capacity)
     for number in range(first, end, ROWS):
-        start, rows = prompt_len + number - 1, min(ROWS, end - number)
-        ids = text[None, start : start + rows].to(cache.context_len.device)
-        view_pass = cache.view_pass("ar", rows, torch.full_like(cache.context_len, start), impl=impl)
+        # each is said by the row that reads the one before it
+        read = tokens[number - 1 : min(number + ROWS, end) - 1]
+        ids = torch.tensor([read], device=cache.context_len.device)
+        start = torch.full_like(cache.context_len, prompt_len + number - 1)
+        view_pass = cache.view_pass("ar", len(read), start, impl=impl)
         yield model.compute_logits(run_view(model, ids, cache, view_pass), impl)[0]

@@ -210,12 +210,10 @@ class RunSlots:
             raise RuntimeError(
                 f"slot {b} has nothing to begin with: its prompt was read together with others, or none was"
             )
-        text = torch.cat((slot.prompt.cpu(), torch.tensor(slot.tokens, dtype=torch.int64, device="cpu")))
-        pieces = reread_logits(
-            self._decoder.model, text, slot.prompt.numel(), slot.prompt_hidden, self.cache.sequences(b, 1), self.impl,
-            first, count,
-        )  # fmt: skip
-        rows = list(pieces)
+        rows = [*reread_logits(
+            self._decoder.model, slot.tokens, slot.prompt.numel(), slot.prompt_hidden, self.cache.sequences(b, 1),
+            self.impl, first, count,
+        )]  # fmt: skip
         return torch.cat(rows) if rows else slot.prompt_hidden.new_empty(0, self._decoder.model.vocab_size).float()
 
     def width_with(self, b: int) -> int:

@@ -46,11 +46,11 @@ def run_to_end(
     started = clock()
     first_with: dict[tuple[int, ...], int] = {}  # of several samples of one prompt
     for b, prompt in enumerate(prompts):
-        like = first_with.setdefault(tuple(prompt.tolist()), b)
-        if reuse_cache or like == b:
-            run.admit(b, prompt, max_new_tokens, params[b], run.cached_prefix(b, prompt) if reuse_cache else 0)
+        if reuse_cache:
+            run.admit(b, prompt, max_new_tokens, params[b], run.cached_prefix(b, prompt))
         else:
-            run.admit(b, prompt, max_new_tokens, params[b], like=like)
+            first = first_with.setdefault(tuple(prompt.tolist()), b) if len(prompts) > 1 else b
+            run.admit(b, prompt, max_new_tokens, params[b], like=None if first == b else first)
     watch = _Watch(run, stop, streamer)
     first = run.poll(lag=0)
     prefilled = clock()
