@@ -35,9 +35,9 @@ def test_ctrl_c_while_the_model_loads_gives_the_cursor_back(monkeypatch: pytest.
 def test_a_row_for_every_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     admit, kept = DecodeRun.admit, []
 
-    def spy(self, b, prompt, max_new_tokens, params, cached) -> None:
+    def spy(self, b, prompt, max_new_tokens, params, cached=0, **others) -> None:
         kept.append(cached)
-        admit(self, b, prompt, max_new_tokens, params, cached)
+        admit(self, b, prompt, max_new_tokens, params, cached, **others)
 
     monkeypatch.setattr(DecodeRun, "admit", spy)
     result = run(*TINY, "--clients", "1,3", "--requests", "5", "--out", str(tmp_path))
