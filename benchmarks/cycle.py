@@ -85,7 +85,7 @@ def _columns(measured: Cycles | None, load: Workload, bandwidth: float, tokens_p
     timing = Timing.of(measured.seconds)
     batch, context = load.prompts.shape
     nbytes = sum(bytes_per_pass(load.model, view, context, batch) for view in measured.views)
-    tokens = 1.0 if measured.views == ("ar",) else tokens_per_cycle
+    tokens = 1.0 if len(measured.views) == 1 else tokens_per_cycle
     values = (
         timing.samples, *(round(1e3 * t, 3) for t in (timing.p20, timing.p50, timing.p80)),
         round(1e3 * nbytes / bandwidth, 3), round(timing.p50 * bandwidth / nbytes, 3),

@@ -3,10 +3,11 @@ Random prompts, greedy unless the name says so; every sample is the wall-clock o
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,20 @@ def ours_int8_drafts(load: Workload) -> Cycles:
     with int8_drafts(load.model):
         measured = ours(load)
     measured.views = ("diffusion-int8", "ar")
+    return measured
+
+
+def in_int8(model: OrthrusForCausalLM) -> OrthrusForCausalLM:
+    """The model with weights in int8; another one, because there is no way back."""
+    quantized = copy.deepcopy(model)
+    quantized.quantize_weights()
+    return quantized
+
+
+def ours_int8_weights(load: Workload, mode: str = "consensus") -> Cycles:
+    """Our cycle of the model with weights in int8."""
+    measured = ours(replace(load, model=in_int8(load.model)), mode)
+    measured.views = tuple(f"{view}-int8" for view in measured.views)
     return measured
 
 
@@ -182,6 +197,8 @@ PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours-eager": lambda load: ours(load, cuda_graph=False),  # nothing captured or recorded: all modules, every time
     "ours-ar-eager": lambda load: ours(load, "ar", cuda_graph=False),
     "ours-int8-drafts": ours_int8_drafts,
+    "ours-int8-weights": ours_int8_weights,
+    "ours-ar-int8-weights": lambda load: ours_int8_weights(load, "ar"),
     "ours-sampled": lambda load: ours(load, params=SAMPLED),
     "ours-rejection": lambda load: ours(load, params=SAMPLED, rule="rejection"),
     "ours-ar-sampled": lambda load: ours(load, "ar", SAMPLED),
@@ -199,7 +216,7 @@ def problems(load: Workload, names: Sequence[str], tokens: int = 16) -> list[str
     model, found = load.model, []
     prompts = load.prompts[:2, :96]
 
-    def text(mode: str, **options: Any) -> list[list[int]]:
+    def text(mode: str, model: OrthrusForCausalLM = model, **options: Any) -> list[list[int]]:
         decoder = ConsensusDecoder(model, mode=mode, **options)
         output = decoder.generate(prompts, max_new_tokens=tokens, eos_token_id=[])
         return [sequence.tolist() for sequence in output.sequences]
@@ -210,6 +227,10 @@ def problems(load: Workload, names: Sequence[str], tokens: int = 16) -> list[str
         with int8_drafts(model):
             got["consensus with int8 drafts"] = text("consensus")
     found += [f"mode {name} does not emit the tokens of AR mode" for name, one in got.items() if one != said]
+    if any(name.endswith("int8-weights") for name in names):
+        quantized = in_int8(model)
+        if text("consensus", quantized) != text("ar", quantized):
+            found.append("with weights in int8, mode consensus does not emit the tokens of AR mode")
     ids = prompts[:1, :64]
     if "hf" in names or "hf-compiled" in names:
         theirs = shapes.transformers_model(model)(ids).logits[:, -8:]

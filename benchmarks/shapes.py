@@ -114,8 +114,8 @@ def load_module(path: Path) -> ModuleType:
 
 def bytes_per_pass(model: OrthrusForCausalLM, view: str, context: int, batch: int) -> int:
     """What one pass of a view must read: its weights once, and every sequence's K/V. Of an embedding only if it is
-    also the LM head. The view "diffusion-int8" reads int8 copies of its layers' matrices."""
-    of_int8 = view == "diffusion-int8"
+    also the LM head. The views "diffusion-int8" and "ar-int8" read their layers' matrices in int8."""
+    of_int8 = view.endswith("-int8")
     view = view.removesuffix("-int8")
     unused = {"ar": "_diff.", "diffusion": "\0"}[view]
     total = 0

@@ -66,9 +66,13 @@ def assert_bad_input(result, *fragments: str) -> None:
         assert fragment in lines[0]
 
 
-def expected_text(folder: Path, prompt: str, tokens: int, params: SamplingParams = SamplingParams()) -> str:
+def expected_text(
+    folder: Path, prompt: str, tokens: int, params: SamplingParams = SamplingParams(), int8_weights: bool = False
+) -> str:
     """Plain AR decoding through the library, as text."""
     model = OrthrusForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if int8_weights:
+        model.quantize_weights()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     decoder = ConsensusDecoder(model, mode="ar")

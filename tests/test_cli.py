@@ -84,6 +84,22 @@ def test_int8_drafts_are_drafts_of_the_same_text(model_folder, command, monkeypa
     assert result.exit_code == 0 and len(quantized) == 1
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate", "verify"])
+def test_int8_weights_are_another_model_of_which_text_is_as_exact(model_folder, command, tmp_path):
+    options = ("--max-new-tokens", 24, "--dtype", "fp32", "--int8-weights", "--raw")
+    if command == "generate":
+        result = run(command, model_folder, "the text", *options, "--stats", "json")
+        text, report = result.stdout.removesuffix("\n").rsplit("\n", 1)
+        assert text == expected_text(model_folder, "the text", 24, int8_weights=True)
+        assert text != expected_text(model_folder, "the text", 24) and json.loads(report)["int8_weights"] is True
+        return
+    (tmp_path / "code.txt").write_text("the text\n")
+    result = run(command, "--model", model_folder, "--prompts", tmp_path / "code.txt", "--json", *options)
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == 0 and report["model"] == f"{model_folder}, weights in int8"
+    assert (report["identical"] if command == "verify" else report["exactness"]["equal"]) == 1
+
+
 def test_generate_samples_what_its_options_say_in_either_mode(model_folder):
     command = ("generate", model_folder, "the text", "--raw", "--max-new-tokens", 24, "--dtype", "fp32")
     sampled = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.001, "--seed")

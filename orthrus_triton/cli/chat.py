@@ -13,6 +13,7 @@ from orthrus_triton.cli.chat_view import BONUS, DRAFTED, ColourView, PlainView
 from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
+    Int8WeightsOption,
     MinPOption,
     SeedOption,
     TemperatureOption,
@@ -50,6 +51,7 @@ def chat(
     mode: Annotated[
         Literal["consensus", "ar"], typer.Option(help="Draft and verify, or plain autoregressive decoding.")
     ] = "consensus",
+    int8_weights: Int8WeightsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     plain: Annotated[bool, typer.Option("--plain", help="Text only; the default when stdout is no terminal.")] = False,
@@ -70,7 +72,7 @@ def chat(
         require_impl("auto", where)
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        network, tokenizer, name = load_model(model, resolve_dtype(dtype, where), where)
+        network, tokenizer, name = load_model(model, resolve_dtype(dtype, where), where, int8_weights=int8_weights)
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("MODEL must have a chat template: use orthrus-triton generate --raw")
         decoder = ConsensusDecoder(network, mode=mode, block_size=fast_block(None, where), max_cache_len=max_len)

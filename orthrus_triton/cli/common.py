@@ -59,7 +59,14 @@ Int8DraftsOption = Annotated[
     bool,
     typer.Option(
         "--int8-drafts",
-        help="Draft from int8 copies of the weights: for GPUs; text is as exact, memory a third more.",
+        help="Draft from int8 copies of the weights: the same text, a third more memory.",
+    ),
+]  # fmt: skip
+Int8WeightsOption = Annotated[
+    bool,
+    typer.Option(
+        "--int8-weights",
+        help="Keep the layers' matrices in int8: half the memory, and text of that model, as exact with respect to it.",
     ),
 ]  # fmt: skip
 

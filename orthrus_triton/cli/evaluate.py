@@ -19,6 +19,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     ImplOption,
     Int8DraftsOption,
+    Int8WeightsOption,
     busy,
     one_line_errors,
     require_impl,
@@ -27,7 +28,7 @@ from orthrus_triton.cli.common import (
     result_console,
     status_console,
 )
-from orthrus_triton.cli.load import ModelOption, load_demo, load_model
+from orthrus_triton.cli.load import ModelOption, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens per prompt, 2 at least.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
     block_size: BlockSizeOption = None,
+    int8_weights: Int8WeightsOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -93,10 +95,9 @@ def evaluate(
         runs = require_impl(impl, where)
         if model is not None and view != "shipped":
             raise ValueError("--view is of the demo model, but --model was given: it has its own")
-        loaded = load_demo(view, precision, where) if model is None else load_model(model, precision, where)
-        network, tokenizer, name = loaded
-        if int8_drafts:
-            network.quantize_drafts()
+        network, tokenizer, name = load_model(
+            model, precision, where, view=view, int8_weights=int8_weights, int8_drafts=int8_drafts
+        )  # fmt: skip
         from orthrus_triton.training.evaluate import evaluate as measure
         from orthrus_triton.training.prompts import encode
 
@@ -110,6 +111,7 @@ def evaluate(
             )  # fmt: skip
         report = {
             "model": name,
+            "int8_weights": int8_weights,
             "int8_drafts": int8_drafts,
             **_setting(where, precision, runs, prompts or []),
             **report,

@@ -15,6 +15,7 @@ from orthrus_triton.cli.common import (
     FastBlockOption,
     ImplOption,
     Int8DraftsOption,
+    Int8WeightsOption,
     MinPOption,
     SeedOption,
     TemperatureOption,
@@ -52,6 +53,7 @@ def generate(
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     block_size: FastBlockOption = None,
+    int8_weights: Int8WeightsOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -86,7 +88,9 @@ def generate(
 
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        network, tokenizer, _ = load_model(model, precision, where, int8_drafts and mode == "consensus")
+        network, tokenizer, _ = load_model(
+            model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts and mode == "consensus"
+        )  # fmt: skip
         input_ids = encode_prompt(tokenizer, prompt, chat, system)
         decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
         output = decoder.generate(
@@ -100,6 +104,7 @@ def generate(
             "stopped_by": "eos" if int(output.sequences[0][-1]) in network.eos_token_ids else "length",
             "block_size": (block_size or decoder.block_size) if mode == "consensus" else 1,
             "dtype": str(precision).removeprefix("torch."),
+            "int8_weights": int8_weights,
             "device": str(where),
             "impl": runs,
         }

@@ -44,28 +44,37 @@ def load_demo(
 
 
 def load_model(
-    name: str | None, dtype: torch.dtype, device: torch.device, int8_drafts: bool = False
-) -> tuple[OrthrusForCausalLM, Any, str]:
-    """Model, tokenizer and a name for reports; the demo model with its shipped view where `name` is None. With
-    `int8_drafts`, its drafts come from int8 copies of the weights.
+    name: str | None, dtype: torch.dtype, device: torch.device, *, view: str = "shipped", int8_weights: bool = False,
+    int8_drafts: bool = False,
+) -> tuple[OrthrusForCausalLM, Any, str]:  # fmt: skip
+    """Model, tokenizer and a name for reports; the demo model with `view` where `name` is None. With `int8_weights`,
+    its layers' matrices are in int8; with `int8_drafts`, its drafts come from int8 copies of them.
 
     Raises:
         ValueError, OSError: it cannot be had; see `OrthrusForCausalLM.from_pretrained`.
     """
-    loaded = load_demo("shipped", dtype, device) if name is None else _load_folder(name, dtype, device)
+    import torch
+
+    first = torch.device("cpu") if int8_weights else device  # a GPU's memory may hold no more than the int8 weights
+    model, tokenizer, name = load_demo(view, dtype, first) if name is None else _load_folder(name, dtype, first)
+    if int8_weights:
+        with busy("Turning weights to int8"):
+            model.quantize_weights()
+            model.to(device)
+        name = f"{name}, weights in int8"
     if int8_drafts:
-        loaded[0].quantize_drafts()
-    return loaded
+        model.quantize_drafts()
+    return model, tokenizer, name
 
 
 def load_apart(
-    name: str | None, dtype: torch.dtype, device: torch.device, int8_drafts: bool = False
+    name: str | None, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> tuple[OrthrusForCausalLM, Any, str]:
     """`load_model` in a thread that ends with it, for a server's main thread must not compute (see `run_apart`)."""
     from orthrus_triton.serving.apart import run_apart
 
     try:
-        loaded = run_apart(lambda: load_model(name, dtype, device, int8_drafts))
+        loaded = run_apart(lambda: load_model(name, dtype, device, **options))
         gc.collect()
         gc.freeze()  # all of this stays; to look through it in the middle of a request would take 0.2 s
         return loaded

@@ -14,6 +14,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     FastBlockOption,
     Int8DraftsOption,
+    Int8WeightsOption,
     fast_block,
     one_line_errors,
     require_impl,
@@ -55,6 +56,7 @@ def serve(
         ),
     ] = True,
     block_size: FastBlockOption = None,
+    int8_weights: Int8WeightsOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -84,7 +86,9 @@ def serve(
         from orthrus_triton.serving.app import create_app
         from orthrus_triton.serving.server import Server
 
-        network, tokenizer, _ = load_apart(model, precision, where, int8_drafts)
+        network, tokenizer, _ = load_apart(
+            model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts
+        )  # fmt: skip
         chunk = CPU_CHUNK if where.type == "cpu" else None
         decoder = ConsensusDecoder(
             network, block_size=block_size, batch_invariant_prefill=exact_prefill, prefill_chunk=chunk

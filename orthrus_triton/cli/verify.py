@@ -16,6 +16,7 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    Int8WeightsOption,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -51,6 +52,7 @@ def verify(
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
     block_size: BlockSizeOption = None,
+    int8_weights: Int8WeightsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     impl: ImplOption = "auto",
@@ -86,7 +88,7 @@ def verify(
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
-        network, tokenizer, name = load_model(model, precision, where)
+        network, tokenizer, name = load_model(model, precision, where, int8_weights=int8_weights)
         ids = {question.line: torch.tensor(encode(tokenizer, question)) for question in questions}
         found, tokens = _compare(network, ids, max_new_tokens, block_size, impl, batch_size)
     result = {

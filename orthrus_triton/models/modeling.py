@@ -19,13 +19,14 @@ from orthrus_triton.models.convert import choose_mask_token_id, eos_token_ids, o
 from orthrus_triton.models.diffusion_view import DiffusionViewMixin
 from orthrus_triton.models.generation import OrthrusGenerationMixin
 from orthrus_triton.models.loading_options import loading_options
+from orthrus_triton.models.quantization import QuantizationMixin
 from orthrus_triton.modules.draft_chain import DraftNoise, Recalled
 from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
 from orthrus_triton.modules.projection import Linear
 from orthrus_triton.ops._cpu_packing import forget_changed
 
 
-class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedModel):
+class OrthrusForCausalLM(DiffusionViewMixin, QuantizationMixin, OrthrusGenerationMixin, PreTrainedModel):
     """A frozen model of one of `FAMILIES` with a diffusion view. Runs in `ConsensusDecoder` (`DualViewModel`).
 
     Make one with `from_base` or `from_pretrained`. Only the diffusion view's parameters require gradients.
@@ -245,7 +246,11 @@ class OrthrusForCausalLM(DiffusionViewMixin, OrthrusGenerationMixin, PreTrainedM
             tokenizer: saved beside the weights.
             max_shard_size: bytes, or text such as "5GB"; larger models are sharded.
             state_dict: weights to save instead of this model's, under the same names (transformers' Trainer).
+
+        Raises:
+            ValueError: the weights are in int8.
         """
+        self.require_float_weights("save_pretrained")
         config = copy.deepcopy(self.config)
         config.dtype, config.architectures = self.dtype, [type(self).__name__]
         with checkpoint.atomic_folder(folder) as staging:

@@ -50,8 +50,10 @@ def save_view(
         Its size in bytes.
 
     Raises:
-        ValueError: an option out of range, weights that are not finite, or a file that would be too large.
+        ValueError: an option out of range, weights that are not finite or are in int8, or a file that would be too
+            large.
     """
+    model.require_float_weights("save_view")
     if storage not in ("int8", *HALF):
         raise ValueError(f"storage must be one of {['int8', *HALF]}, but got {storage!r}")
     if rank is not None and rank < 1:
@@ -154,8 +156,10 @@ def load_view(model: OrthrusForCausalLM, path: str | PathLike[str], *, longer_bl
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a view file, another base, or a model whose options do not fit the view.
+        ValueError: not a view file, another base, or a model whose options do not fit the view or whose weights are in
+            int8.
     """
+    model.require_float_weights("load_view")
     options = read_view_config(path)
     if model.block_size > options["block_size"] and not longer_blocks:
         raise ValueError(f"model.block_size must be at most the view's {options['block_size']}, got {model.block_size}")

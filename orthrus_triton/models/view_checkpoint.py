@@ -41,8 +41,9 @@ def load_checkpoint_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: its names or shapes are not those of this model's view,
-            or it was trained for another anchor_view.
+            it was trained for another anchor_view, or the model's weights are in int8.
     """
+    model.require_float_weights("load_checkpoint_view")
     anchor_view = read_checkpoint_metadata(path).get("anchor_view", model.config.anchor_view)
     if anchor_view != model.config.anchor_view:
         raise ValueError(

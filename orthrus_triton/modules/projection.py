@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,8 @@ def require_residual(residual: torch.Tensor | None, next_norm: RMSNorm | None) -
 class Linear(nn.Module):
     """`orthrus_triton.ops.linear` with nn.Linear's parameters and names.
 
+    `quantize` turns the weight to int8, for good; the state dict then has `weight_scale`, too.
+
     Args:
         in_features, out_features: weight is [out_features, in_features].
         bias: whether there is one.
@@ -32,6 +33,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("weight_scale", None)
         self.register_buffer("draft_weight", None, persistent=False)
         self.register_buffer("draft_scale", None, persistent=False)
         self.reset_parameters()
@@ -43,31 +45,55 @@ class Linear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is in int8, with a scale for each of its rows."""
+        return self.weight_scale is not None
+
+    def quantize(self) -> None:
+        """Keep the weight in int8 alone (`orthrus_triton.ops.quantize_rows`)."""
+        if not self.is_quantized:
+            values, self.weight_scale = ops.quantize_rows(self.weight)
+            self.weight = nn.Parameter(values, requires_grad=False)
+            self.drop_draft_copy()
+
     def quantize_for_drafts(self) -> None:
-        """Keep an int8 copy of the weight, as it is now, beside it: what `draft=True` reads."""
-        self.draft_weight, self.draft_scale = ops.quantize_rows(self.weight)
+        """Keep an int8 copy of the weight, as it is now, beside it: what `draft=True` reads. A weight in int8 needs
+        none."""
+        if not self.is_quantized:
+            self.draft_weight, self.draft_scale = ops.quantize_rows(self.weight)
 
     def drop_draft_copy(self) -> None:
         """Free the int8 copy: a draft reads the weight again."""
         self.draft_weight = self.draft_scale = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
-        scale = self.draft_scale
+        scales = {name: getattr(self, name) for name in ("weight_scale", "draft_scale")}
         super()._apply(fn, recurse)
-        if scale is not None and self.draft_scale.dtype != scale.dtype:  # a cast is meant for the weights
-            self.draft_scale = scale.to(self.draft_scale.device)
+        for name, scale in scales.items():
+            if scale is not None and getattr(self, name).dtype != scale.dtype:  # a cast is meant for the weights
+                setattr(self, name, scale.to(getattr(self, name).device))
         return self
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool, missing_keys: list,
+        unexpected_keys: list, error_msgs: list,
+    ) -> None:  # fmt: skip
+        given = state_dict.get(f"{prefix}weight", self.weight)
+        if self.weight.dtype != given.dtype and torch.int8 in (self.weight.dtype, given.dtype):  # would be cut off
+            error_msgs.append(f"{prefix}weight must have dtype {self.weight.dtype}, but is given as {given.dtype}.")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.drop_draft_copy()  # it is of other weights
 
     def factors(self, draft: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight to multiply with, and the scale of its rows if it is the int8 copy: in a `draft`, if there is
+        """The weight to multiply with, and the scale of its rows if it is in int8: the copy for a `draft`, if there is
         one."""
         if draft and self.draft_weight is not None:
             return self.draft_weight, self.draft_scale
-        return self.weight, None
+        return self.weight, self.weight_scale
 
     def forward(
         self,
@@ -126,7 +152,7 @@ class FusedLinear(Linear):
 def _split_names(own_name: str, parent: nn.Module, state_dict: dict, prefix: str, _metadata: dict) -> None:
     """State dict hook: the fused tensor leaves under the names of its parts."""
     parts = getattr(parent, own_name).parts
-    for parameter in ("weight", "bias"):
+    for parameter in ("weight", "weight_scale", "bias"):
         fused = state_dict.pop(f"{prefix}{own_name}.{parameter}", None)
         if fused is not None:
             for name, rows in zip(parts, fused.split(list(parts.values()))):
@@ -140,7 +166,7 @@ def _merge_names(
     """Load hook: complete sets of parts become the fused tensor; an incomplete one stays and is reported as missing,
     and one whose part has another shape is an error that names the part: others may make up for its rows."""
     fused = getattr(parent, own_name)
-    for parameter in ("weight", "bias"):
+    for parameter in ("weight", "weight_scale", "bias"):
         names = [f"{prefix}{name}.{parameter}" for name in fused.parts]
         own = getattr(fused, parameter)
         if own is None or not all(name in state_dict for name in names):

@@ -11,19 +11,25 @@ import torch.nn.functional as F
 
 from orthrus_triton.ops._cpu_packing import has_onednn, pack, packed_weight
 from orthrus_triton.ops.cpu.kernels import has_product, linear_cpu
+from orthrus_triton.ops.int8_product import dequantize_rows
 
 ROW_TILE = 8  # libraries take other kernels for fewer rows
 MAX_ROWS = 128  # of one product
 
 
-def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N] -> [..., N]: every row has the bits that it would have alone.
+def tiled_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N]: every row has the bits that it would have alone. With
+    `weight_scale` [N], the weight is in int8.
 
     Rows are filled up to whole tiles. A product of one tile has one shape, and so one kernel, for every number of rows;
     see `row_tile`. Taller ones read the weight once for all their rows; see `has_tile_bits`.
     """
-    if (out := linear_cpu(x, weight, bias)) is not None:
+    if (out := linear_cpu(x, weight, bias, weight_scale)) is not None:
         return out
+    if weight_scale is not None:
+        weight = dequantize_rows(weight, weight_scale, x.dtype)
     x, M = x.contiguous(), x.shape[:-1].numel()  # a library may have another kernel for rows that lie apart
     if missing := -M % row_tile(*weight.shape, weight.dtype, torch.get_num_threads()):
         filled = F.pad(x.reshape(M, -1), (0, 0, 0, missing))
@@ -34,8 +40,14 @@ def tiled_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return _rows_product(x, weight, bias)
 
 
-def library_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """All rows in one call of the fastest library there is; x [..., K] -> [..., N]."""
+def library_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """All rows in one call of the fastest library there is; x [..., K] -> [..., N]. No library multiplies int8."""
+    if weight_scale is not None:
+        if (out := linear_cpu(x, weight, bias, weight_scale)) is not None:
+            return out
+        weight = dequantize_rows(weight, weight_scale, x.dtype)
     if has_product(x, x.shape[:-1].numel()) and (out := linear_cpu(x, weight, bias)) is not None:
         return out
     if x.device.type != "cpu" or not has_onednn(x.dtype):

@@ -44,8 +44,8 @@ def linear(
         impl: "auto", "triton", "torch" or "reference"; or "library", the vendor's product (cuBLAS, BLAS) for many rows
             at once, whose row bits may depend on the row count.
         config: kernel configuration, by default the one looked up for this weight shape. Only with impl="triton".
-        weight_scale: [N] float, for a `weight` of int8 whose row n counts `weight_scale[n]` (`quantize_rows`). For
-            drafts: no bits are promised.
+        weight_scale: [N] float, for a `weight` of int8 whose row n counts `weight_scale[n]` (`quantize_rows`). Every
+            integer is multiplied as it is, and sums are scaled.
 
     Returns:
         [..., N].
@@ -237,9 +237,7 @@ def linear_library(
     weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The vendor's product over all rows at once, on any device."""
-    if weight_scale is not None:
-        weight = dequantize_rows(weight, weight_scale, x.dtype)
-    out = library_product(x, weight, bias).to(out_dtype)
+    out = library_product(x, weight, bias, weight_scale).to(out_dtype)
     return out if residual is None else out + residual
 
 
@@ -253,9 +251,9 @@ def linear_torch(
     weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Any device. On the CPU a row's bits are those it would have alone (`tiled_product`)."""
-    if x.device.type != "cpu" or weight_scale is not None:
+    if x.device.type != "cpu":
         return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
-    out = tiled_product(x, weight, bias)
+    out = tiled_product(x, weight, bias, weight_scale)
     if out.dtype != out_dtype:
         out = out.to(out_dtype)
     return out if residual is None else out + residual

@@ -67,6 +67,7 @@ class ViewTrainer(Trainer):
                 f"model must be an OrthrusForCausalLM, but got a {type(model).__name__}; for models of your own see "
                 "docs/training.md"
             )
+        model.require_float_weights("training")
         block_size = model.block_size if args.block_size is None else args.block_size
         if not 2 <= block_size <= model.block_size:
             raise ValueError(f"block_size must be in 2..{model.block_size}, the model's, but got {block_size}")

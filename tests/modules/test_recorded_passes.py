@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from orthrus_triton.modules import ConsensusDecoder, SharedKVCache, recorded_passes
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer
+from orthrus_triton.modules.projection import Linear
 from orthrus_triton.ops.cpu import recording
 from orthrus_triton.ops.cpu.kernels import c_library, has_product
 from tests.modules.recorded_cases import PROMPTS, make_model, replays
@@ -89,12 +90,28 @@ def test_int8_copies_for_drafts_are_read_once_they_are_there() -> None:
     model = make_model()
     decoder = ConsensusDecoder(model)
     decoder.generate(PROMPTS[:1], max_new_tokens=20)
-    before = len(replays(decoder))
+    copies = []
     for layer in model.layers:
         layer.self_attn.quantize_for_drafts()
         layer.mlp.quantize_for_drafts()
+        copies += [layer.self_attn.qkv_proj_diff.draft_weight, layer.mlp.down_proj.draft_weight]
     decoder.generate(PROMPTS[:1], max_new_tokens=20)
-    assert len(replays(decoder)) == before - 1  # the draft is no longer made of C kernels alone
+    draft, verify = replays(decoder)
+    assert [[recorded._recording.reads(copy) for copy in copies] for recorded in (draft, verify)] == [
+        [True] * len(copies), [False] * len(copies),
+    ]  # fmt: skip
+    assert_same_text(decoder, PROMPTS[:1])
+
+
+def test_weights_in_int8_are_replayed_too() -> None:
+    model = make_model()
+    decoder = ConsensusDecoder(model)
+    (before,) = decoder.generate(PROMPTS[:1], max_new_tokens=40).sequences
+    for module in model.layers.modules():
+        if isinstance(module, Linear):
+            module.quantize()
+    (after,) = decoder.generate(PROMPTS[:1], max_new_tokens=40).sequences
+    assert len(replays(decoder)) == 2 and before.tolist() != after.tolist()
     assert_same_text(decoder, PROMPTS[:1])
 
 

@@ -31,6 +31,19 @@ def test_a_row_of_a_product_has_the_bits_it_has_alone(dtype, rows, at, shape, bi
     assert torch.equal(together[at], alone[0])
 
 
+@given(DTYPES, st.integers(1, 40), st.integers(0, 39), st.sampled_from([(33, 17), (96, 64), (130, 256)]), st.booleans())
+def test_a_row_of_a_product_with_a_weight_in_int8_has_the_bits_it_has_alone(dtype, rows, at, shape, library):
+    N, K = shape
+    at = at % rows
+    x, (values, scale) = torch.randn(rows, K).to(dtype), ops.quantize_rows(torch.randn(N, K))
+    together = ops.linear(x, values, impl="torch", weight_scale=scale)
+    alone = ops.linear(x[at : at + 1], values, impl="torch", weight_scale=scale)
+    assert torch.equal(together[at], alone[0])
+    exact = ops.linear(x, values, impl="reference", weight_scale=scale, out_dtype=torch.float64)
+    got = ops.linear(x, values, impl="library", weight_scale=scale) if library else together
+    assert ((got - exact).abs() <= exact.abs() * 2.0**-7 + K**0.5 * 2.0**-6).all()
+
+
 @given(
     DTYPES, st.integers(1, 33), st.integers(0, 32), st.integers(0, 1700), st.sampled_from([(1, 16), (3, 64), (4, 24)])
 )

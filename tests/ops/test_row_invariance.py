@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthrus_triton import ops
@@ -168,6 +168,39 @@ def test_greedy_choice_of_near_ties(seed: int, rows: int, vocab: int, dtype: tor
     logits[0, high] = torch.nextafter(top, top + 1)
     for impl in ("triton", "torch", "reference"):
         assert ops.greedy_choice(logits, impl=impl).tolist() == [high] + [low] * (rows - 1), impl
+
+
+@settings(max_examples=8)
+@given(
+    seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES), rows=st.integers(1, 19), split_k=st.sampled_from([1, 2]),
+    biased=st.booleans(),
+)  # fmt: skip
+def test_products_of_a_weight_in_int8(seed: int, dtype: torch.dtype, rows: int, split_k: int, biased: bool) -> None:
+    n, k = 96, 80
+    x, residual = randn(seed, rows, k, dtype=dtype), randn(seed + 1, rows, n, dtype=dtype)
+    values, scale = ops.quantize_rows(randn(seed + 2, n, k, dtype=dtype))
+    bias = randn(seed + 3, n, dtype=dtype) if biased else None
+    norm, angles = randn(seed + 4, n, dtype=dtype), randn(seed + 5, 1, rows, 8, dtype=torch.float32)
+    constants = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "SPLIT_K": split_k}
+    config = KernelConfig(constants, {"num_warps": 4, "num_stages": 2})
+    options = {"impl": "triton", "config": config, "weight_scale": scale}
+
+    def run(part: slice) -> tuple[torch.Tensor, ...]:
+        count = len(x[part])
+        cache = torch.zeros(2, 1, 1, rows, 16, dtype=dtype, device=DEVICE)
+        slots = torch.arange(count, dtype=torch.int32, device=DEVICE)[None]
+        rope = (angles[:, part].cos(), angles[:, part].sin(), *cache, slots)
+        q = ops.qkv_rope_cache(x[None, part], values, bias, *rope, **options)[0]
+        return (
+            ops.linear(x[part], values, bias, residual[part], **options),
+            ops.linear_swiglu(x[part], values, bias, **options),
+            *ops.linear_norm(x[part], values, bias, residual[part], norm, 1e-6, **options),
+            q, *cache[:, 0, 0, :count],
+        )  # fmt: skip
+
+    for row in {0, rows // 2, rows - 1}:
+        for together, alone in zip(run(slice(None)), run(slice(row, row + 1)), strict=True):
+            assert torch.equal(together[row : row + 1], alone)
 
 
 def test_the_check_can_fail() -> None:

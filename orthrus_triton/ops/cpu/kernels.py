@@ -66,10 +66,13 @@ def has_product(like: torch.Tensor, rows: int = 1) -> bool:
     return _product(c_library(), like.dtype)[0] is not None
 
 
-def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+def linear_cpu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """`linear`. A row has the same bits whatever other rows there are, and whatever the number of threads."""
-    kernel, is_wide = _product(library_for(x, weight, bias), x.dtype)
-    if kernel is None or weight.dtype != x.dtype or not weight.is_contiguous():
+    of_int8 = weight_scale is not None
+    kernel, is_wide = _product(library_for(x, weight, bias, weight_scale), x.dtype, of_int8)
+    if kernel is None or weight.dtype != (torch.int8 if of_int8 else x.dtype) or not weight.is_contiguous():
         return None
     N, K = weight.shape
     x, out = x.contiguous(), empty(x, (*x.shape[:-1], N))
@@ -78,18 +81,23 @@ def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     # tasks of about equal size, as many for every thread; of many rows smaller ones, whose weights a cache holds
     tasks = threads * max(-(-N // (threads * (COLUMNS if M <= MAX_ROWS else COLUMNS // 4))), 1)
     columns = -(-N // (tasks * 16)) * 16
-    wide = [empty(x, (M, -(-K // 32) * 32), torch.float32)] if is_wide else []  # for x in fp32
-    call(kernel, (x, weight, bias, out, *wide), M, N, K, columns, threads)
+    scale = [weight_scale.float().contiguous()] if of_int8 else []
+    wide = [empty(x, (M, -(-K // 64) * 64), torch.float32)] if is_wide else []  # for x in fp32
+    call(kernel, (x, weight, *scale, bias, out, *wide), M, N, K, columns, threads)
     return out
 
 
 @cache
-def _product(library: ctypes.CDLL | None, dtype: torch.dtype) -> tuple[Callable | None, bool]:
-    """The product of this dtype, if there is one, and whether it multiplies in fp32 what is given in two bytes."""
+def _product(
+    library: ctypes.CDLL | None, dtype: torch.dtype, of_int8: bool = False
+) -> tuple[Callable | None, bool]:  # fmt: skip
+    """The product of rows of this dtype, if there is one, and whether it multiplies in fp32 what is given in two
+    bytes."""
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    name = f"orthrus_linear_{name}{'_int8' if of_int8 else ''}"
     for suffix in ("", "_wide"):
-        if hasattr(library, f"orthrus_linear_{name}{suffix}"):
-            return getattr(library, f"orthrus_linear_{name}{suffix}"), bool(suffix)
+        if hasattr(library, name + suffix):
+            return getattr(library, name + suffix), bool(suffix)
     return None, False
 
 

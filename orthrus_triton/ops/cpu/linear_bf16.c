@@ -9,7 +9,7 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define DEPTH 32
 #define PARTS 1
-typedef uint16_t row_number, weight_number;
+typedef uint16_t row_number, weight_number, out_number;
 typedef __m512i factors;
 
 #define load_rows(from) _mm512_loadu_si512(from)
@@ -27,7 +27,7 @@ void orthrus_linear_bf16(
     const uint16_t *x, const uint16_t *weight, const uint16_t *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
     int64_t columns, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
-    multiply(x, K, weight, bias, out, M, N, K, columns);
+    multiply(x, K, weight, 0, bias, out, M, N, K, columns);
 }
 
 #else

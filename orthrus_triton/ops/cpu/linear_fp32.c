@@ -5,7 +5,7 @@
 #define DTYPE FP32
 #define DEPTH LANES
 #define PARTS 1
-typedef float row_number, weight_number;
+typedef float row_number, weight_number, out_number;
 typedef floats factors;
 
 #define load_rows(from) held(load(from))
@@ -24,5 +24,5 @@ void orthrus_linear_fp32(
     const float *x, const float *weight, const float *bias, float *out, int64_t M, int64_t N, int64_t K,
     int64_t columns, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
-    multiply(x, K, weight, bias, out, M, N, K, columns);
+    multiply(x, K, weight, 0, bias, out, M, N, K, columns);
 }

@@ -4,7 +4,7 @@
 #define DEPTH (2 * LANES)
 #define PARTS 2
 typedef float row_number;
-typedef uint16_t weight_number;
+typedef uint16_t weight_number, out_number;
 typedef floats factors;
 
 static inline floats load_rows(const float *from) {
@@ -44,6 +44,6 @@ static void linear_wide(
                         to + part * LANES,
                         k + DEPTH <= K ? load_weights(from, part) : load_last_weights(from, K - k, part));
             }
-        multiply(wide, stride, weight, bias, out, M, N, K, columns);
+        multiply(wide, stride, weight, 0, bias, out, M, N, K, columns);
     }
 }

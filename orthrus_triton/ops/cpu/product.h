@@ -1,7 +1,7 @@
-/* x @ weight.T, for a file that says before how numbers of a DTYPE are multiplied: `row_number`, `weight_number`, how
- * DEPTH of them are loaded as `factors`, in PARTS vectors, `add_product`, perhaps how results are rounded. Lanes run
- * along K, and every result is summed in one order: along K, lane by lane, then over the lanes. So no row depends on
- * others, or on their number. */
+/* x @ weight.T, for a file that says before how its numbers are multiplied: `row_number`, `weight_number`, how DEPTH of
+ * them are loaded as `factors`, in PARTS vectors, `add_product`; and of which DTYPE, and so which `out_number`, bias and
+ * results are, perhaps how they are rounded. Lanes run along K, and every result is summed in one order: along K, lane by
+ * lane, then over the lanes. So no row depends on others, or on their number. */
 
 #define TALL 4 /* a square of products has TALL rows and WIDE columns, */
 #if LANES == 8
@@ -83,7 +83,7 @@ static inline __attribute__((always_inline)) void products(
     for (; k + DEPTH <= K; k += DEPTH) {
 #pragma GCC unroll 16
         for (int line = 0; line < lines; line++) __builtin_prefetch(next + (k * lines + DEPTH * line));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++) {
             factors numbers[TALL];
 #pragma GCC unroll 4
@@ -94,7 +94,7 @@ static inline __attribute__((always_inline)) void products(
         }
     }
     if (k < K) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++) {
             factors numbers[TALL];
             for (int m = 0; m < height; m++) numbers[m] = load_last_rows(row[m] + k + part * LANES, K - k);
@@ -106,14 +106,18 @@ static inline __attribute__((always_inline)) void products(
     sum_up(result, sum);
 }
 
-/* `products`, plus bias, to `out` of rows that are N apart. */
+/* `products`, times scale, plus bias, where there is one, to `out` of rows that are N apart. */
 static inline __attribute__((always_inline)) void store_products(
     const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns, int64_t K,
-    const weight_number *bias, weight_number *out, int64_t N, const int height, const int width, const int lines,
-    const weight_number *next) {
-    float result[GROUP], added[GROUP] = {0};
-    weight_number rounded[GROUP];
+    const float *scale, const out_number *bias, out_number *out, int64_t N, const int height, const int width,
+    const int lines, const weight_number *next) {
+    float result[GROUP], factor[GROUP] = {0}, added[GROUP] = {0};
+    out_number rounded[GROUP];
     products(result, x, rows, x_stride, weight, columns, K, height, width, lines, next);
+    if (scale) {
+        memcpy(factor, scale, least(width, columns) * sizeof *scale);
+        for (int i = 0; i < GROUP; i++) result[i] *= factor[i % width];
+    }
     if (bias) {
         to_floats(added, bias, least(width, columns), DTYPE);
         for (int i = 0; i < GROUP; i++) result[i] += added[i % width];
@@ -127,16 +131,16 @@ static inline __attribute__((always_inline)) void store_products(
 }
 
 /* A panel of M rows times the weight's rows first..last-1, in groups. The next group is asked for by the first squares
- * of this one, by the more of them the more rows there are: it should be there by then. One row alone asks for nothing,
- * and is as fast as memory. */
+ * of this one, by the more of them the more rows there are: it should be there by then. Every line of one row alone asks
+ * for the next one. */
 static void multiply_panel(
-    const row_number *x, int64_t x_stride, const weight_number *weight, const weight_number *bias, weight_number *out,
-    int64_t M, int64_t N, int64_t K, int64_t first, int64_t last) {
+    const row_number *x, int64_t x_stride, const weight_number *weight, const float *scale, const out_number *bias,
+    out_number *out, int64_t M, int64_t N, int64_t K, int64_t first, int64_t last) {
 #define STORE(m, n, height, width, lines, next) \
-    store_products(x + (m) * x_stride, M - (m), x_stride, weight + (n) * K, last - (n), K, bias ? bias + (n) : 0, \
-                   out + (m) * N + (n), N, height, width, lines, next)
+    store_products(x + (m) * x_stride, M - (m), x_stride, weight + (n) * K, last - (n), K, scale ? scale + (n) : 0, \
+                   bias ? bias + (n) : 0, out + (m) * N + (n), N, height, width, lines, next)
     if (M == 1) {
-        for (int64_t n = first; n < last; n += LINE) STORE(0, n, 1, LINE, 0, 0);
+        for (int64_t n = first; n < last; n += LINE) STORE(0, n, 1, LINE, LINE, weight + (n + LINE) * K);
         return;
     }
     for (int64_t group = first; group < last; group += GROUP) {
@@ -155,12 +159,12 @@ static void multiply_panel(
 
 /* All rows, in tasks of `columns`, a multiple of GROUP. Inside a parallel region. */
 static void multiply(
-    const row_number *x, int64_t x_stride, const weight_number *weight, const weight_number *bias, weight_number *out,
-    int64_t M, int64_t N, int64_t K, int64_t columns) {
+    const row_number *x, int64_t x_stride, const weight_number *weight, const float *scale, const out_number *bias,
+    out_number *out, int64_t M, int64_t N, int64_t K, int64_t columns) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < N; first += columns)
         for (int64_t m = 0; m < M; m += PANEL)
             multiply_panel(
-                x + m * x_stride, x_stride, weight, bias, out + m * N, least(PANEL, M - m), N, K, first,
+                x + m * x_stride, x_stride, weight, scale, bias, out + m * N, least(PANEL, M - m), N, K, first,
                 least(first + columns, N));
 }

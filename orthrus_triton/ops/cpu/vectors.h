@@ -13,6 +13,7 @@
 #define fused(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define fp16_of(x) ((halves)_mm512_cvtps_ph((__m512)(x), _MM_FROUND_TO_NEAREST_INT))
 #define fp16_as_floats(x) ((floats)_mm512_cvtph_ps((__m256i)(x)))
+#define int8_as_floats(from) ((floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((__m128i *)(from)))))
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #define LANES 8
@@ -20,6 +21,7 @@
 #define fused(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define fp16_of(x) ((halves)_mm256_cvtps_ph((__m256)(x), _MM_FROUND_TO_NEAREST_INT))
 #define fp16_as_floats(x) ((floats)_mm256_cvtph_ps((__m128i)(x)))
+#define int8_as_floats(from) ((floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((__m128i *)(from)))))
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define LANES 4
@@ -27,6 +29,12 @@
 #define fused(a, b, c) ((floats)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define fp16_of(x) ((halves)vcvt_f16_f32((float32x4_t)(x)))
 #define fp16_as_floats(x) ((floats)vcvt_f32_f16((float16x4_t)(x)))
+static inline float32x4_t int8_as_floats_neon(const int8_t *from) {
+    int32_t four;
+    memcpy(&four, from, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
+#define int8_as_floats(from) ((floats)int8_as_floats_neon(from))
 #else
 #error "needs fused multiply-adds: AVX2 with FMA and F16C, AVX-512 or 64-bit ARM"
 #endif

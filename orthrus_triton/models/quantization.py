@@ -1,0 +1,72 @@
+"""Weights in int8, one scale per row: all of the layers' matrices, or copies of them that only drafts read."""
+
+from __future__ import annotations
+
+from orthrus_triton.models.backbone import OrthrusModel
+from orthrus_triton.models.config import OrthrusConfig
+from orthrus_triton.modules.projection import Linear, LowRankDelta
+
+
+class QuantizationMixin:
+    """Of `OrthrusForCausalLM`, whose layers it changes."""
+
+    model: OrthrusModel
+    config: OrthrusConfig
+    anchor_rows: int
+
+    @property
+    def has_int8_weights(self) -> bool:
+        """Whether `quantize_weights` was called."""
+        return any(isinstance(module, Linear) and module.is_quantized for module in self.modules())
+
+    def quantize_weights(self) -> None:
+        """Keep the layers' matrices in int8 alone, one scale per row, in both views: about half the memory, and half
+        the bytes of every pass.
+
+        From here on this is the frozen model: `mode="consensus"` and `mode="ar"` agree with each other to the bit as
+        before, but no longer with the model in its own dtype. Embedding, LM head, norms and biases, the chain and what
+        is a low-rank view's own stay as they are. There is no way back; load a view, train or save before.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        for layer in self.model.layers:
+            of_view = [part for part in layer.modules() if isinstance(part, LowRankDelta)]
+            own = {id(part) for delta in of_view for part in delta.modules()}
+            for module in layer.modules():
+                if isinstance(module, Linear) and id(module) not in own:
+                    module.quantize()
+
+    def require_float_weights(self, action: str) -> None:
+        """Raise a ValueError unless weights can still be read, changed and learn, as `action` needs them to."""
+        if self.has_int8_weights:
+            raise ValueError(f"{action} needs a model whose weights are not in int8: do it before quantize_weights()")
+
+    def quantize_drafts(self) -> None:
+        """Let drafts read int8 copies of the layers' weights, one scale per row: on a GPU, about half the bytes of a
+        draft pass. Text is as exact as without them: the frozen model's own weights verify every draft.
+
+        The copies lie beside the weights and take about a third as much memory; with `anchor_view="ar"`, where the MLP
+        of a draft pass also makes tokens that are said, only the diffusion view's projections are copied, and those of
+        a low-rank view never are. They are not saved. Call it before decoding, and again after loading other weights or
+        another view or training, which drop them. Weights in int8 (`quantize_weights`) need no copies.
+
+        Raises:
+            ValueError: nothing can be copied (a low-rank view with `anchor_view="ar"`), or a weight is not finite.
+        """
+        if self.anchor_rows and self.config.view_rank is not None:
+            raise ValueError(
+                "quantize_drafts needs a model with view_rank=None or anchor_view='diffusion', but got "
+                f"view_rank={self.config.view_rank} and anchor_view='ar', where a draft has nothing to itself to copy"
+            )
+        self.unquantize_drafts()
+        for layer in self.model.layers:
+            layer.self_attn.quantize_for_drafts()
+            if self.anchor_rows == 0:
+                layer.mlp.quantize_for_drafts()
+
+    def unquantize_drafts(self) -> None:
+        """Let drafts read the weights themselves again, and free the int8 copies, if there are any."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.drop_draft_copy()

@@ -1,0 +1,175 @@
+"""`quantize_weights`: a frozen model in int8, of which the cycle is as exact as of any other."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus_triton._triton import is_interpreted
+from orthrus_triton.models import OrthrusForCausalLM
+from orthrus_triton.models.view import load_view, save_view
+from orthrus_triton.models.view_checkpoint import load_checkpoint_view
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules.projection import Linear, LowRankDelta
+from orthrus_triton.ops.int8_product import dequantize_rows
+from tests.models.test_quantized_drafts import BLOCK, DEVICE, copied, dual_view
+from tests.models.tiny_bases import random_ids
+from tests.training.view_runs import make_model, make_trainer
+
+
+def matrices(model: OrthrusForCausalLM) -> list[Linear]:
+    """The layers' own, without what is a low-rank view's."""
+    of_deltas = [part for module in model.modules() if isinstance(module, LowRankDelta) for part in module.modules()]
+    return [
+        module for module in model.model.layers.modules()
+        if isinstance(module, Linear) and not any(module is part for part in of_deltas)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["llama biases, wide heads, tied", "qwen3", "mistral window"])
+@torch.inference_mode()
+def test_both_views_read_what_the_weights_were_rounded_to(case: str, dtype: torch.dtype) -> None:
+    model, ids = dual_view(case, dtype), random_ids(BLOCK, batch=2)
+    before = {view: model(ids, view, impl="torch") for view in ("ar", "diffusion")}
+    nbytes = sum(module.weight.nbytes for module in matrices(model))
+    stand_in = copy.deepcopy(model)
+    model.quantize_weights()
+    assert model.has_int8_weights and not stand_in.has_int8_weights and model.dtype == dtype
+    assert sum(module.weight.nbytes for module in matrices(model)) * dtype.itemsize == nbytes
+    assert not any(parameter.requires_grad for parameter in model.parameters() if parameter.dtype == torch.int8)
+    for ours, theirs in zip(matrices(model), matrices(stand_in), strict=True):
+        theirs.weight.data = dequantize_rows(ours.weight, ours.weight_scale, torch.float32).to(dtype)
+    for view, logits in before.items():
+        ours, theirs = model(ids, view, impl="torch"), stand_in(ids, view, impl="torch")
+        scale = logits.abs().max()
+        assert not torch.equal(ours, logits) and (ours - logits).abs().max() < 0.1 * scale
+        assert (ours - theirs).abs().max() < (1e-5 if dtype == torch.float32 else 0.03) * scale
+
+
+@pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize(
+    ("case", "dtype", "anchor_view", "options"),
+    [
+        ("qwen3", torch.float32, "diffusion", {}), ("qwen3", torch.bfloat16, "ar", {}),
+        ("llama biases, wide heads, tied", torch.bfloat16, "diffusion", {}),
+        ("mistral window", torch.float16, "ar", {}), ("gemma3", torch.bfloat16, "diffusion", {}),
+        ("olmo2", torch.bfloat16, "ar", {}), ("qwen2", torch.bfloat16, "diffusion", {"view_rank": 2}),
+    ],
+)  # fmt: skip
+def test_consensus_is_ar_to_the_bits_of_the_cache(case: str, dtype: torch.dtype, anchor_view: str, options) -> None:
+    assert_consensus_is_ar(dual_view(case, dtype, anchor_view, **options), (5, 11), 32, "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
+def test_consensus_is_ar_in_triton(dtype: torch.dtype, anchor_view: str) -> None:
+    lengths, tokens = ((5,), 4) if is_interpreted() else ((5, 11, 300), 64)
+    assert_consensus_is_ar(dual_view("qwen3", dtype, anchor_view).to(DEVICE), lengths, tokens, "triton")
+
+
+def assert_consensus_is_ar(model: OrthrusForCausalLM, lengths: tuple[int, ...], tokens: int, impl: str) -> None:
+    model.quantize_weights()
+    prompts = [random_ids(length, seed=length)[0].to(DEVICE) for length in lengths]
+    decoders = [ConsensusDecoder(model, mode=mode, impl=impl) for mode in ("consensus", "ar")]
+    ours, theirs = (decoder.generate(prompts, max_new_tokens=tokens).sequences for decoder in decoders)
+    for b, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert one.tolist() == other.tolist()
+        known = len(one) - 1
+        for layer, same in zip(*(decoder.cache.layers for decoder in decoders)):
+            assert torch.equal(layer.k[b, :, :known], same.k[b, :, :known])
+            assert torch.equal(layer.v[b, :, :known], same.v[b, :, :known])
+
+
+def test_a_row_of_a_prompt_may_be_read_in_any_company() -> None:
+    """A prefill that is batch-invariant leaves the bits of one token at a time."""
+    model, ids = dual_view("qwen3", torch.bfloat16), random_ids(40)[0]
+    model.quantize_weights()
+    texts = []
+    for chunk in (7, 512):
+        decoder = ConsensusDecoder(model, impl="torch", batch_invariant_prefill=True, prefill_chunk=chunk)
+        decoder.generate(ids, max_new_tokens=8)
+        texts.append(torch.stack([layer.k[0, :, :40] for layer in decoder.cache.layers]))
+    assert torch.equal(*texts)
+
+
+def test_what_is_a_low_rank_views_own_stays() -> None:
+    model = dual_view("qwen2", view_rank=2)
+    model.quantize_weights()
+    assert all(module.is_quantized for module in matrices(model))
+    deltas = [module for module in model.modules() if isinstance(module, LowRankDelta)]
+    assert deltas and all(not part.is_quantized for delta in deltas for part in (delta.down, delta.up))
+
+
+def test_drafts_need_no_copies_then() -> None:
+    model = dual_view("llama")
+    model.quantize_drafts()
+    assert copied(model)
+    model.quantize_weights()
+    assert copied(model) == []
+    model.quantize_drafts()
+    assert copied(model) == []
+
+
+def test_a_decoder_notices() -> None:
+    model, prompt = dual_view("qwen3"), random_ids(9)[0]
+    decoder = ConsensusDecoder(model)
+    (before,) = decoder.generate(prompt, max_new_tokens=40, reuse_cache=True).sequences
+    model.quantize_weights()
+    (after,) = decoder.generate(prompt, max_new_tokens=40, reuse_cache=True).sequences
+    (fresh,) = ConsensusDecoder(model).generate(prompt, max_new_tokens=40).sequences
+    assert after.tolist() == fresh.tolist() != before.tolist()
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float64])
+def test_a_cast_leaves_integers_and_scales(cast: torch.dtype) -> None:
+    model = dual_view("llama biases, wide heads, tied")
+    model.quantize_weights()
+    before = [(module.weight.clone(), module.weight_scale) for module in matrices(model)]
+    model.to(cast)
+    assert model.dtype == cast and matrices(model)[0].bias.dtype == cast
+    for module, (values, scale) in zip(matrices(model), before, strict=True):
+        assert torch.equal(module.weight, values) and torch.equal(module.weight_scale, scale)
+        assert module.weight_scale.dtype == torch.float32
+
+
+def test_a_state_dict_goes_into_a_model_of_its_kind_alone() -> None:
+    model, other, plain = dual_view("llama"), dual_view("llama", anchor_view="ar"), dual_view("llama")
+    with torch.no_grad():
+        for parameter in other.model.layers.parameters():
+            parameter.mul_(0.5)
+    for quantized in (model, other):
+        quantized.quantize_weights()
+    state, ids = model.state_dict(), random_ids(6)
+    prefix = "model.layers.0.self_attn."
+    assert state[f"{prefix}k_proj.weight"].dtype == torch.int8
+    assert state[f"{prefix}k_proj.weight_scale"].shape == state[f"{prefix}k_proj.weight"].shape[:1]
+    other.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(other(ids, impl="torch"), model(ids, impl="torch"))
+    with pytest.raises(RuntimeError, match="must have dtype torch.float32, but is given as torch.int8"):
+        plain.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="must have dtype torch.int8, but is given as torch.float32"):
+        model.load_state_dict(dual_view("llama").state_dict(), strict=False)
+
+
+def test_what_needs_the_weights_themselves_is_refused(tmp_path: Path) -> None:
+    model, view = make_model(), tmp_path / "view.safetensors"
+    save_view(model, view)
+    model.quantize_weights()
+    kept = [module.weight.clone() for module in matrices(model)]
+    for action, attempt in {
+        "save_pretrained": lambda: model.save_pretrained(tmp_path / "model"),
+        "save_view": lambda: save_view(model, tmp_path / "other.safetensors"),
+        "load_view": lambda: load_view(model, view),
+        "load_checkpoint_view": lambda: load_checkpoint_view(model, view),
+        "reset_view": model.reset_view,
+        "training": lambda: make_trainer(model, tmp_path / "run", 1),
+    }.items():
+        with pytest.raises(ValueError, match=f"{action} needs a model whose weights are not in int8"):
+            attempt()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["view.safetensors"]
+    assert all(torch.equal(module.weight, before) for module, before in zip(matrices(model), kept, strict=True))
