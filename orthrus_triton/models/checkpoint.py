@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -28,6 +28,7 @@ HUB_FILES = [
 ]  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INT8 = "I8"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def folder_source(folder: Path) -> WeightSource:
 
 def state_dict_source(name: str, state_dict: dict[str, torch.Tensor]) -> WeightSource:
     """The tensors of a state dict."""
-    spelled = {dtype: text for text, dtype in FLOAT_DTYPES.items()}
+    spelled = {torch.int8: INT8} | {dtype: text for text, dtype in FLOAT_DTYPES.items()}
     return WeightSource(
         name,
         {key: tuple(tensor.shape) for key, tensor in state_dict.items()},
@@ -150,13 +151,16 @@ def state_dict_source(name: str, state_dict: dict[str, torch.Tensor]) -> WeightS
     )
 
 
-def check_weights(source: WeightSource, expected: dict[str, tuple[int, ...]], tied: bool) -> None:
+def check_weights(
+    source: WeightSource, expected: dict[str, tuple[int, ...]], tied: bool, in_int8: Collection[str] = ()
+) -> None:  # fmt: skip
     """Compare names, shapes and kinds of dtype with what the model needs; no data is read.
 
     A tied model may or may not repeat its embedding as lm_head.weight, and old Llama files hold rotary frequencies.
 
     Raises:
-        ValueError: tensors are missing, misshapen, unexpected or not floating point; it lists them.
+        ValueError: tensors are missing, misshapen, unexpected, not in int8 that must be (`in_int8`, by name), or not
+            floating point though they must; it lists them.
     """
     found = {name for name in source.shapes if not _is_redundant(name, tied)}
     complaints = [f"missing tensor {name!r}, expected shape {expected[name]}" for name in expected if name not in found]
@@ -168,11 +172,10 @@ def check_weights(source: WeightSource, expected: dict[str, tuple[int, ...]], ti
     complaints += [
         f"unexpected tensor {name!r} of shape {source.shapes[name]}" for name in sorted(found - set(expected))
     ]
-    complaints += [
-        f"tensor {name!r} must have a dtype of {sorted(FLOAT_DTYPES)}, but got {source.dtypes[name]}"
-        for name in sorted(found & set(expected))
-        if source.dtypes[name] not in FLOAT_DTYPES
-    ]
+    for name in sorted(found & set(expected)):
+        fitting = [INT8] if name in in_int8 else sorted(FLOAT_DTYPES)
+        if source.dtypes[name] not in fitting:
+            complaints.append(f"tensor {name!r} must have a dtype of {fitting}, but got {source.dtypes[name]}")
     if complaints:
         shown = "\n  ".join(complaints[:10])
         more = f"\n  and {len(complaints) - 10} more" if len(complaints) > 10 else ""

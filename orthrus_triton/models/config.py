@@ -21,6 +21,7 @@ VIEW_FIELDS = (
     "anchor_view",
     "chain_width",
 )
+OWN_FIELDS = (*VIEW_FIELDS, "int8_weights")  # no base has
 # of the file rather than of the model: written anew on saving, and auto_map names code that we neither ship nor run
 FILE_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version")
 
@@ -67,6 +68,7 @@ class OrthrusConfig(PreTrainedConfig):
     mask_embedding: bool = False
     anchor_view: str = "diffusion"
     chain_width: int | None = None
+    int8_weights: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.base_model_type not in FAMILIES:
@@ -124,7 +126,7 @@ class OrthrusConfig(PreTrainedConfig):
 
     def base_config(self) -> PreTrainedConfig:
         """The base model's own configuration."""
-        fields = {k: v for k, v in self.to_dict().items() if k not in FILE_FIELDS and k not in VIEW_FIELDS}
+        fields = {k: v for k, v in self.to_dict().items() if k not in FILE_FIELDS and k not in OWN_FIELDS}
         return family_config(self.base_model_type, fields)
 
     @property
@@ -196,8 +198,9 @@ class OrthrusConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, but got {value!r}")
-        if not isinstance(self.mask_embedding, bool):
-            raise ValueError(f"mask_embedding must be true or false, but got {self.mask_embedding!r}")
+        for name in ("mask_embedding", "int8_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, but got {getattr(self, name)!r}")
         if self.anchor_view not in ("diffusion", "ar"):
             raise ValueError(f"anchor_view must be 'diffusion' or 'ar', but got {self.anchor_view!r}")
         field = FAMILIES[self.base_model_type].activation_field

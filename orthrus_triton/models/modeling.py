@@ -246,11 +246,7 @@ class OrthrusForCausalLM(DiffusionViewMixin, QuantizationMixin, OrthrusGeneratio
             tokenizer: saved beside the weights.
             max_shard_size: bytes, or text such as "5GB"; larger models are sharded.
             state_dict: weights to save instead of this model's, under the same names (transformers' Trainer).
-
-        Raises:
-            ValueError: the weights are in int8.
         """
-        self.require_float_weights("save_pretrained")
         config = copy.deepcopy(self.config)
         config.dtype, config.architectures = self.dtype, [type(self).__name__]
         with checkpoint.atomic_folder(folder) as staging:
@@ -276,10 +272,14 @@ class OrthrusForCausalLM(DiffusionViewMixin, QuantizationMixin, OrthrusGeneratio
             raise TypeError(f"dtype must be a floating torch.dtype or None, but got {dtype!r}")
         with torch.device("meta"):
             model = cls(config)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            if config.int8_weights:
+                model.quantize_weights()
+        state = model.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        in_int8 = {name for name, tensor in state.items() if tensor.dtype == torch.int8}
         if not has_view:
             shapes = {name: shape for name, shape in shapes.items() if "_diff" not in name}
-        checkpoint.check_weights(source, shapes, config.tie_word_embeddings)
+        checkpoint.check_weights(source, shapes, config.tie_word_embeddings, in_int8)
         config.dtype = dtype
         model.to(dtype).to_empty(device=device)
         checkpoint.copy_weights(source, model.state_dict())

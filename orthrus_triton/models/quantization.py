@@ -16,8 +16,8 @@ class QuantizationMixin:
 
     @property
     def has_int8_weights(self) -> bool:
-        """Whether `quantize_weights` was called."""
-        return any(isinstance(module, Linear) and module.is_quantized for module in self.modules())
+        """Whether `quantize_weights` was called, here or before the model was saved."""
+        return self.config.int8_weights
 
     def quantize_weights(self) -> None:
         """Keep the layers' matrices in int8 alone, one scale per row, in both views: about half the memory, and half
@@ -25,17 +25,18 @@ class QuantizationMixin:
 
         From here on this is the frozen model: `mode="consensus"` and `mode="ar"` agree with each other to the bit as
         before, but no longer with the model in its own dtype. Embedding, LM head, norms and biases, the chain and what
-        is a low-rank view's own stay as they are. There is no way back; load a view, train or save before.
+        is a low-rank view's own stay as they are. There is no way back: load a view and train before. What
+        `save_pretrained` then writes takes half the room, too.
 
         Raises:
             ValueError: a weight is not finite.
         """
-        for layer in self.model.layers:
-            of_view = [part for part in layer.modules() if isinstance(part, LowRankDelta)]
-            own = {id(part) for delta in of_view for part in delta.modules()}
-            for module in layer.modules():
-                if isinstance(module, Linear) and id(module) not in own:
-                    module.quantize()
+        deltas = [module for module in self.model.layers.modules() if isinstance(module, LowRankDelta)]
+        of_deltas = {part for delta in deltas for part in delta.modules()}
+        for module in self.model.layers.modules():
+            if isinstance(module, Linear) and module not in of_deltas:
+                module.quantize()
+        self.config.int8_weights = True
 
     def require_float_weights(self, action: str) -> None:
         """Raise a ValueError unless weights can still be read, changed and learn, as `action` needs them to."""

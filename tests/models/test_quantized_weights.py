@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from orthrus_triton._triton import is_interpreted
 from orthrus_triton.models import OrthrusForCausalLM
@@ -156,13 +158,67 @@ def test_a_state_dict_goes_into_a_model_of_its_kind_alone() -> None:
         model.load_state_dict(dual_view("llama").state_dict(), strict=False)
 
 
+@pytest.mark.parametrize("options", [{}, {"view_rank": 2}, {"anchor_view": "ar", "chain_width": 8}], ids=str)
+@torch.inference_mode()
+def test_it_is_saved_and_loaded_as_it_is(options: dict, tmp_path: Path) -> None:
+    model, ids = dual_view("llama biases, wide heads, tied", torch.bfloat16, **options), random_ids(BLOCK)
+    model.save_pretrained(tmp_path / "before")
+    model.quantize_weights()
+    model.save_pretrained(tmp_path / "after")
+    size = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("before", "after")]
+    assert size[1] < 0.8 * size[0]
+    loaded = OrthrusForCausalLM.from_pretrained(tmp_path / "after")
+    assert (
+        loaded.has_int8_weights
+        and loaded.dtype == torch.bfloat16
+        and set(loaded.state_dict()) == set(model.state_dict())
+    )
+    for view in ("ar", "diffusion"):
+        assert torch.equal(loaded(ids, view, impl="torch"), model(ids, view, impl="torch"))
+    in_fp32 = OrthrusForCausalLM.from_pretrained(tmp_path / "after", dtype=torch.float32)
+    for ours, theirs in zip(matrices(in_fp32), matrices(model), strict=True):
+        assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.weight_scale, theirs.weight_scale)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (True, "missing tensor 'model.layers.0.self_attn.q_proj.weight_scale'.*"),
+        (False, "unexpected tensor 'model.layers.0.mlp.down_proj.weight_scale'"), (1, "int8_weights must be true or f"),
+    ],
+)  # fmt: skip
+def test_a_folder_must_hold_what_its_config_says(said: object, message: str, tmp_path: Path) -> None:
+    model = dual_view("llama")
+    if said is False:
+        model.quantize_weights()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"int8_weights": said}))
+    with pytest.raises(ValueError, match=message):
+        OrthrusForCausalLM.from_pretrained(tmp_path)
+
+
+def test_integers_are_not_taken_for_numbers_nor_numbers_for_integers(tmp_path: Path) -> None:
+    model = dual_view("llama")
+    model.quantize_weights()
+    model.save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.0.mlp.down_proj.weight"
+    weights = load_file(path)
+    save_file(weights | {name: weights[name].float()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"tensor '{name}' must have a dtype of \['I8'\], but got F32"):
+        OrthrusForCausalLM.from_pretrained(tmp_path)
+    name = f"{name}_scale"
+    save_file(weights | {name: weights[name].to(torch.int8)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"tensor '{name}' must have a dtype of .*, but got I8"):
+        OrthrusForCausalLM.from_pretrained(tmp_path)
+
+
 def test_what_needs_the_weights_themselves_is_refused(tmp_path: Path) -> None:
     model, view = make_model(), tmp_path / "view.safetensors"
     save_view(model, view)
     model.quantize_weights()
     kept = [module.weight.clone() for module in matrices(model)]
     for action, attempt in {
-        "save_pretrained": lambda: model.save_pretrained(tmp_path / "model"),
         "save_view": lambda: save_view(model, tmp_path / "other.safetensors"),
         "load_view": lambda: load_view(model, view),
         "load_checkpoint_view": lambda: load_checkpoint_view(model, view),
