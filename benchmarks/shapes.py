@@ -125,7 +125,8 @@ def bytes_per_pass(model: OrthrusForCausalLM, view: str, context: int, batch: in
             continue
         if "embed_tokens" in name and model.lm_head is not None:
             continue
-        in_int8 = of_int8 and ".layers." in name and parameter.dim() == 2
+        of_delta = "_diff.up." in name or "_diff.down." in name
+        in_int8 = of_int8 and ".layers." in name and parameter.dim() == 2 and not of_delta
         total += parameter.numel() + 4 * len(parameter) if in_int8 else parameter.nbytes
     config, width = model.config, model.dtype.itemsize
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.attention_head_dim * width

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import orthrus_triton
 from orthrus_triton.cli import common
@@ -92,6 +92,11 @@ def test_int8_weights_are_another_model_of_which_text_is_as_exact(model_folder, 
         text, report = result.stdout.removesuffix("\n").rsplit("\n", 1)
         assert text == expected_text(model_folder, "the text", 24, int8_weights=True)
         assert text != expected_text(model_folder, "the text", 24) and json.loads(report)["int8_weights"] is True
+        model = OrthrusForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        model.quantize_weights()
+        model.save_pretrained(tmp_path / "int8", AutoTokenizer.from_pretrained(model_folder))
+        saved = run(command, tmp_path / "int8", "the text", *options[:-2], "--raw", "--stats", "json")
+        assert saved.stdout.startswith(text) and json.loads(saved.stdout.splitlines()[-1])["int8_weights"] is True
         return
     (tmp_path / "code.txt").write_text("the text\n")
     result = run(command, "--model", model_folder, "--prompts", tmp_path / "code.txt", "--json", *options)

@@ -133,7 +133,7 @@ def test_prompts_may_be_json_lines(model_folder, tmp_path):
 def test_the_demo_model_is_the_default(prompt_file, monkeypatch, model_folder):
     asked = []
 
-    def load(*arguments):
+    def load(*arguments, **options):
         asked.append(arguments)
         model, tokenizer = OrthrusForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
         return model, tokenizer, "the demo"

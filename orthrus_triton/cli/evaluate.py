@@ -111,7 +111,7 @@ def evaluate(
             )  # fmt: skip
         report = {
             "model": name,
-            "int8_weights": int8_weights,
+            "int8_weights": network.has_int8_weights,
             "int8_drafts": int8_drafts,
             **_setting(where, precision, runs, prompts or []),
             **report,

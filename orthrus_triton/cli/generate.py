@@ -104,7 +104,7 @@ def generate(
             "stopped_by": "eos" if int(output.sequences[0][-1]) in network.eos_token_ids else "length",
             "block_size": (block_size or decoder.block_size) if mode == "consensus" else 1,
             "dtype": str(precision).removeprefix("torch."),
-            "int8_weights": int8_weights,
+            "int8_weights": network.has_int8_weights,
             "device": str(where),
             "impl": runs,
         }

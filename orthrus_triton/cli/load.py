@@ -61,6 +61,7 @@ def load_model(
         with busy("Turning weights to int8"):
             model.quantize_weights()
             model.to(device)
+    if model.has_int8_weights:
         name = f"{name}, weights in int8"
     if int8_drafts:
         model.quantize_drafts()

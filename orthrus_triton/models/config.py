@@ -52,6 +52,7 @@ class OrthrusConfig(PreTrainedConfig):
             trained view's. "ar": the frozen model reads the anchor, so that the token after it is exact and costs no
             verification, and the masks behind it see its AR key; a cycle then commits two tokens at least.
         chain_width: None, or the width of a `DraftChain`, which lets each mask know what the row before it drafted.
+        int8_weights: the layers' matrices are in int8; see `OrthrusForCausalLM.quantize_weights`.
 
     Raises:
         ValueError: a field that is out of range or that no kernel here implements; it names the field.

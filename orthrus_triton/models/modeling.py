@@ -48,6 +48,8 @@ class OrthrusForCausalLM(DiffusionViewMixin, QuantizationMixin, OrthrusGeneratio
         self.generation_config = GenerationConfig(**ends)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("_diff" in name)
+        if config.int8_weights:
+            self.quantize_weights()
         self.post_init()
 
     @property
@@ -249,8 +251,9 @@ class OrthrusForCausalLM(DiffusionViewMixin, QuantizationMixin, OrthrusGeneratio
         """
         config = copy.deepcopy(self.config)
         config.dtype, config.architectures = self.dtype, [type(self).__name__]
+        weights = self.state_dict() if state_dict is None else state_dict
+        config.int8_weights = any(tensor.dtype == torch.int8 for tensor in weights.values())
         with checkpoint.atomic_folder(folder) as staging:
-            weights = self.state_dict() if state_dict is None else state_dict
             checkpoint.write_weights(staging, weights, max_shard_size)
             config.to_json_file(staging / "config.json")
             if self.generation_config is not None:
@@ -272,8 +275,6 @@ class OrthrusForCausalLM(DiffusionViewMixin, QuantizationMixin, OrthrusGeneratio
             raise TypeError(f"dtype must be a floating torch.dtype or None, but got {dtype!r}")
         with torch.device("meta"):
             model = cls(config)
-            if config.int8_weights:
-                model.quantize_weights()
         state = model.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         in_int8 = {name for name, tensor in state.items() if tensor.dtype == torch.int8}

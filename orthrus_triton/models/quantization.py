@@ -17,7 +17,7 @@ class QuantizationMixin:
     @property
     def has_int8_weights(self) -> bool:
         """Whether `quantize_weights` was called, here or before the model was saved."""
-        return self.config.int8_weights
+        return any(isinstance(module, Linear) and module.is_quantized for module in self.modules())
 
     def quantize_weights(self) -> None:
         """Keep the layers' matrices in int8 alone, one scale per row, in both views: about half the memory, and half
@@ -26,17 +26,22 @@ class QuantizationMixin:
         From here on this is the frozen model: `mode="consensus"` and `mode="ar"` agree with each other to the bit as
         before, but no longer with the model in its own dtype. Embedding, LM head, norms and biases, the chain and what
         is a low-rank view's own stay as they are. There is no way back: load a view and train before. What
-        `save_pretrained` then writes takes half the room, too.
+        `save_pretrained` then writes takes half the room, too. Call it before a decoder's run is opened, not within.
 
         Raises:
-            ValueError: a weight is not finite.
+            ValueError: a weight is not finite; then nothing is changed.
         """
         deltas = [module for module in self.model.layers.modules() if isinstance(module, LowRankDelta)]
         of_deltas = {part for delta in deltas for part in delta.modules()}
-        for module in self.model.layers.modules():
-            if isinstance(module, Linear) and module not in of_deltas:
-                module.quantize()
-        self.config.int8_weights = True
+        matrices = {
+            name: module for name, module in self.model.layers.named_modules()
+            if isinstance(module, Linear) and module not in of_deltas
+        }  # fmt: skip
+        for name, module in matrices.items():
+            if not module.weight.is_meta and not module.weight.isfinite().all():
+                raise ValueError(f"weights must be finite to be kept in int8, but those of layers.{name} are not")
+        for module in matrices.values():
+            module.quantize()
 
     def require_float_weights(self, action: str) -> None:
         """Raise a ValueError unless weights can still be read, changed and learn, as `action` needs them to."""
@@ -55,6 +60,8 @@ class QuantizationMixin:
         Raises:
             ValueError: nothing can be copied (a low-rank view with `anchor_view="ar"`), or a weight is not finite.
         """
+        if self.has_int8_weights:
+            return
         if self.anchor_rows and self.config.view_rank is not None:
             raise ValueError(
                 "quantize_drafts needs a model with view_rank=None or anchor_view='diffusion', but got "

@@ -11,6 +11,13 @@ from torch import nn
 from orthrus_triton import ops
 from orthrus_triton.modules.rms_norm import RMSNorm
 
+_DTYPE_MISMATCH = "dtype mismatch for {}: it must have {}, but the state dict has {}."
+
+
+def _mistakes_int8(own: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether integers would be taken for what they count, or numbers be cut off to integers."""
+    return own.dtype != given.dtype and torch.int8 in (own.dtype, given.dtype)
+
 
 def require_residual(residual: torch.Tensor | None, next_norm: RMSNorm | None) -> None:
     """Raise a ValueError for a norm of a sum of which one part is missing."""
@@ -52,10 +59,12 @@ class Linear(nn.Module):
 
     def quantize(self) -> None:
         """Keep the weight in int8 alone (`orthrus_triton.ops.quantize_rows`)."""
-        if not self.is_quantized:
+        if self.is_quantized:
+            return
+        with torch.inference_mode(False):  # what is made in it cannot be loaded into later
             values, self.weight_scale = ops.quantize_rows(self.weight)
             self.weight = nn.Parameter(values, requires_grad=False)
-            self.drop_draft_copy()
+        self.drop_draft_copy()
 
     def quantize_for_drafts(self) -> None:
         """Keep an int8 copy of the weight, as it is now, beside it: what `draft=True` reads. A weight in int8 needs
@@ -80,8 +89,8 @@ class Linear(nn.Module):
         unexpected_keys: list, error_msgs: list,
     ) -> None:  # fmt: skip
         given = state_dict.get(f"{prefix}weight", self.weight)
-        if self.weight.dtype != given.dtype and torch.int8 in (self.weight.dtype, given.dtype):  # would be cut off
-            error_msgs.append(f"{prefix}weight must have dtype {self.weight.dtype}, but is given as {given.dtype}.")
+        if _mistakes_int8(self.weight, given):
+            error_msgs.append(_DTYPE_MISMATCH.format(f"{prefix}weight", self.weight.dtype, given.dtype))
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -176,6 +185,11 @@ def _merge_names(
             f"size mismatch for {name}: it must have shape {shape}, but the state dict has {tuple(part.shape)}."
             for name, part, rows in zip(names, parts, fused.parts.values())
             if tuple(part.shape) != (shape := (rows, *own.shape[1:]))
+        ]
+        wrong += [
+            _DTYPE_MISMATCH.format(name, own.dtype, part.dtype)
+            for name, part in zip(names, parts)
+            if _mistakes_int8(own, part)
         ]
         errors += wrong
         state_dict[f"{prefix}{own_name}.{parameter}"] = own if wrong else torch.cat(parts)

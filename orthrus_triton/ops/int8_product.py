@@ -9,7 +9,7 @@ from orthrus_triton._triton import EXACT_LAUNCH, cdiv, tl, triton
 from orthrus_triton.autotune.store import KernelConfig
 from orthrus_triton.ops._dispatch import on_its_device
 from orthrus_triton.ops.product_tile import product_tile
-from orthrus_triton.ops.row_tiles import depth_per_split, tiles_for_rows
+from orthrus_triton.ops.row_tiles import depth_per_split
 
 LARGEST = 127  # of either sign
 
@@ -38,8 +38,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize_rows(values: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What `quantize_rows` stands for, [N, K], in `dtype`."""
     scale = weight_scale[:, None].to(torch.float64 if dtype == torch.float64 else torch.float32)
-    out = values.new_empty(values.shape, dtype=dtype)
-    return torch.mul(values, scale, out=out)  # rounded once, and with nothing of four bytes in between
+    return (values * scale).to(dtype)
 
 
 @triton.jit(do_not_specialize=["M", "run", "apart"])
@@ -70,11 +69,11 @@ def launch_int8_product(
     x: torch.Tensor, run: int, apart: int, values: torch.Tensor, weight_scale: torch.Tensor, partial: torch.Tensor,
     config: KernelConfig,
 ) -> None:  # fmt: skip
-    """Fill `partial` [SPLIT_K, M, N] fp32 from `row_runs` of x, with `linear`'s configuration of this weight shape."""
+    """Fill `partial` [SPLIT_K, M, N] fp32 from `row_runs` of x, with `linear`'s configuration of this weight shape, for
+    any number of rows: converted from int8, Hopper's small tiles add along K in another order than its large ones."""
     (N, K), M = values.shape, partial.shape[1]
-    tiles = config if x.dtype == torch.float32 else tiles_for_rows(config, M, values)
-    grid = (cdiv(M, tiles["BLOCK_M"]), cdiv(N, tiles["BLOCK_N"]), tiles["SPLIT_K"])
+    grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), config["SPLIT_K"])
     int8_product_kernel[grid](
         x, values, weight_scale.contiguous(), partial, M, run, apart, N=N, K=K,
-        K_PER_SPLIT=depth_per_split(config, K), PRECISION="ieee", **tiles.constants, **tiles.launch, **EXACT_LAUNCH,
+        K_PER_SPLIT=depth_per_split(config, K), PRECISION="ieee", **config.constants, **config.launch, **EXACT_LAUNCH,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from orthrus_triton import ops
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.modules import DualViewAttention, OrthrusDecoderLayer, SharedKVCache
 from orthrus_triton.modules.kv_cache import ViewPass
+from orthrus_triton.modules.projection import Linear
 from orthrus_triton.modules.rms_norm import RMSNorm
 from orthrus_triton.modules.rotary import angles_of
 
@@ -75,6 +76,7 @@ class BlockStudent(nn.Module):
 
     def __init__(self, model: OrthrusForCausalLM) -> None:
         super().__init__()
+        model.require_float_weights("training")
         self.embed_tokens, self.norm, self.lm_head = model.model.embed_tokens, model.model.norm, model.lm_head
         self.layers = nn.ModuleList(BlockLayer(layer) for layer in model.model.layers)
         self.rotary_emb = model.model.rotary_emb
@@ -196,8 +198,10 @@ def _project_out(attention: DualViewAttention, x: torch.Tensor) -> torch.Tensor:
     return _project(x, attention.o_proj) + _project(_project(x, delta.down), delta.up)
 
 
-def _project(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+def _project(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     # trained weights are fp32 masters where the frozen ones are bf16
+    if linear.is_quantized:  # since the student was made
+        raise ValueError("weights must not be in int8 to be trained with")
     bias = None if linear.bias is None else linear.bias.to(x.dtype)
     return F.linear(x, linear.weight.to(x.dtype), bias)
 

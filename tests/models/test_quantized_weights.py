@@ -17,6 +17,7 @@ from orthrus_triton.models.view_checkpoint import load_checkpoint_view
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.modules.projection import Linear, LowRankDelta
 from orthrus_triton.ops.int8_product import dequantize_rows
+from orthrus_triton.training.student import BlockStudent
 from tests.models.test_quantized_drafts import BLOCK, DEVICE, copied, dual_view
 from tests.models.tiny_bases import random_ids
 from tests.training.view_runs import make_model, make_trainer
@@ -114,6 +115,9 @@ def test_drafts_need_no_copies_then() -> None:
     assert copied(model) == []
     model.quantize_drafts()
     assert copied(model) == []
+    model = dual_view("qwen2", anchor_view="ar", view_rank=2)
+    model.quantize_weights()
+    model.quantize_drafts()
 
 
 def test_a_decoder_notices() -> None:
@@ -152,10 +156,14 @@ def test_a_state_dict_goes_into_a_model_of_its_kind_alone() -> None:
     other.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(other(ids, impl="torch"), model(ids, impl="torch"))
-    with pytest.raises(RuntimeError, match="must have dtype torch.float32, but is given as torch.int8"):
+    with pytest.raises(RuntimeError, match="must have torch.float32, but the state dict has torch.int8"):
         plain.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="must have dtype torch.int8, but is given as torch.float32"):
+    with pytest.raises(RuntimeError, match="must have torch.int8, but the state dict has torch.float32"):
         model.load_state_dict(dual_view("llama").state_dict(), strict=False)
+    for name in ("q_proj", "o_proj"):  # a part of a product, and a whole one
+        mixed = plain.state_dict() | {f"{prefix}{name}.weight": state[f"{prefix}{name}.weight"]}
+        with pytest.raises(RuntimeError, match=f"mismatch for {prefix}{name}.weight: it must have torch.float32"):
+            plain.load_state_dict(mixed)
 
 
 @pytest.mark.parametrize("options", [{}, {"view_rank": 2}, {"anchor_view": "ar", "chain_width": 8}], ids=str)
@@ -213,6 +221,44 @@ def test_integers_are_not_taken_for_numbers_nor_numbers_for_integers(tmp_path: P
         OrthrusForCausalLM.from_pretrained(tmp_path)
 
 
+def test_weights_that_are_not_finite_leave_a_model_as_it_was() -> None:
+    model = dual_view("llama")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj are not"):
+        model.quantize_weights()
+    assert not model.has_int8_weights and all(module.weight.dtype == torch.float32 for module in matrices(model))
+
+
+def test_models_of_one_config_do_not_speak_for_each_other(tmp_path: Path) -> None:
+    config = dual_view("llama").config
+    quantized, other = OrthrusForCausalLM(config), OrthrusForCausalLM(config)
+    quantized.quantize_weights()
+    assert quantized.has_int8_weights and not other.has_int8_weights
+    for model, name in ((quantized, "quantized"), (other, "other")):
+        model.save_pretrained(tmp_path / name)
+        loaded = OrthrusForCausalLM.from_pretrained(tmp_path / name)
+        assert loaded.has_int8_weights == OrthrusForCausalLM(loaded.config).has_int8_weights == (model is quantized)
+    quantized.save_pretrained(tmp_path / "given", state_dict=other.state_dict())
+    assert not OrthrusForCausalLM.from_pretrained(tmp_path / "given").has_int8_weights
+
+
+def test_what_was_quantized_in_inference_mode_can_be_loaded_into() -> None:
+    model = dual_view("llama")
+    with torch.inference_mode():
+        model.quantize_weights()
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert not any(parameter.is_inference() for parameter in (*model.parameters(), *model.buffers()))
+
+
+def test_a_trainer_does_not_take_integers_for_weights(tmp_path: Path) -> None:
+    model = make_model()
+    trainer = make_trainer(model, tmp_path, 1)
+    model.quantize_weights()
+    with pytest.raises(ValueError, match="must not be in int8"):
+        trainer.train()
+
+
 def test_what_needs_the_weights_themselves_is_refused(tmp_path: Path) -> None:
     model, view = make_model(), tmp_path / "view.safetensors"
     save_view(model, view)
@@ -224,8 +270,9 @@ def test_what_needs_the_weights_themselves_is_refused(tmp_path: Path) -> None:
         "load_checkpoint_view": lambda: load_checkpoint_view(model, view),
         "reset_view": model.reset_view,
         "training": lambda: make_trainer(model, tmp_path / "run", 1),
+        "training ": lambda: BlockStudent(model),
     }.items():
-        with pytest.raises(ValueError, match=f"{action} needs a model whose weights are not in int8"):
+        with pytest.raises(ValueError, match=f"{action.strip()} needs a model whose weights are not in int8"):
             attempt()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["view.safetensors"]
     assert all(torch.equal(module.weight, before) for module, before in zip(matrices(model), kept, strict=True))

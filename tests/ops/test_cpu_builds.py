@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from orthrus_triton import ops
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.ops.cpu import kernels, library, token_kernels
+from orthrus_triton.ops.int8_product import dequantize_rows
 from orthrus_triton.testing import TinyDualViewModel
 from tests.ops.attention_cases import make_case
 from tests.ops.sampling_cases import make_logits, mixed_sampling, positions_of
@@ -39,16 +40,20 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @given(
     seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES), M=st.integers(1, 140), N=st.integers(1, 90),
-    K=st.integers(1, 150), biased=st.booleans(),
+    K=st.integers(1, 150), biased=st.booleans(), in_int8=st.booleans(),
 )  # fmt: skip
-def test_products(seed, dtype, M, N, K, biased) -> None:
+def test_products(seed, dtype, M, N, K, biased, in_int8) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((M, K), (N, K), (N,)))
-    bias = bias if biased else None
-    out = kernels.linear_cpu(x, weight, bias)
+    bias, exact, scale = bias if biased else None, weight.double(), None
+    if in_int8:
+        weight, scale = ops.quantize_rows(weight)
+        exact = dequantize_rows(weight, scale, torch.float64)
+    out = kernels.linear_cpu(x, weight, bias, scale)
     for rows in (1, 2, 5, 13):
-        assert torch.equal(torch.cat([kernels.linear_cpu(part, weight, bias) for part in x.split(rows)]), out), rows
-    exact = torch.nn.functional.linear(x.double(), weight.double(), bias if bias is None else bias.double())
+        parts = [kernels.linear_cpu(part, weight, bias, scale) for part in x.split(rows)]
+        assert torch.equal(torch.cat(parts), out), rows
+    exact = torch.nn.functional.linear(x.double(), exact, bias if bias is None else bias.double())
     assert ((out - exact).abs() <= exact.abs() * ROUNDING[dtype] + 1e-5 * K).all()
 
 
@@ -56,6 +61,8 @@ def test_products(seed, dtype, M, N, K, biased) -> None:
 def test_products_are_summed_in_fp32_and_rounded_once(dtype: torch.dtype) -> None:
     x, weight = torch.randint(-99, 99, (5, 71)).float(), torch.randint(-99, 99, (40, 71)).float()
     assert torch.equal(kernels.linear_cpu(x.to(dtype), weight.to(dtype), None), (x @ weight.T).to(dtype))
+    in_int8 = kernels.linear_cpu(x.to(dtype), weight.to(torch.int8), None, torch.full((40,), 0.3))
+    assert torch.equal(in_int8, (x @ weight.T * 0.3).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,6 +11,7 @@ from orthrus_triton import ops
 from orthrus_triton.modules import SharedKVCache
 from orthrus_triton.ops.cpu import kernels
 from orthrus_triton.ops.cpu.library import c_library
+from orthrus_triton.ops.int8_product import dequantize_rows
 from tests.ops.attention_cases import make_case
 from tests.ops.sampling_cases import sampling_of
 
@@ -96,27 +97,31 @@ def test_the_number_of_threads_moves_no_bit_of_attention(
 @needs_c
 @given(
     seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES), M=st.integers(1, 140),
-    N=st.integers(1, 90), K=st.integers(1, 150), biased=st.booleans(), leading=st.booleans(),
+    N=st.integers(1, 90), K=st.integers(1, 150), biased=st.booleans(), leading=st.booleans(), in_int8=st.booleans(),
 )  # fmt: skip
 def test_a_product_of_any_shape_is_the_product_and_its_rows_are_their_own(
-    seed, dtype, M, N, K, biased, leading
+    seed, dtype, M, N, K, biased, leading, in_int8
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     x, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((M, K), (N, K), (N,)))
-    bias = bias if biased else None
-    if kernels.linear_cpu(x, weight, bias) is None:
+    bias, exact, scale = bias if biased else None, weight.double(), None
+    if in_int8:
+        weight, scale = ops.quantize_rows(weight)
+        exact = dequantize_rows(weight, scale, torch.float64)
+    if kernels.linear_cpu(x, weight, bias, scale) is None:
         pytest.skip("no product of bf16 in C on this CPU")
     threads, outs = torch.get_num_threads(), []
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            outs.append(kernels.linear_cpu(x[None] if leading else x, weight, bias).view(M, N))
+            outs.append(kernels.linear_cpu(x[None] if leading else x, weight, bias, scale).view(M, N))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*outs)
     for rows in (1, 2, 5, 13):
-        assert torch.equal(torch.cat([kernels.linear_cpu(part, weight, bias) for part in x.split(rows)]), outs[0]), rows
-    exact = torch.nn.functional.linear(x.double(), weight.double(), bias if bias is None else bias.double())
+        parts = [kernels.linear_cpu(part, weight, bias, scale) for part in x.split(rows)]
+        assert torch.equal(torch.cat(parts), outs[0]), rows
+    exact = torch.nn.functional.linear(x.double(), exact, bias if bias is None else bias.double())
     assert ((outs[0] - exact).abs() <= exact.abs() * ROUNDING[dtype] + 1e-5 * K).all()
 
 

@@ -59,6 +59,16 @@ def test_a_weight_may_lie_as_it_will_and_there_may_be_no_rows() -> None:
             assert ops.linear(x[None, :0], values, weight_scale=scale, impl=impl).shape == (1, 0, 4)
 
 
+@torch.no_grad()
+def test_weights_may_be_mapped_over() -> None:
+    x, (values, scale) = randn(1, 3, 8), ops.quantize_rows(randn(2, 12, 8))
+    mapped = torch.vmap(lambda one, of: ops.linear(x, one, impl="torch", weight_scale=of))
+    together = mapped(values.view(2, 6, 8), scale.view(2, 6))
+    torch.testing.assert_close(
+        torch.cat(tuple(together), dim=1), ops.linear(x, values, impl="torch", weight_scale=scale)
+    )
+
+
 def test_what_cannot_be_kept_is_refused() -> None:
     with pytest.raises(ValueError, match=r"weight must be \[N, K\]"):
         ops.quantize_rows(torch.ones(3))

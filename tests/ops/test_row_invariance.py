@@ -222,9 +222,10 @@ def test_the_check_can_fail() -> None:
 def test_linear_on_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Qwen3 layer shapes with their default configuration: 1, 7, 32, 33, 64 and 256 rows give the same bits."""
     x, weight = randn(1, 256, shape[1], dtype=dtype), randn(2, *shape, dtype=dtype) * shape[1] ** -0.5
-    whole = ops.linear(x, weight, impl="triton")
-    for rows in (1, 7, 32, 33, 64):
-        assert torch.equal(ops.linear(x[:rows], weight, impl="triton"), whole[:rows]), rows
+    for factor, scale in ((weight, None), ops.quantize_rows(weight)):
+        whole = ops.linear(x, factor, weight_scale=scale, impl="triton")
+        for rows in (1, 7, 32, 33, 64):
+            assert torch.equal(ops.linear(x[:rows], factor, weight_scale=scale, impl="triton"), whole[:rows]), rows
 
 
 @pytest.mark.gpu
