@@ -2,7 +2,7 @@
 # One visit to a GPU, part by part; each prints its table last and keeps all in OUTPUT_FOLDER and OUTPUT_FOLDER.tgz.
 #   benchmarks/gpu_visit.sh PART[:SECONDS]... OUTPUT_FOLDER     a part is cut off after SECONDS, by default 530
 # Parts: facts tests_ops tests_modules tests_layers tests_exact tests_tune tests_timing tune_1 tune_2 linear attention
-#        cycle tax compiled sampled context batch profile prefill exact training view_rehearse view_rates view
+#        cycle int8 tax compiled sampled context batch profile prefill exact training view_rehearse view_rates view
 #        view_rest shipped
 #   OFFICIAL=path   a checkout of the official implementation, for the parts cycle and context
 #   VIEW_DATA=path  for the parts that make a view: prompts.jsonl, held-out/, rows/ to train on besides the new ones
@@ -10,7 +10,7 @@
 #                   of an earlier visit; VIEW_OPTIONS="--set ..." DATA_SECONDS=60 TRAIN_SECONDS=300 RATES=1e-3,2e-3,4e-3
 #   SHAPE=qwen3-8b  PYTHON=python3  WORKERS=8 test processes, where pytest-xdist is installed
 # What to ask of 13 minutes: tune_1:140 cycle:110 batch:120 context:90 attention:90 prefill:95 tests_timing:100.
-# What has not run yet: tests_timing, shipped.
+# What has not run yet: tests_timing, shipped, int8.
 # A part that fails does not stop the next one; the exit status says whether any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -67,7 +67,7 @@ from benchmarks.common import copy_bandwidth, environment
 device = torch.device('cuda')
 print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         tests_ops) gpu_tests "${WORKERS:-8}" tests/ops tests/gpu/test_ops_once.py ;;
-        tests_modules) gpu_tests "${WORKERS:-8}" tests/modules ;;
+        tests_modules) gpu_tests "${WORKERS:-8}" tests/modules tests/models ;;
         tests_layers) gpu_tests 9 tests/gpu/test_layer_shapes.py ;; # one process for each shape and dtype
         tests_exact) gpu_tests 1 tests/gpu/test_thousand_prompts.py ;;
         tests_tune) gpu_tests 1 tests/autotune ;;
@@ -81,6 +81,9 @@ print(environment(device), f'{copy_bandwidth(device) / 1e9:.0f} GB/s copy')" ;;
         # one context, everybody
         cycle) run cycle "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1 \
             --providers ours,ours-int8-drafts,ours-ar,official,hf,ours-inexact $official --out "$out" ;;
+        # weights in int8, and what the same steps take with those they were made from
+        int8) run int8 "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1,4 --cycles 30 \
+            --providers ours,ours-int8-weights,ours-ar,ours-ar-int8-weights --out "$out/int8" ;;
         # what exactness costs of a cycle: the same one with the library's products
         tax) run tax "$python" -m benchmarks.cycle --shape "$shape" --context 2048 --batch 1,4 --cycles 30 \
             --providers ours,ours-inexact --out "$out/tax" ;;

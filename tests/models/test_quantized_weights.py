@@ -74,6 +74,14 @@ def test_consensus_is_ar_in_triton(dtype: torch.dtype, anchor_view: str) -> None
     assert_consensus_is_ar(dual_view("qwen3", dtype, anchor_view).to(DEVICE), lengths, tokens, "triton")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_consensus_is_ar_beside_many_others(dtype: torch.dtype) -> None:
+    """In graphs, of more rows than small tiles are made for."""
+    lengths = tuple(range(3, 43))  # of 40 sequences: 160 rows in a block
+    assert_consensus_is_ar(dual_view("qwen3", dtype, "ar").to(DEVICE), lengths, 64, "triton")
+
+
 def assert_consensus_is_ar(model: OrthrusForCausalLM, lengths: tuple[int, ...], tokens: int, impl: str) -> None:
     model.quantize_weights()
     prompts = [random_ids(length, seed=length)[0].to(DEVICE) for length in lengths]
