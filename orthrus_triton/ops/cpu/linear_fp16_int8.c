@@ -8,7 +8,7 @@ typedef uint16_t out_number;
 
 /* As `linear_int8`. */
 void orthrus_linear_fp16_int8_wide(
-    const uint16_t *x, const int8_t *values, const float *scale, const uint16_t *bias, uint16_t *out, float *wide, int64_t M,
-    int64_t N, int64_t K, int64_t columns, int num_threads) {
+    const uint16_t *x, const int8_t *values, const float *scale, const uint16_t *bias, uint16_t *out, float *wide,
+    int64_t M, int64_t N, int64_t K, int64_t columns, int num_threads) {
     linear_int8(x, values, scale, bias, out, wide, M, N, K, columns, num_threads);
 }

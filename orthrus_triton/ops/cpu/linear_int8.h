@@ -3,18 +3,8 @@
 
 #define DEPTH (4 * LANES)
 #define PARTS 4
-typedef float row_number;
 typedef int8_t weight_number;
-typedef floats factors;
-
-static inline floats load_rows(const float *from) {
-#if LANES == 8 /* not enough registers to hold them */
-    return load(from);
-#else
-    return held(load(from));
-#endif
-}
-#define load_last_rows(from, n) load_rows(from)
+#include "wide_rows.h"
 
 #define load_weights(from, part) held(int8_as_floats((from) + part * LANES))
 static inline floats load_last_weights(const int8_t *from, int64_t n, int part) {
@@ -23,11 +13,10 @@ static inline floats load_last_weights(const int8_t *from, int64_t n, int part) 
     return load_weights(padded, part);
 }
 
-static inline floats add_product(floats sum, floats rows, floats weights) { return fused(rows, weights, sum); }
 #include "product.h"
 
-/* x [M, K], values [N, K], scale [N], bias [N] or null -> out [M, N]; `wide` [M, K rounded up to 64] is for x in fp32. A
- * task takes `columns`, a multiple of 16. */
+/* x [M, K], values [N, K], scale [N], bias [N] or null -> out [M, N]; `wide` [M, K rounded up to 64] is for x in fp32.
+ * A task takes `columns`, a multiple of 16. */
 static void linear_int8(
     const out_number *x, const int8_t *values, const float *scale, const out_number *bias, out_number *out, float *wide,
     int64_t M, int64_t N, int64_t K, int64_t columns, int num_threads) {

@@ -3,18 +3,8 @@
 
 #define DEPTH (2 * LANES)
 #define PARTS 2
-typedef float row_number;
 typedef uint16_t weight_number, out_number;
-typedef floats factors;
-
-static inline floats load_rows(const float *from) {
-#if LANES == 8 /* not enough registers to hold them */
-    return load(from);
-#else
-    return held(load(from));
-#endif
-}
-#define load_last_rows(from, n) load_rows(from)
+#include "wide_rows.h"
 
 static inline floats load_weights(const uint16_t *from, int part) { return held(widened(from, part)); }
 static inline floats load_last_weights(const uint16_t *from, int64_t n, int part) {
@@ -23,7 +13,6 @@ static inline floats load_last_weights(const uint16_t *from, int64_t n, int part
     return load_weights(padded, part);
 }
 
-static inline floats add_product(floats sum, floats rows, floats weights) { return fused(rows, weights, sum); }
 #include "product.h"
 
 /* x [M, K], weight [N, K], bias [N] or null -> out [M, N], all in two bytes; `wide` [M, K rounded up to 32] is for x in

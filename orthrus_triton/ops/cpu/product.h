@@ -1,7 +1,7 @@
 /* x @ weight.T, for a file that says before how its numbers are multiplied: `row_number`, `weight_number`, how DEPTH of
- * them are loaded as `factors`, in PARTS vectors, `add_product`; and of which DTYPE, and so which `out_number`, bias and
- * results are, perhaps how they are rounded. Lanes run along K, and every result is summed in one order: along K, lane by
- * lane, then over the lanes. So no row depends on others, or on their number. */
+ * them are loaded as `factors`, in PARTS vectors, `add_product`; and of which DTYPE, and so which `out_number`, bias
+ * and results are, perhaps how they are rounded. Lanes run along K, and every result is summed in one order: along K,
+ * lane by lane, then over the lanes. So no row depends on others, or on their number. */
 
 #define TALL 4 /* a square of products has TALL rows and WIDE columns, */
 #if LANES == 8
@@ -68,7 +68,7 @@ static inline __attribute__((always_inline)) void add_products(
 }
 
 /* The products of `height` rows of x and `width` rows of the weight, the result at row * width + column; what lies
- * beyond `rows` or `columns` repeats the last one. Each DEPTH numbers it asks for `lines` cache lines of `next`. */
+ * beyond `rows` or `columns` repeats the last one. Each DEPTH numbers it asks for `lines` times as many of `next`. */
 static inline __attribute__((always_inline)) void products(
     float *result, const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns,
     int64_t K, const int height, const int width, const int lines, const weight_number *next) {
@@ -131,8 +131,8 @@ static inline __attribute__((always_inline)) void store_products(
 }
 
 /* A panel of M rows times the weight's rows first..last-1, in groups. The next group is asked for by the first squares
- * of this one, by the more of them the more rows there are: it should be there by then. Every line of one row alone asks
- * for the next one. */
+ * of this one, by the more of them the more rows there are: it should be there by then. Every line of one row alone
+ * asks for the next one. */
 static void multiply_panel(
     const row_number *x, int64_t x_stride, const weight_number *weight, const float *scale, const out_number *bias,
     out_number *out, int64_t M, int64_t N, int64_t K, int64_t first, int64_t last) {
