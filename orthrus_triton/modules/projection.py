@@ -115,7 +115,9 @@ class Linear(nn.Module):
     ) -> torch.Tensor:
         """x [..., in] -> [..., out], plus `residual` [..., out]."""
         weight, scale = self.factors(draft)
-        return ops.linear(x, weight, self.bias, residual, out_dtype=out_dtype, impl=impl, weight_scale=scale)
+        return ops.linear(
+            x, weight, self.bias, residual, out_dtype=out_dtype, impl=impl, weight_scale=scale, draft=draft
+        )  # fmt: skip
 
     def add_and_norm(
         self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm, *, impl: str = "auto", linear_impl: str = "auto",
@@ -127,7 +129,7 @@ class Linear(nn.Module):
             weight, scale = self.factors(draft)
             return ops.linear_norm(
                 x, weight, self.bias, residual, norm.weight, norm.eps, norm_offset=norm.offset, impl=impl,
-                weight_scale=scale,
+                weight_scale=scale, draft=draft,
             )  # fmt: skip
         return norm(self(x, impl=linear_impl, draft=draft), residual, impl=impl)
 

@@ -31,6 +31,7 @@ def linear(
     impl: str = "auto",
     config: KernelConfig | None = None,
     weight_scale: torch.Tensor | None = None,
+    draft: bool = False,
 ) -> torch.Tensor:
     """`x @ weight.T + bias`, accumulated in fp32, plus `residual` in the output's dtype.
 
@@ -46,6 +47,8 @@ def linear(
         config: kernel configuration, by default the one looked up for this weight shape. Only with impl="triton".
         weight_scale: [N] float, for a `weight` of int8 whose row n counts `weight_scale[n]` (`quantize_rows`). Every
             integer is multiplied as it is, and sums are scaled.
+        draft: whether only a draft reads the result, which then need not be as close: with a `weight` of int8, CPUs
+            that are faster so round x to int8, too, with one scale per row.
 
     Returns:
         [..., N].
@@ -65,8 +68,8 @@ def linear(
     if impl == "library" and runs_directly("torch", x):
         return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
     if runs_directly(impl, x):
-        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale)
-    return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl, weight_scale)
+        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale, draft)
+    return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl, weight_scale, draft)
 
 
 def check_product(
@@ -249,11 +252,12 @@ def linear_torch(
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
     weight_scale: torch.Tensor | None = None,
+    draft: bool = False,
 ) -> torch.Tensor:
     """Any device. On the CPU a row's bits are those it would have alone (`tiled_product`)."""
     if x.device.type != "cpu":
         return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
-    out = tiled_product(x, weight, bias, weight_scale)
+    out = tiled_product(x, weight, bias, weight_scale, draft)
     if out.dtype != out_dtype:
         out = out.to(out_dtype)
     return out if residual is None else out + residual
@@ -272,13 +276,13 @@ def linear_reference(
     "orthrus_triton::linear",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, ScalarType out_dtype, str impl, "
-    "Tensor? weight_scale=None) -> Tensor",
+    "Tensor? weight_scale=None, bool draft=False) -> Tensor",
 )
-def _linear_op(x, weight, bias, residual, out_dtype, impl, weight_scale=None):
+def _linear_op(x, weight, bias, residual, out_dtype, impl, weight_scale=None, draft=False):
     if impl == "triton":
         return launch_linear(x, weight, bias, residual, out_dtype, weight_scale=weight_scale)
     if impl == "torch":
-        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale)
+        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale, draft)
     if impl == "library":
         return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
     out = linear_reference(x, weight, bias, weight_scale).to(out_dtype)
@@ -286,5 +290,5 @@ def _linear_op(x, weight, bias, residual, out_dtype, impl, weight_scale=None):
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, residual, out_dtype, impl, weight_scale=None):
+def _(x, weight, bias, residual, out_dtype, impl, weight_scale=None, draft=False):
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)

@@ -1,4 +1,4 @@
-"""Tiny models and few rows: a second thread costs more than it brings, most of all beside other test processes."""
+"""One thread for tiny models and few rows, to which a second costs more than it brings; and how drafts multiply."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from orthrus_triton.ops.cpu import kernels
+
 
 @pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
@@ -14,3 +16,13 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[False, True], ids=["rows as they are", "rows rounded, too"])
+def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether drafts also round what they multiply int8 with, as CPUs do that are faster so."""
+    if not request.param:
+        monkeypatch.setattr(kernels, "DRAFT_DEPTH", 0)
+    elif not hasattr(kernels.c_library(), "orthrus_linear_fp32_draft"):
+        pytest.skip("no product of integers in C on this CPU")
+    return request.param

@@ -47,7 +47,9 @@ def stand_in(model: OrthrusForCausalLM) -> None:
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
 @pytest.mark.parametrize("case", ["llama biases, wide heads, tied", "qwen3", "mistral window"])
 @torch.inference_mode()
-def test_the_diffusion_view_reads_the_copies_and_the_ar_view_does_not(case: str, anchor_view: str) -> None:
+def test_the_diffusion_view_reads_the_copies_and_the_ar_view_does_not(
+    case: str, anchor_view: str, rounded: bool
+) -> None:  # fmt: skip
     model, ids = dual_view(case, anchor_view=anchor_view), random_ids(BLOCK, batch=2)
 
     def drafts() -> list[torch.Tensor]:
@@ -68,7 +70,10 @@ def test_the_diffusion_view_reads_the_copies_and_the_ar_view_does_not(case: str,
     for ours, before, theirs in zip(quantized, drafted, drafts(), strict=True):
         assert not torch.equal(ours, before)
         assert (ours - before).abs().max() < 0.05 * before.abs().max()
-        torch.testing.assert_close(ours, theirs)
+        if rounded:
+            assert 0 < (ours - theirs).abs().max() < 0.05 * before.abs().max()
+        else:
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def matrices(model: OrthrusForCausalLM) -> list[Linear]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["llama biases, wide heads, tied", "qwen3", "mistral window"])
 @torch.inference_mode()
-def test_both_views_read_what_the_weights_were_rounded_to(case: str, dtype: torch.dtype) -> None:
+def test_both_views_read_what_the_weights_were_rounded_to(case: str, dtype: torch.dtype, rounded: bool) -> None:
     model, ids = dual_view(case, dtype), random_ids(BLOCK, batch=2)
     before = {view: model(ids, view, impl="torch") for view in ("ar", "diffusion")}
     nbytes = sum(module.weight.nbytes for module in matrices(model))
@@ -50,7 +50,23 @@ def test_both_views_read_what_the_weights_were_rounded_to(case: str, dtype: torc
         ours, theirs = model(ids, view, impl="torch"), stand_in(ids, view, impl="torch")
         scale = logits.abs().max()
         assert not torch.equal(ours, logits) and (ours - logits).abs().max() < 0.1 * scale
-        assert (ours - theirs).abs().max() < (1e-5 if dtype == torch.float32 else 0.03) * scale
+        error = (ours - theirs).abs().max()
+        if rounded and view == "diffusion":
+            assert 0 < error < 0.06 * scale
+        else:
+            assert error < (1e-5 if dtype == torch.float32 else 0.03) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_an_anchor_that_the_frozen_view_reads_is_no_draft(dtype: torch.dtype) -> None:
+    """However drafts multiply: its token is said."""
+    model, ids = dual_view("qwen3", dtype, "ar"), random_ids(BLOCK, batch=2)
+    model.quantize_weights()
+    cache = model.new_cache(2, 16, BLOCK)
+    drafted = model.forward_view(ids, cache, cache.draft_pass(BLOCK, 1, impl="torch"))
+    said = model.forward_view(ids[:, :1], cache, cache.view_pass("ar", 1, impl="torch"))
+    assert torch.equal(drafted[:, :1], said)
 
 
 @pytest.mark.usefixtures("with_and_without_c")

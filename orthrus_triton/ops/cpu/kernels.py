@@ -21,6 +21,7 @@ MAX_HEAD_DIM, MAX_ROWS = 256, 128  # what the kernels' workspaces hold: MAX_HEAD
 FEW_ROWS = 16  # no task of attention is split to fewer
 FP32_ROWS = 8  # of a product of fp32, up to which no library is faster
 COLUMNS = 1024  # of a product, that a task takes at most
+DRAFT_DEPTH = 1 << 16  # up to which sums of products of integers are themselves integers of four bytes
 LOG2_E = 1.4426950408889634
 
 
@@ -67,11 +68,13 @@ def has_product(like: torch.Tensor, rows: int = 1) -> bool:
 
 
 def linear_cpu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
-) -> torch.Tensor | None:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None,
+    draft: bool = False,
+) -> torch.Tensor | None:  # fmt: skip
     """`linear`. A row has the same bits whatever other rows there are, and whatever the number of threads."""
     of_int8 = weight_scale is not None
-    kernel, is_wide = _product(library_for(x, weight, bias, weight_scale), x.dtype, of_int8)
+    draft = draft and of_int8 and weight.shape[1] <= DRAFT_DEPTH
+    kernel, has_room = _product(library_for(x, weight, bias, weight_scale), x.dtype, of_int8, draft)
     if kernel is None or weight.dtype != (torch.int8 if of_int8 else x.dtype) or not weight.is_contiguous():
         return None
     N, K = weight.shape
@@ -82,22 +85,21 @@ def linear_cpu(
     tasks = threads * max(-(-N // (threads * (COLUMNS if M <= MAX_ROWS else COLUMNS // 4))), 1)
     columns = -(-N // (tasks * 16)) * 16
     scale = [weight_scale.float().contiguous()] if of_int8 else []
-    wide = [empty(x, (M, -(-K // 64) * 64), torch.float32)] if is_wide else []  # for x in fp32
-    call(kernel, (x, weight, *scale, bias, out, *wide), M, N, K, columns, threads)
+    room = [empty(x, (M, -(-K // 64) * 64), torch.float32)] if has_room else []  # for x in fp32 or int8
+    call(kernel, (x, weight, *scale, bias, out, *room), M, N, K, columns, threads)
     return out
 
 
 @cache
 def _product(
-    library: ctypes.CDLL | None, dtype: torch.dtype, of_int8: bool = False
+    library: ctypes.CDLL | None, dtype: torch.dtype, of_int8: bool = False, draft: bool = False
 ) -> tuple[Callable | None, bool]:  # fmt: skip
-    """The product of rows of this dtype, if there is one, and whether it multiplies in fp32 what is given in two
-    bytes."""
+    """The product of rows of this dtype, if there is one, and whether it needs room for them in another."""
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    name = f"orthrus_linear_{name}{'_int8' if of_int8 else ''}"
-    for suffix in ("", "_wide"):
-        if hasattr(library, name + suffix):
-            return getattr(library, name + suffix), bool(suffix)
+    kinds = (*["_draft"] * draft, "_int8_wide") if of_int8 else ("", "_wide")
+    for kind in kinds:
+        if hasattr(library, f"orthrus_linear_{name}{kind}"):
+            return getattr(library, f"orthrus_linear_{name}{kind}"), bool(kind)
     return None, False
 
 

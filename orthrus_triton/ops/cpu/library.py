@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -36,11 +37,14 @@ ARGUMENTS = {
     "orthrus_gated": (*[VOID_P] * 2, *[INT64] * 2, *[INT] * 3),
     "orthrus_greedy_choice": (*[VOID_P] * 2, *[INT64] * 3, INT, INT),
     "orthrus_linear_bf16": (*[VOID_P] * 4, *[INT64] * 4, INT),
+    "orthrus_linear_bf16_draft": (*[VOID_P] * 6, *[INT64] * 4, INT),
     "orthrus_linear_bf16_int8_wide": (*[VOID_P] * 6, *[INT64] * 4, INT),
     "orthrus_linear_bf16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
+    "orthrus_linear_fp16_draft": (*[VOID_P] * 6, *[INT64] * 4, INT),
     "orthrus_linear_fp16_int8_wide": (*[VOID_P] * 6, *[INT64] * 4, INT),
     "orthrus_linear_fp16_wide": (*[VOID_P] * 5, *[INT64] * 4, INT),
     "orthrus_linear_fp32": (*[VOID_P] * 4, *[INT64] * 4, INT),
+    "orthrus_linear_fp32_draft": (*[VOID_P] * 6, *[INT64] * 4, INT),
     "orthrus_linear_fp32_int8_wide": (*[VOID_P] * 6, *[INT64] * 4, INT),
     "orthrus_norm_spans": (*[VOID_P] * 4, *[INT64] * 4, FLOAT, FLOAT, INT, INT),
     "orthrus_recall": (*[VOID_P] * 7, *[INT64] * 4, FLOAT),
@@ -91,12 +95,19 @@ def _load(compiler: str, folder: Path) -> ctypes.CDLL:
             return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / name
-        _run(compiler, *map(str, sorted(SOURCES.glob("*.c"))), "-o", str(fresh), *FLAGS)
+        _compile(compiler, sorted(SOURCES.glob("*.c")), fresh)
         if folder.is_absolute():
             with suppress(OSError):  # nowhere to keep it
                 _keep(fresh, kept)
                 return ctypes.CDLL(str(kept))  # rather than `fresh`: a temporary folder may be mounted as noexec
         return ctypes.CDLL(str(fresh))
+
+
+def _compile(compiler: str, sources: list[Path], library: Path) -> None:
+    objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # some take seconds
+        list(pool.map(lambda source, to: _run(compiler, "-c", str(source), "-o", to, *FLAGS), sources, objects))
+    _run(compiler, *objects, "-o", str(library), *FLAGS)
 
 
 def _keep(fresh: Path, kept: Path) -> None:
