@@ -23,6 +23,6 @@ def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Whether drafts also round what they multiply int8 with, as CPUs do that are faster so."""
     if not request.param:
         monkeypatch.setattr(kernels, "DRAFT_DEPTH", 0)
-    elif not hasattr(kernels.c_library(), "orthrus_linear_fp32_draft"):
+    elif not kernels.has_draft_product():
         pytest.skip("no product of integers in C on this CPU")
     return request.param

@@ -20,14 +20,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 AVX2 = ("-U__AMX_BF16__", "-mno-avx512f", "-include", str(Path(__file__).parent / "integer_products.h"))
 
 
-def has_draft_product() -> bool:
-    return hasattr(kernels.c_library(), "orthrus_linear_bf16_draft")
-
-
 @pytest.fixture(scope="class", params=["this CPU's", "AVX2's, one by one"])
 def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if request.param == "this CPU's":
-        if not has_draft_product():
+        if not kernels.has_draft_product():
             pytest.skip("no product of integers in C on this CPU")
         yield
         return
@@ -42,7 +38,7 @@ def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         patch.setattr(library, "FLAGS", (*library.FLAGS, *AVX2))
         built = library.c_library.__wrapped__()
         patch.setattr(kernels, "c_library", lambda: built)
-        assert has_draft_product()
+        assert kernels.has_draft_product()
         yield
 
 
@@ -139,6 +135,6 @@ def test_only_drafts_round_their_rows() -> None:
         plain, draft = op("torch", scale, False), op("torch", scale, True)
         assert (plain - exact).abs().max() < 1e-4 * exact.abs().max(), name
         assert (draft - exact).abs().max() < 0.05 * exact.abs().max(), name
-        assert torch.equal(draft, plain) != has_draft_product(), name
+        assert torch.equal(draft, plain) != kernels.has_draft_product(), name
         assert torch.equal(others[name]("torch", scale, False), plain), name
         assert torch.equal(others[name]("torch", scale, True), draft), name

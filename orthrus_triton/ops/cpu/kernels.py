@@ -67,6 +67,11 @@ def has_product(like: torch.Tensor, rows: int = 1) -> bool:
     return _product(c_library(), like.dtype)[0] is not None
 
 
+def has_draft_product() -> bool:
+    """Whether `linear_cpu` multiplies drafts in integers: this CPU has instructions for it."""
+    return _product(c_library(), torch.float32, True, True) != _product(c_library(), torch.float32, True)
+
+
 def linear_cpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None,
     draft: bool = False,

@@ -1,11 +1,17 @@
 /* x @ (values * scale).T of values in int8, for drafts: of rows rounded to int8 as well, one scale for each, so that
- * CPUs with instructions for it add up four products at a time (VNNI). For a file that says before of which DTYPE, and
+ * CPUs with instructions for it add up four products at a time. For a file that says before of which DTYPE, and
  * so which `out_number`, all else is. */
 
 #define DEPTH (4 * LANES)
 #define PARTS 1
 #define LARGEST 127
+#ifdef __aarch64__
+#define ZERO 0
+#define shifted(values) (values)
+#else
 #define ZERO 128 /* the instructions want one factor without a sign: values are shifted by this much */
+#define shifted(values) ((values) ^ all_ints(0x80808080))
+#endif
 typedef int8_t row_number, weight_number;
 typedef ints factors;
 
@@ -15,7 +21,6 @@ static inline ints load_rows(const int8_t *from) {
     return x;
 }
 #define load_last_rows(from, n) load_rows(from)
-#define shifted(values) ((values) ^ all_ints(0x80808080))
 #define load_weights(from, part) shifted(load_rows(from))
 static inline ints load_last_weights(const int8_t *from, int64_t n, int part) {
     int8_t padded[DEPTH] = {0};

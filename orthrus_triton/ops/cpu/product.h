@@ -33,12 +33,17 @@ typedef struct {
  * to one vector each, until one is left. */
 #if LANES == 4
 #define PLACE(i) (i)
-static inline void sum_up(void *result, const sums *vectors) {
+#ifndef INTEGERS
+#define PAIRS(a, b) ((sums)vpaddq_f32((float32x4_t)(a), (float32x4_t)(b)))
+#else
+#define PAIRS(a, b) ((sums)vpaddq_s32((int32x4_t)(a), (int32x4_t)(b)))
+#endif
+static inline void sum_up(void *result, const sums *of) {
+    sums *to = result;
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP; i += 4) {
-        float32x4_t of[4];
-        memcpy(of, vectors + i, sizeof of);
-        vst1q_f32((float *)result + i, vpaddq_f32(vpaddq_f32(of[0], of[1]), vpaddq_f32(of[2], of[3])));
+        const sums four = PAIRS(PAIRS(of[i], of[i + 1]), PAIRS(of[i + 2], of[i + 3]));
+        memcpy(to + i / 4, &four, sizeof four);
     }
 }
 #else
