@@ -50,7 +50,8 @@ class QuantizationMixin:
 
     def quantize_drafts(self) -> None:
         """Let drafts read int8 copies of the layers' weights, one scale per row: on a GPU, about half the bytes of a
-        draft pass. Text is as exact as without them: the frozen model's own weights verify every draft.
+        draft pass; on CPUs that multiply integers faster, about half the time of its products. Text is as exact as
+        without them: the frozen model's own weights verify every draft.
 
         The copies lie beside the weights and take about a third as much memory; with `anchor_view="ar"`, where the MLP
         of a draft pass also makes tokens that are said, only the diffusion view's projections are copied, and those of

@@ -221,7 +221,7 @@ class DualViewAttention(nn.Module):
             return self.qkv_proj(hidden, impl=impl)
         if self.view_rank is None:
             return self.qkv_proj_diff(hidden, impl=impl, draft=True)
-        frozen = self.qkv_proj(hidden, impl=impl).split(list(self.qkv_proj.parts.values()), dim=-1)
+        frozen = self.qkv_proj(hidden, impl=impl, draft=True).split(list(self.qkv_proj.parts.values()), dim=-1)
         deltas = (self.q_proj_diff, self.k_proj_diff, self.v_proj_diff)
         return torch.cat([delta(hidden, part, impl=impl) for delta, part in zip(deltas, frozen)], dim=-1)
 
@@ -234,7 +234,7 @@ class DualViewAttention(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         drafting, impl, linear_impl = view_pass.view == "diffusion", view_pass.impl, view_pass.linear_impl
         if drafting and self.view_rank is not None:
-            frozen = self.o_proj(attended, impl=linear_impl)
+            frozen = self.o_proj(attended, impl=linear_impl, draft=True)
             out = self.o_proj_diff(attended, frozen, impl=linear_impl)
             if next_norm is None:
                 return out if residual is None else out + residual

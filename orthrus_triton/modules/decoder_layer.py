@@ -59,7 +59,7 @@ class GatedMLP(nn.Module):
         draft: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """x [B, T, H] -> [B, T, H], plus `residual`; with `next_norm` (the norm of that sum, the sum). A `draft` reads
-        the int8 copies of the weights, if there are any.
+        the int8 copies of the weights, if there are any, and may round to int8 what it multiplies with int8.
 
         Raises:
             ValueError: shapes or dtypes that do not agree, or `next_norm` without `residual`.

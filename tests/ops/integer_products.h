@@ -14,4 +14,4 @@ static inline __m256i products_one_by_one(__m256i sum, __m256i some, __m256i oth
     return sum;
 }
 
-#define dot(sum, some, others) products_one_by_one((__m256i)(sum), (__m256i)(some), (__m256i)(others))
+#define dot_int8(sum, some, others) products_one_by_one((__m256i)(sum), (__m256i)(some), (__m256i)(others))

@@ -3,9 +3,9 @@ known. And who asks for them."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 AVX2 = ("-U__AMX_BF16__", "-mno-avx512f", "-include", str(Path(__file__).parent / "integer_products.h"))
 
 
-@pytest.fixture(scope="class", params=["this CPU's", "AVX2's, one by one"])
-def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if request.param == "this CPU's":
-        if not kernels.has_draft_product():
-            pytest.skip("no product of integers in C on this CPU")
-        yield
-        return
+@pytest.fixture(scope="module")
+def avx2(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The product with AVX2's instruction, which C stands in for."""
     if platform.machine() != "x86_64" or library.c_library() is None:
         pytest.skip("needs a C compiler for x86")
     sources = tmp_path_factory.mktemp("sources")
@@ -36,10 +32,17 @@ def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(library, "SOURCES", sources)
         patch.setattr(library, "FLAGS", (*library.FLAGS, *AVX2))
-        built = library.c_library.__wrapped__()
-        patch.setattr(kernels, "c_library", lambda: built)
+        return library.c_library.__wrapped__()
+
+
+@pytest.fixture(params=["this CPU's", "AVX2's"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "AVX2's":
+        built = request.getfixturevalue("avx2")
+        monkeypatch.setattr(kernels, "c_library", lambda: built)
         assert kernels.has_draft_product()
-        yield
+    elif not kernels.has_draft_product():
+        pytest.skip("no product of integers in C on this CPU")
 
 
 def expected_draft(
@@ -91,13 +94,30 @@ def test_a_row_that_is_not_finite_harms_no_other() -> None:
 
 
 @pytest.mark.usefixtures("product")
-def test_the_largest_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_sums_are_exact() -> None:
     """Four bytes must hold them."""
     values, scale = torch.full((3, kernels.DRAFT_DEPTH), 127, dtype=torch.int8), torch.ones(3)
     x = torch.ones(2, kernels.DRAFT_DEPTH)
     x[1] = -1
     out = kernels.linear_cpu(x, values, None, scale, draft=True)
     assert torch.equal(out, expected_draft(x, values, scale))
+
+
+@pytest.mark.usefixtures("product")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_next_to_nothing_is_nothing(dtype: torch.dtype) -> None:
+    """What it would be divided by is larger than any number."""
+    values, scale = torch.randint(-128, 128, (20, 70)).to(torch.int8), torch.ones(20)
+    x = torch.randn(3, 70, dtype=dtype)
+    x[0], x[1] = x[0] * 1e-38, x[1] * 1e-20
+    expected = expected_draft(x, values, scale)
+    expected[0] = 0
+    assert torch.equal(kernels.linear_cpu(x, values, None, scale, draft=True), expected)
+
+
+def test_sums_of_nothing_are_zeros() -> None:
+    x, values, scale = torch.ones(3, 0), torch.ones(5, 0, dtype=torch.int8), torch.ones(5)
+    assert torch.equal(ops.linear(x, values, weight_scale=scale, impl="torch", draft=True), torch.zeros(3, 5))
 
 
 def test_longer_sums_are_multiplied_as_others(monkeypatch: pytest.MonkeyPatch) -> None:

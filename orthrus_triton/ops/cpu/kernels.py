@@ -78,7 +78,7 @@ def linear_cpu(
 ) -> torch.Tensor | None:  # fmt: skip
     """`linear`. A row has the same bits whatever other rows there are, and whatever the number of threads."""
     of_int8 = weight_scale is not None
-    draft = draft and of_int8 and weight.shape[1] <= DRAFT_DEPTH
+    draft = draft and of_int8 and 0 < weight.shape[1] <= DRAFT_DEPTH
     kernel, has_room = _product(library_for(x, weight, bias, weight_scale), x.dtype, of_int8, draft)
     if kernel is None or weight.dtype != (torch.int8 if of_int8 else x.dtype) or not weight.is_contiguous():
         return None
@@ -99,7 +99,8 @@ def linear_cpu(
 def _product(
     library: ctypes.CDLL | None, dtype: torch.dtype, of_int8: bool = False, draft: bool = False
 ) -> tuple[Callable | None, bool]:  # fmt: skip
-    """The product of rows of this dtype, if there is one, and whether it needs room for them in another."""
+    """The product of rows of this dtype, if there is one, and whether it needs room for them in another
+    one."""
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     kinds = (*["_draft"] * draft, "_int8_wide") if of_int8 else ("", "_wide")
     for kind in kinds:

@@ -105,8 +105,16 @@ def _load(compiler: str, folder: Path) -> ctypes.CDLL:
 
 def _compile(compiler: str, sources: list[Path], library: Path) -> None:
     objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # some take seconds
-        list(pool.map(lambda source, to: _run(compiler, "-c", str(source), "-o", to, *FLAGS), sources, objects))
+    commands = [(compiler, "-c", str(source), "-o", to, *FLAGS) for source, to in zip(sources, objects)]
+
+    def run(command: tuple[str, ...]) -> None:
+        _run(*command)
+
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # some take seconds
+            list(pool.map(run, commands))
+    except RuntimeError:  # no thread can be started once the main one has ended
+        list(map(run, commands))
     _run(compiler, *objects, "-o", str(library), *FLAGS)
 
 

@@ -2,7 +2,7 @@
 
 #include "vectors.h"
 
-#ifdef dot
+#ifdef dot_int8
 #define DTYPE BF16
 typedef uint16_t out_number;
 #include "linear_draft.h"

@@ -1,6 +1,6 @@
 /* x @ (values * scale).T of values in int8, for drafts: of rows rounded to int8 as well, one scale for each, so that
- * CPUs with instructions for it add up four products at a time. For a file that says before of which DTYPE, and
- * so which `out_number`, all else is. */
+ * CPUs with instructions for it add up four products at a time. For a file that says before of which DTYPE, and so which
+ * `out_number`, all else is. */
 
 #define DEPTH (4 * LANES)
 #define PARTS 1
@@ -28,39 +28,44 @@ static inline ints load_last_weights(const int8_t *from, int64_t n, int part) {
     return load_weights(padded, part);
 }
 
-static inline ints add_product(ints sum, ints rows, ints values) { return (ints)dot(sum, values, rows); }
+static inline ints add_product(ints sum, ints rows, ints values) { return (ints)dot_int8(sum, values, rows); }
 #define INTEGERS
 
 #include "product.h"
 
-/* K numbers, less than a vector of them past the end, to their nearest multiples of a LARGEST'th of the largest one,
- * and so many zeros that the row ends where a vector does. Numbers that are not finite make the scale NaN. */
+/* Round K numbers to the nearest multiples of a LARGEST'th of the largest one, to as many integers, their scale and
+ * sum; zeros fill the last vector. Numbers next to nothing are nothing; any that is not finite makes the scale NaN. */
 static void round_row(int8_t *to, float *scale, int32_t *sum, const out_number *x, int64_t K) {
     typedef int8_t bytes __attribute__((vector_size(LANES)));
     float numbers[LANES] = {0};
     floats largest = all(0), nothing = all(0);
     for (int64_t k = 0; k < K; k += LANES) {
-        to_floats(numbers, x + k, least(LANES, K - k), DTYPE);
+        to_floats(numbers, x + k, least(LANES, K - k), DTYPE); /* the last ones may be there twice */
         floats size = (floats)((ints)load(numbers) & all_ints(0x7fffffff));
         largest = choose(size > largest, size, largest);
         nothing += size * 0;
     }
-    float most = 0;
-    for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
-    const floats factor = all(most > 0 ? LARGEST / most : 0), shift = all(12582912.0f);
+    float top = 0;
+    for (int i = 0; i < LANES; i++) top = largest[i] > top ? largest[i] : top;
+    const float wrong = sum_of_lanes(nothing); /* 0 or NaN */
+    *sum = 0;
+    if (!(top >= 0x1p-100f && wrong == 0)) {
+        memset(to, 0, (K + LANES - 1) / LANES * LANES);
+        *scale = wrong;
+        return;
+    }
+    const floats factor = all(LARGEST / top), shift = all(12582912.0f);
     ints total = all_ints(0);
-    memset(numbers, 0, sizeof numbers);
     for (int64_t k = 0; k < K; k += LANES) {
         if (K - k < LANES) memset(numbers, 0, sizeof numbers);
         to_floats(numbers, x + k, least(LANES, K - k), DTYPE);
         /* the last bits of the sum with 1.5 * 2^23 are the nearest integer */
         ints rounded = (ints)(load(numbers) * factor + shift) - (ints)shift;
-        bytes eighths = __builtin_convertvector(rounded, bytes);
-        memcpy(to + k, &eighths, sizeof eighths);
+        bytes low = __builtin_convertvector(rounded, bytes);
+        memcpy(to + k, &low, sizeof low);
         total += rounded;
     }
-    *scale = most / LARGEST + sum_of_lanes(nothing);
-    *sum = 0;
+    *scale = top / LARGEST;
     for (int i = 0; i < LANES; i++) *sum += total[i];
 }
 

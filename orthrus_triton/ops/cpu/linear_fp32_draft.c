@@ -2,7 +2,7 @@
 
 #include "vectors.h"
 
-#ifdef dot
+#ifdef dot_int8
 #define DTYPE FP32
 typedef float out_number;
 #include "linear_draft.h"

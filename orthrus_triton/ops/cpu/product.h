@@ -39,11 +39,10 @@ typedef struct {
 #define PAIRS(a, b) ((sums)vpaddq_s32((int32x4_t)(a), (int32x4_t)(b)))
 #endif
 static inline void sum_up(void *result, const sums *of) {
-    sums *to = result;
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP; i += 4) {
         const sums four = PAIRS(PAIRS(of[i], of[i + 1]), PAIRS(of[i + 2], of[i + 3]));
-        memcpy(to + i / 4, &four, sizeof four);
+        memcpy((int32_t *)result + i, &four, sizeof four);
     }
 }
 #else

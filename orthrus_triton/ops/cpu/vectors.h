@@ -40,11 +40,11 @@ static inline float32x4_t int8_as_floats_neon(const int8_t *from) {
 #endif
 /* each lane's sum, plus four products of numbers of a byte with a sign; on x86 `some` are without one */
 #if defined(__ARM_FEATURE_DOTPROD)
-#define dot(sum, some, others) vdotq_s32((int32x4_t)(sum), (int8x16_t)(some), (int8x16_t)(others))
+#define dot_int8(sum, some, others) vdotq_s32((int32x4_t)(sum), (int8x16_t)(some), (int8x16_t)(others))
 #elif defined(__AVX512VNNI__) && LANES == 16
-#define dot(sum, some, others) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(some), (__m512i)(others))
+#define dot_int8(sum, some, others) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(some), (__m512i)(others))
 #elif defined(__AVXVNNI__) && LANES == 8
-#define dot(sum, some, others) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(some), (__m256i)(others))
+#define dot_int8(sum, some, others) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(some), (__m256i)(others))
 #endif
 #define WIDTH (2 * LANES) /* of a small product */
 #define MAX_HEAD 256      /* head_dim */
