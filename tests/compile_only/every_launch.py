@@ -48,8 +48,9 @@ def config(op: str, dtype: torch.dtype, family: str, **key: int) -> KernelConfig
 
 def attention(family: str, dtype: torch.dtype) -> None:
     for head_dim in HEAD_DIMS:
-        # grouped heads, a window, block keys: the union of the branches; then the plain verify pass
-        for group, window, block_size in ((4, 4096, 32), (3, None, None)):
+        # grouped heads, a window, block keys: the union of the branches; then the plain verify pass, whose branches are
+        # a part of them, with heads that fill their tile and heads that do not
+        for group, window, block_size in ((4, 4096, 32), (3, None, None))[: 1 + (head_dim in (64, 96))]:
             q = meta(2, 32, 2 * group, head_dim, dtype=dtype)
             cache, block = meta(2, 2, 4096, head_dim, dtype=dtype), meta(2, 32, 2, head_dim, dtype=dtype)
             block = block if block_size else None
@@ -60,7 +61,7 @@ def attention(family: str, dtype: torch.dtype) -> None:
 
 
 def projections(family: str, dtype: torch.dtype) -> None:
-    for n, k in WEIGHTS:
+    for n, k in WEIGHTS[: 1 if dtype == torch.float16 else None]:  # its tiles and registers are bf16's
         for out_dtype, extras in ((dtype, True), (torch.float32, False)):
             launch_linear(
                 meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype) if extras else None,
@@ -78,19 +79,16 @@ def int8_products(family: str) -> None:
         )  # fmt: skip
 
 
-def many_rows(family: str, dtype: torch.dtype) -> None:
-    """The larger tiles, where a family has them: half precision, with what is fused behind a product of a model."""
-    if dtype == torch.float32:
-        return
-    n, k = 4096, 4096
+def many_rows(family: str) -> None:
+    """The larger tiles, where a family has them, with what is fused behind a product of a model. For half precision."""
+    n, k, dtype = 4096, 4096, torch.bfloat16
     x, weight = meta(300, k, dtype=dtype), meta(n, k, dtype=dtype)
     values, scale = meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32)
     for constants, launch in MANY_ROWS_TILES.get(family, ()):
         whole, split = (KernelConfig({**constants, "SPLIT_K": split_k}, launch) for split_k in (1, 4))
         launch_linear(x, weight, None, None, dtype, whole)
         launch_linear(x, weight, None, None, dtype, split)
-        if dtype == torch.bfloat16:
-            launch_linear(x, values, None, None, dtype, split, scale)
+        launch_linear(x, values, None, None, dtype, split, scale)
         launch_linear_swiglu(x, weight, None, whole)
         launch_lm_head_choice(x, weight, whole)
 
@@ -133,7 +131,7 @@ def small_ops(dtype: torch.dtype) -> None:
     for head_dim in HEAD_DIMS:
         qkv, cache = meta(2, 4, 8 * head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)
         angles, slots = meta(2, 4, head_dim // 2, dtype=torch.float32), meta(2, 4, dtype=torch.int32)
-        for norm in (meta(head_dim, dtype=dtype), None):
+        for norm in (meta(head_dim, dtype=dtype), None)[: 1 + (head_dim in (64, 96))]:
             launch_rope_cache(qkv, angles, angles, cache, cache, slots, norm, norm, 1e-6, float(head_dim == 256))
     launch_rope_cache(qkv, None, None, cache, cache, slots, None, None, 1e-6, 0.0)
     launch_greedy_choice(meta(4, 49152, dtype=dtype))
@@ -166,11 +164,11 @@ def decoding(family: str) -> None:
     choice_and_consensus()
     sampling()
     int8_products(family)
+    many_rows(family)
     for dtype in DTYPES:
         small_ops(dtype)
         attention(family, dtype)
         projections(family, dtype)
-        many_rows(family, dtype)
         fused_products(family, dtype)
 
 
