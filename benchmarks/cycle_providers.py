@@ -233,8 +233,8 @@ def problems(load: Workload, names: Sequence[str], tokens: int = 16) -> list[str
             found.append("with weights in int8, mode consensus does not emit the tokens of AR mode")
     ids = prompts[:1, :64]
     if "hf" in names or "hf-compiled" in names:
-        theirs = shapes.transformers_model(model)(ids).logits[:, -8:]
-        found += _unlike("transformers' AR logits", model(ids)[:, -8:], theirs)
+        theirs = shapes.transformers_model(model)(ids, logits_to_keep=8).logits
+        found += _unlike("transformers' AR logits", model(ids, logits_to_keep=8).logits, theirs)
     if "official" in names and load.official is not None:
         found += _compare_with_official(load, ids)
     return found

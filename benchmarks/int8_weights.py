@@ -22,7 +22,7 @@ from orthrus_triton.training.prompts import encode, read_prompts
 @torch.no_grad()
 def log_probabilities(model: OrthrusForCausalLM, text: torch.Tensor, first: int) -> torch.Tensor:
     """[T - first, V] of the tokens of `text` [T] from number `first` on."""
-    return model(text[None])[0, first - 1 : -1].log_softmax(dim=-1)
+    return model(text[None]).logits[0, first - 1 : -1].log_softmax(dim=-1)
 
 
 class Distance:

@@ -84,7 +84,7 @@ def test_a_difference_is_found_and_measured(model_folder, prompt_file, monkeypat
     ids = tokenizer(PROMPTS[2], return_tensors="pt")["input_ids"]
     ids = torch.cat((ids, torch.tensor([expected[:position]], dtype=torch.int64)), dim=1)
     with torch.no_grad():
-        logits, winners = model(ids)[0, -1].topk(2)
+        logits, winners = model(ids).logits[0, -1].topk(2)
     assert int(winners[0]) == expected[position]
     assert found["margin"] == pytest.approx(float(logits[0] - logits[1]), rel=1e-3) and found["margin"] > 0
     text = verify(model_folder, prompt_file)

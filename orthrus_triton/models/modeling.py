@@ -17,16 +17,16 @@ from orthrus_triton.models.backbone import OrthrusModel
 from orthrus_triton.models.config import OrthrusConfig
 from orthrus_triton.models.convert import choose_mask_token_id, eos_token_ids, open_base, read_generation_config
 from orthrus_triton.models.diffusion_view import DiffusionViewMixin
+from orthrus_triton.models.forward import ForwardMixin
 from orthrus_triton.models.generation import OrthrusGenerationMixin
 from orthrus_triton.models.loading_options import loading_options
 from orthrus_triton.models.quantization import QuantizationMixin
 from orthrus_triton.modules.draft_chain import DraftNoise, Recalled
-from orthrus_triton.modules.kv_cache import SharedKVCache, View, ViewPass
+from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import Linear
-from orthrus_triton.ops._cpu_packing import forget_changed
 
 
-class OrthrusForCausalLM(DiffusionViewMixin, QuantizationMixin, OrthrusGenerationMixin, PreTrainedModel):
+class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, OrthrusGenerationMixin, PreTrainedModel):
     """A frozen model of one of `FAMILIES` with a diffusion view. Runs in `ConsensusDecoder` (`DualViewModel`).
 
     Make one with `from_base` or `from_pretrained`. Only the diffusion view's parameters require gradients.
@@ -129,27 +129,6 @@ class OrthrusForCausalLM(DiffusionViewMixin, QuantizationMixin, OrthrusGeneratio
     @property
     def _head_weight(self) -> torch.Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    def forward(self, input_ids: torch.Tensor, view: View = "ar", impl: str = "auto") -> torch.Tensor:
-        """Logits of one view over whole sequences, from an empty cache.
-
-        Args:
-            input_ids: [B, T] integers without padding.
-            view: "ar" is causal; "diffusion" reads the T tokens as one block, T <= block_size.
-            impl: "auto", "triton" or "torch".
-
-        Returns:
-            [B, T, V] fp32.
-        """
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must be [B, T] with at least one token, but got {tuple(input_ids.shape)}")
-        B, T = input_ids.shape
-        if not torch.compiler.is_compiling():
-            forget_changed()  # as for a decoder's run: what was packed of weights may be of those before
-        cache = self.new_cache(B, T, self.block_size)
-        cache.prompt_len.fill_(T)
-        hidden = self.forward_view(input_ids, cache, cache.view_pass(view, T, impl=impl))
-        return self.compute_logits(hidden, impl)
 
     @classmethod
     def from_base(

@@ -56,15 +56,15 @@ def test_the_diffusion_view_reads_the_copies_and_the_ar_view_does_not(
         """As a pass over any rows, and as a decoder drafts."""
         cache = model.new_cache(2, 16, BLOCK)
         draft_pass = cache.draft_pass(BLOCK, int(anchor_view == "ar"), impl="torch")
-        return [model(ids, "diffusion", impl="torch"), model.forward_view(ids, cache, draft_pass)]
+        return [model(ids, view="diffusion", impl="torch").logits, model.forward_view(ids, cache, draft_pass)]
 
-    said, drafted = model(ids, "ar", impl="torch"), drafts()
+    said, drafted = model(ids, impl="torch").logits, drafts()
     names = set(model.state_dict())
     model.quantize_drafts()
     assert set(model.state_dict()) == names, "the copies are not saved"
     # q, k and v are one product, as gate and up are; where the frozen view reads the anchor, the MLP's are its own too
     assert len(copied(model)) == len(model.model.layers) * (4 if anchor_view == "diffusion" else 2)
-    assert torch.equal(model(ids, "ar", impl="torch"), said)
+    assert torch.equal(model(ids, impl="torch").logits, said)
     quantized = drafts()
     stand_in(model)
     for ours, before, theirs in zip(quantized, drafted, drafts(), strict=True):
@@ -158,7 +158,7 @@ def test_drafts_are_of_the_view_that_was_loaded(loading: str, tmp_path: Path) ->
         other.reset_view()
     assert copied(model) == []
     with torch.no_grad():
-        assert torch.equal(model(ids, "diffusion", impl="torch"), other(ids, "diffusion", impl="torch"))
+        assert torch.equal(*(one(ids, view="diffusion", impl="torch").logits for one in (model, other)))
 
 
 def test_training_drops_copies(tmp_path: Path) -> None:

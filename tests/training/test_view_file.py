@@ -83,12 +83,12 @@ def test_a_low_rank_delta_needs_no_more_than_its_rank(tmp_path):
     load_view(whole, tmp_path / "v.safetensors")
     ids = torch.randint(2, 100, (1, K))
     whole.requires_grad_(False), trained.requires_grad_(False)
-    ours, theirs = (m(ids, view="diffusion") for m in (whole, trained))
+    ours, theirs = (m(ids, view="diffusion").logits for m in (whole, trained))
     assert torch.allclose(ours, theirs, atol=5e-3 * theirs.abs().max().item())
-    assert not torch.allclose(whole(ids, view="ar"), theirs, atol=0.05 * theirs.abs().max().item())
+    assert not torch.allclose(whole(ids).logits, theirs, atol=0.05 * theirs.abs().max().item())
     save_view(trained, tmp_path / "w.safetensors", rank=1, storage="fp16")
     load_view(whole, tmp_path / "w.safetensors")
-    assert not torch.allclose(whole(ids, view="diffusion"), theirs, atol=5e-3 * theirs.abs().max().item())
+    assert not torch.allclose(whole(ids, view="diffusion").logits, theirs, atol=5e-3 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -98,9 +98,9 @@ def test_a_base_is_known_in_every_dtype_and_drafts_come_with_it(tmp_path, dtype)
     model = fresh(trained, dtype)
     load_view(model, tmp_path / "v.safetensors")
     ids = torch.randint(2, 100, (1, K))
-    drafted = model(ids, view="diffusion")
-    assert drafted.argmax(-1).eq(trained(ids, view="diffusion").argmax(-1)).float().mean() >= 0.75
-    assert not torch.equal(drafted, fresh(trained, dtype)(ids, view="diffusion"))
+    drafted = model(ids, view="diffusion").logits
+    assert drafted.argmax(-1).eq(trained(ids, view="diffusion").logits.argmax(-1)).float().mean() >= 0.75
+    assert not torch.equal(drafted, fresh(trained, dtype)(ids, view="diffusion").logits)
     with pytest.raises(ValueError, match="one of"):
         load_view(fresh(trained, torch.float64), tmp_path / "v.safetensors")
 
@@ -125,7 +125,7 @@ def test_a_view_over_a_rounded_base_goes_over_the_base_itself(tmp_path):
     save_view(over_bf16, tmp_path / "v.safetensors", storage="bf16")
     load_view(base, tmp_path / "v.safetensors")
     ids = torch.randint(2, 100, (1, K))
-    expected, drafted = (model(ids, view="diffusion").float() for model in (over_bf16, base))
+    expected, drafted = (model(ids, view="diffusion").logits for model in (over_bf16, base))
     assert torch.allclose(drafted, expected, atol=0.05 * expected.abs().max().item())
     with pytest.raises(ValueError, match="other base weights"):
         load_view(make_model(seed=1), tmp_path / "v.safetensors")

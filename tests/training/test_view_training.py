@@ -226,7 +226,7 @@ def test_the_loss_is_what_the_paper_says(anchor_view):
     decay, total, crossed = 1.5, 0.0, 0.0
     weights = [math.exp(-i / decay) for i in range(K - 1)]
     assert position_weights(K, decay).tolist() == pytest.approx(weights)
-    teacher = model(torch.tensor([row.ids])).log_softmax(-1)[0]
+    teacher = model(torch.tensor([row.ids])).logits.log_softmax(-1)[0]
     for anchor in anchors[0].tolist():
         student = draft_logits(model, row, anchor).log_softmax(-1)
         for i in range(K - 1):
@@ -334,7 +334,7 @@ def test_anchors_gather_where_the_frozen_model_was_unsure(tmp_path, monkeypatch)
     cache = FrozenCache.open_or_build(tmp_path, model, rows, top_k=model.vocab_size, dtype=torch.float32)
     unlikely = surprise(cache, rows)
     for row, values in zip(rows, unlikely):
-        probs = model(torch.tensor([row.ids])).softmax(-1)[0]
+        probs = model(torch.tensor([row.ids])).logits.softmax(-1)[0]
         for n in range(row.prompt_len, len(row.ids)):
             assert values[n] == pytest.approx(1 - float(probs[n - 1, row.ids[n]].detach()), abs=1e-4)
         assert values[row.prompt_len - 1] == 1 and not values[: row.prompt_len - 1].any()
