@@ -3,7 +3,6 @@ every token is the frozen model's own."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from orthrus_triton.models.generation_settings import GenerationSettings, merged_config, stop_tokens
 from orthrus_triton.models.stop_strings import StopStrings
+from orthrus_triton.models.stopping import Stopping
 from orthrus_triton.modules import ConsensusDecoder, DecodeStats
 from orthrus_triton.modules.decode_options import BlockSize, Mode
 from orthrus_triton.modules.prompts import split_prompts
-from orthrus_triton.modules.run_to_end import Stop
 from orthrus_triton.modules.sampling_params import SamplingRule
 
 # what callers pass out of habit, with the only values that mean what happens here
@@ -80,8 +79,8 @@ class OrthrusGenerationMixin:
                 Penalties and n-grams do not count the padding before a prompt, which transformers' do.
             logits_processor: run on the host, row by row with the row's own history. Each must be a function of
                 (input_ids, scores) alone.
-            stopping_criteria: asked after every token, sequence by sequence, with the prompt as it came (padding
-                included, as in transformers) and scores None.
+            stopping_criteria: asked what transformers asks them, about the whole batch after every token that all
+                sequences have, or have ended before; but for scores, which are None.
             prefix_allowed_tokens_fn: as in transformers; its batch_id is the prompt's row, of all
                 num_return_sequences alike.
             streamer: TextStreamer, TextIteratorStreamer or the like; one sequence. It gets the prompt as it came first.
@@ -140,6 +139,12 @@ class OrthrusGenerationMixin:
             if tokenizer is None:
                 raise ValueError("tokenizer must be given with stop_strings, but got None")
             strings = [StopStrings(tokenizer, settings.stop_strings, prompt.tolist()) for prompt in prompts]
+        stop = None
+        if stopping_criteria or strings is not None or settings.max_time is not None:
+            stop = Stopping(
+                rows, settings.max_new_tokens, set(settings.eos_token_ids), settings.pad_token_id,
+                criteria=stopping_criteria or [], strings=strings, max_time=settings.max_time,
+            )  # fmt: skip
         if streamer is not None:
             streamer = _PromptAsItCame(streamer, rows)
         decoder, logits = self.consensus_decoder("consensus" if use_diffusion_mode else "ar"), None
@@ -147,7 +152,7 @@ class OrthrusGenerationMixin:
             output = decoder.generate(
                 prompts, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_ids, streamer=streamer,
                 block_size=block_size, params=settings.params, sampling=sampling, reuse_cache=reuse_cache,
-                stop=_stop(stopping_criteria or [], strings, rows, settings.max_time),
+                stop=stop,
             )  # fmt: skip
             if settings.output_logits:
                 of_each = [decoder.run.logits(b) for b in range(len(prompts))]
@@ -193,21 +198,3 @@ class _PromptAsItCame:
     def end(self) -> None:
         """Nothing more comes."""
         self.streamer.end()
-
-
-def _stop(
-    criteria: StoppingCriteriaList, strings: list[StopStrings] | None, rows: torch.Tensor, max_time: float | None
-) -> Stop | None:
-    if not criteria and strings is None and max_time is None:
-        return None
-    deadline = None if max_time is None else time.monotonic() + max_time
-
-    def stop(b: int, new: list[int]) -> bool:
-        if deadline is not None and time.monotonic() > deadline:
-            return True
-        if strings is not None and strings[b](new):
-            return True
-        ids = torch.cat((rows[b], rows[b].new_tensor(new)))[None]
-        return any(bool(torch.as_tensor(one(ids, None)).all()) for one in criteria)
-
-    return stop

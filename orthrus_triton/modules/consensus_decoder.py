@@ -165,7 +165,8 @@ class ConsensusDecoder(DecodeCycle):
                 (temperature=0.8, top_p=0.9, seed=1, ...), where sequence b draws noise of its own.
             sampling: "coupled" gives the tokens that AR mode gives with the same parameters; "rejection" gives other
                 tokens of the same distribution and accepts as many drafts as can be.
-            stop: called with a sequence's number and its new tokens after each of them; True ends it there.
+            stop: called with a sequence's number and its new tokens after each of them; True ends it there, and a dict
+                {c: n} ends sequence c with its first n new tokens, even if it has more by now.
             reuse_cache: keep of the cache what prompt b has in common with sequence b of the last call: a conversation
                 goes on without prefilling it again.
 

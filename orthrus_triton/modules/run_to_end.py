@@ -13,7 +13,7 @@ from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats
 from orthrus_triton.modules.sampling_params import SamplingParams
 from orthrus_triton.modules.slot import Progress
 
-Stop = Callable[[int, list[int]], bool]
+Stop = Callable[[int, list[int]], bool | dict[int, int]]
 WHY_NO_TOKEN = "the model gave NaN or infinity, or its processors banned every token"
 
 
@@ -94,8 +94,12 @@ class _Watch:
         b, slot = part.slot, self.run.slots[part.slot]
         for count in range(1, len(part.tokens) + 1):
             self.shown[b] += 1
-            if self.stop(b, slot.tokens[: self.shown[b]]):
-                self.run.release(b, keep=self.shown[b])
-                self.stopped.add(b)
+            ends = self.stop(b, slot.tokens[: self.shown[b]])
+            if not isinstance(ends, dict):
+                ends = {b: self.shown[b]} if ends else {}
+            for ended, keep in ends.items():
+                self.run.release(ended, keep=keep)
+                self.stopped.add(ended)
+            if b in self.stopped:
                 return part.tokens[:count]
         return part.tokens
