@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -72,12 +73,29 @@ def test_two_thousand_calls_are_their_ar_oracle(anchor_rows: int) -> None:
             last = [rng.choice(new) for new in expected]
             expected = [new[: new.index(token) + 1] for new, token in zip(expected, last)]
             stop = lambda b, new, last=last: new[-1] == last[b]  # noqa: E731
+        elif len(prompts) > 1 and rng.random() < 0.3:  # whoever is ahead is cut to where all are
+            count = rng.randint(1, 9)
+            stop = end_together(count, [len(new) for new in expected])
+            expected = [new[:count] for new in expected]
         output = decoder.generate(
             prompts, max_new_tokens=tokens, eos_token_id=eos, params=params, stop=stop,
             block_size=rng.choice([None, 3, 5]) if decoder is decoders[0] else None, reuse_cache=rng.random() < 0.3,
         )  # fmt: skip
         got = [ids[len(prompt) :].tolist() for prompt, ids in zip(prompts, output.sequences)]
         assert got == expected, f"call {call}: {params}"
+
+
+def end_together(count: int, lengths: list[int]) -> Callable[[int, list[int]], dict[int, int]]:
+    """A `stop` that ends all sequences at `count` tokens when each has as many, or all of its own."""
+    known = [0] * len(lengths)
+
+    def stop(b: int, new: list[int]) -> dict[int, int]:
+        known[b] = len(new)
+        if any(there < min(count, length) for there, length in zip(known, lengths)):
+            return {}
+        return {c: count for c, there in enumerate(known) if there >= count}
+
+    return stop
 
 
 class Listener:
