@@ -19,6 +19,7 @@ from orthrus_triton.serving.guard import Guard
 from orthrus_triton.serving.replies import CHAT, COMPLETION, EventStream, ReplyFormat, reply_events, whole_reply
 from orthrus_triton.serving.scheduler import Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
+from orthrus_triton.serving.tool_calls import OPEN, Part, can_be_read
 
 DISCONNECT_POLL_SECONDS = 0.1
 
@@ -79,10 +80,10 @@ def create_app(
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(reply_events(generation, model_name, reply, include_usage), generation)
-        text = await _whole_text(generation, http)
-        if text is None:
+        parts = await _all_parts(generation, http)
+        if parts is None:
             return Response(status_code=499)  # nobody reads it
-        return await asyncio.to_thread(whole_reply, generation, text, model_name, reply)
+        return await asyncio.to_thread(whole_reply, generation, parts, model_name, reply)
 
     return app
 
@@ -103,9 +104,13 @@ async def _say_why_refused(_: HttpRequest, error: StarletteHTTPException) -> Res
 def _encode_chat(tokenizer: Any, body: ChatRequest) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise HTTPException(400, "messages: this model has no chat template: use /v1/completions")
+    tools = body.template_tools
+    if tools and not can_be_read(tokenizer.get_chat_template(tools=tools)):
+        raise HTTPException(400, f"tools: this model's chat template has no {OPEN}, the only form of calls read here")
+    options = {"tools": tools} if tools else {}
     try:
         messages = [message.template_fields() for message in body.messages]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(messages, **options, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise what they like
         raise HTTPException(400, f"messages: {error}") from error
     return _encode(tokenizer, "messages", prompt, add_special_tokens=False)
@@ -122,11 +127,11 @@ def _encode(tokenizer: Any, field: str, text: str, **options: Any) -> list[int]:
         raise HTTPException(500, f"{field}: the tokenizer failed: {type(error).__name__}: {error}") from error
 
 
-async def _whole_text(generation: Generation, http: HttpRequest) -> str | None:
-    """All of it; None if the client went away, which frees the slot."""
+async def _all_parts(generation: Generation, http: HttpRequest) -> list[Part] | None:
+    """Those of a whole text; None if the client went away, which frees the slot."""
 
-    async def join() -> str:
-        return "".join([text async for text in generation.pieces()])
+    async def join() -> list[Part]:
+        return [part async for part in generation.pieces()]
 
     joined = asyncio.ensure_future(join())
     try:

@@ -7,7 +7,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fastapi import HTTPException
@@ -18,6 +18,7 @@ from orthrus_triton.serving.request import FinishReason, Request
 from orthrus_triton.serving.scheduler import QueueFullError, Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.text_stream import TextStream
+from orthrus_triton.serving.tool_calls import Part, ToolCallReader
 
 DEFAULT_MAX_TOKENS = 512
 LogprobsForm = Callable[[LogprobsField, Sequence[TokenLogprobs]], dict[str, Any]]
@@ -46,7 +47,7 @@ class Generation:
         max_tokens: int | None,
     ) -> None:  # fmt: skip
         self.id, self.created = uuid.uuid4().hex, int(time.time())
-        self.reason: FinishReason | None = None
+        self.reason: FinishReason | Literal["tool_calls"] | None = None
         self._scheduler, self._prompt_tokens = scheduler, len(ids)
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
         stop = None
@@ -56,6 +57,7 @@ class Generation:
         except ValueError as error:
             raise HTTPException(400, f"stop: {error}") from error
         self._logprobs, self._reported = LogprobsField(tokenizer), 0
+        self._calls = ToolCallReader() if isinstance(body, ChatRequest) and body.template_tools else None
         self._text = TextStream(tokenizer, stop, scheduler.decoder.model.eos_token_ids)
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(ids), 1))
@@ -73,8 +75,9 @@ class Generation:
     def _deliver(self, tokens: list[int], reason: FinishReason | None, error: str) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (tokens, reason, error))
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Text as it becomes certain. However this ends, the slot is free afterwards.
+    async def pieces(self) -> AsyncIterator[Part]:
+        """Text as it becomes certain, and tool calls where there are tools. However this ends, the slot is free
+        afterwards.
 
         Raises:
             HTTPException: the generation failed.
@@ -87,8 +90,11 @@ class Generation:
                 text = self._push(tokens, last=reason is not None)
                 # a stop string may be in the text alone: special tokens, which the text leaves out, stood inside it
                 self.reason = "stop" if self._text.stopped else reason
-                if text:
-                    yield text
+                parts = [text] if self._calls is None else self._calls.push(text, last=self.reason is not None)
+                if self.reason == "stop" and self._calls is not None and self._calls.count:
+                    self.reason = "tool_calls"
+                for part in filter(None, parts):
+                    yield part
         finally:
             self.cancel()
 

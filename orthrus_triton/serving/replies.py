@@ -12,39 +12,47 @@ from fastapi.responses import StreamingResponse
 from orthrus_triton.serving.errors import error_body
 from orthrus_triton.serving.generation import Generation, LogprobsForm
 from orthrus_triton.serving.logprobs import LogprobsField
+from orthrus_triton.serving.tool_calls import Part, ToolCall
 
 
 class ReplyFormat(NamedTuple):
-    """How one endpoint names things: a reply, a chunk of one, the text in either (of a chunk: is it the first?), and
-    what is reported of tokens."""
+    """How one endpoint names things: a reply, a chunk of one, the parts of a text in either (of a chunk: is it the
+    first?), and what is reported of tokens."""
 
     object: str
     chunk_object: str
-    text: Callable[[str], dict[str, Any]]
-    chunk_text: Callable[[str, bool], dict[str, Any]]
+    parts: Callable[[list[Part]], dict[str, Any]]
+    chunk_part: Callable[[Part, bool], dict[str, Any]]
     logprobs: LogprobsForm
 
 
-def _delta(text: str, first: bool) -> dict[str, Any]:
+def _message(parts: list[Part]) -> dict[str, Any]:
+    calls = [part.field() for part in parts if isinstance(part, ToolCall)]
+    text = "".join(part for part in parts if isinstance(part, str))
+    called = {"content": text or None, "tool_calls": calls} if calls else {"content": text}
+    return {"message": {"role": "assistant", **called}}
+
+
+def _delta(part: Part, first: bool) -> dict[str, Any]:
     # clients add up what the deltas say, so the role comes once
-    return {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
+    role = {"role": "assistant"} if first else {}
+    if isinstance(part, ToolCall):
+        return {"delta": {**role, "tool_calls": [{"index": part.index, **part.field()}]}}
+    return {"delta": {**role, "content": part}}
 
 
 COMPLETION = ReplyFormat(
-    "text_completion", "text_completion", lambda text: {"text": text}, lambda text, _: {"text": text},
+    "text_completion", "text_completion", lambda parts: {"text": "".join(parts)}, lambda text, _: {"text": text},
     LogprobsField.of_completion,
 )  # fmt: skip
-CHAT = ReplyFormat(
-    "chat.completion", "chat.completion.chunk", lambda text: {"message": {"role": "assistant", "content": text}},
-    _delta, LogprobsField.of_chat,
-)  # fmt: skip
+CHAT = ReplyFormat("chat.completion", "chat.completion.chunk", _message, _delta, LogprobsField.of_chat)
 
 
-def whole_reply(generation: Generation, text: str, model_name: str, reply: ReplyFormat) -> dict[str, Any]:
+def whole_reply(generation: Generation, parts: list[Part], model_name: str, reply: ReplyFormat) -> dict[str, Any]:
     """The reply of a generation that has ended with this text."""
     return {
         **_head(generation, model_name, reply.object),
-        "choices": [_choice(generation, reply, reply.text(text), generation.reason)], "usage": generation.usage(),
+        "choices": [_choice(generation, reply, reply.parts(parts), generation.reason)], "usage": generation.usage(),
     }  # fmt: skip
 
 
@@ -55,10 +63,10 @@ async def reply_events(
     head, first = _head(generation, model_name, reply.chunk_object), True
     pieces = generation.pieces()
     try:
-        async for text in pieces:
-            yield _event({**head, "choices": [_choice(generation, reply, reply.chunk_text(text, first), None)]})
+        async for part in pieces:
+            yield _event({**head, "choices": [_choice(generation, reply, reply.chunk_part(part, first), None)]})
             first = False
-        last = _choice(generation, reply, reply.chunk_text("", first), generation.reason)
+        last = _choice(generation, reply, reply.chunk_part("", first), generation.reason)
         yield _event({**head, "choices": [last]})
         if include_usage:
             yield _event({**head, "choices": [], "usage": generation.usage()})

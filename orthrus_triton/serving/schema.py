@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from orthrus_triton.modules import SamplingParams
 from orthrus_triton.modules.sampling_params import MOST_NEW_TOKENS
 from orthrus_triton.serving.logprobs import MOST_ALTERNATIVES
 
-MOST_MESSAGES = 1000
+MOST_MESSAGES, MOST_TOOLS = 1000, 128
 
 
 def _integer(value: Any) -> Any:
@@ -38,6 +39,7 @@ def _boolean(value: Any) -> Any:
 Alternatives = Annotated[int, BeforeValidator(_integer), Field(ge=0, le=MOST_ALTERNATIVES)]
 One = Annotated[Literal[1], BeforeValidator(_integer)]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
+Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
 
 
 class StreamOptions(BaseModel):
@@ -65,7 +67,33 @@ class Message(BaseModel):
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError("the text of a content part must be a string")
             content = "".join(texts)
-        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+        fields = {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+        if fields.get("tool_calls"):
+            fields["tool_calls"] = [_with_arguments_read(call) for call in fields["tool_calls"]]
+        return fields
+
+
+def _with_arguments_read(call: Any) -> Any:
+    """Templates write arguments as JSON; clients send them as JSON in a string."""
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (TypeError, KeyError, ValueError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: No | None = None  # nothing keeps a model from calling with other arguments
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["function"]
+    function: Function
 
 
 class _Common(BaseModel):
@@ -152,13 +180,21 @@ class ChatRequest(_Common):
     logprobs: Annotated[bool, BeforeValidator(_boolean)] = False
     top_logprobs: Alternatives | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
-    tools: None = None
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Yes | None = None
 
     @property
     def alternatives(self) -> int | None:
         """As in `Request`."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """The tools the model may call, for the chat template; None where there are none."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
 
     @field_validator("top_logprobs")
     @classmethod
