@@ -45,6 +45,20 @@ def can_be_read(template: str) -> bool:
     return "tools" in template and OPEN in template
 
 
+def end_of_call(text: str, start: int) -> int:
+    """Where the tag is that closes a call whose inside begins at `start`; -1 if it is not there yet."""
+    end = text.find(CLOSE, start)
+    while end >= 0:
+        try:
+            json.loads(text[start:end])
+        except json.JSONDecodeError as error:
+            if error.msg.startswith("Unterminated string"):  # the tag is part of an argument
+                end = text.find(CLOSE, end + 1)
+                continue
+        break
+    return end
+
+
 class ToolCallReader:
     """Splits text that comes piece by piece. White space before a call, and after the last one, is no text.
 
@@ -59,7 +73,7 @@ class ToolCallReader:
         """Take more text, the last or not; give what is certain now."""
         self._held += text
         parts: list[Part] = []
-        while (start := self._held.find(OPEN)) >= 0 and (end := self._held.find(CLOSE, start)) >= 0:
+        while (start := self._held.find(OPEN)) >= 0 and (end := end_of_call(self._held, start + len(OPEN))) >= 0:
             call, end = ToolCall.read(self.count, self._held[start + len(OPEN) : end]), end + len(CLOSE)
             parts.append(self._held[:end] if call is None else self._held[:start].rstrip())
             self._held = self._held[end:]

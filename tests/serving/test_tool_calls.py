@@ -15,6 +15,7 @@ from tests.serving.running import Running, openai
 CALL = OPEN + '\n{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}\n' + CLOSE
 OTHER = OPEN + '{"name": "now"}' + CLOSE
 SAME_JSON = OPEN + '{"name": "raw", "arguments": "{\\"x\\": 1}"}' + CLOSE
+TAGS = OPEN + '{"name": "say", "arguments": {"text": "</tool_call> \\" <tool_call> </tool_call>"}}' + CLOSE
 BROKEN = [
     OPEN + "{not json}" + CLOSE,
     OPEN + "[1]" + CLOSE,
@@ -49,7 +50,9 @@ WEATHER, NOW = (0, "weather", '{"city": "Zürich", "days": 2}'), (1, "now", "{}"
         ("", []), ("  plain < text >\n", ["  plain < text >\n"]), (CALL, [WEATHER]), (f"\n{CALL}\n\n", [WEATHER]),
         (f"Let me look.\n\n{CALL}\n{OTHER}", ["Let me look.", WEATHER, NOW]),
         (f"{CALL}\n so \n{OTHER}\n", [WEATHER, "\n so", NOW]), (f"{CALL} {BROKEN[0]} ", [WEATHER, f" {BROKEN[0]}"]),
-        (SAME_JSON, [(0, "raw", '{"x": 1}')]), (f"{BROKEN[0]}\n{CALL}", [BROKEN[0], WEATHER]),
+        (SAME_JSON, [(0, "raw", '{"x": 1}')]),
+        (TAGS + OTHER, [(0, "say", '{"text": "</tool_call> \\" <tool_call> </tool_call>"}'), NOW]),
+        (f"{BROKEN[0]}\n{CALL}", [BROKEN[0], WEATHER]),
         *((f"a {broken} \n", [f"a {broken} \n"]) for broken in BROKEN),
     ],
 )  # fmt: skip
