@@ -11,10 +11,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from orthrus_triton.modules.kv_cache import View
 from orthrus_triton.ops._cpu_packing import forget_changed
 
-# what callers pass out of habit, with the only values that mean what happens here
+# what callers pass out of habit, with the only values that mean what happens here; None: whatever they are
 HABITS = {
     "use_cache": (True, False, None), "past_key_values": (None,), "position_ids": (None,), "inputs_embeds": (None,),
-    "output_attentions": (False, None), "output_hidden_states": (False, None), "token_type_ids": (None,),
+    "output_attentions": (False, None), "output_hidden_states": (False, None), "token_type_ids": None,
     "cache_position": (None,),
 }  # fmt: skip
 
@@ -22,6 +22,7 @@ HABITS = {
 class ForwardMixin:
     """`forward` of `OrthrusForCausalLM`."""
 
+    @torch.no_grad()
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -75,7 +76,7 @@ class ForwardMixin:
             first, count = tokens_of_mask(attention_mask, input_ids)
             cache.prompt_len.copy_(count)
             if labels is not None:  # or padding would have to know what comes first
-                labels = labels.masked_fill(places(input_ids) == first, -100)
+                labels = labels.to(input_ids.device).masked_fill(places(input_ids) == first, -100)
             # every row begins with its tokens, as in a cache; padding then comes after all that could see it
             input_ids = input_ids.gather(1, (places(input_ids) + first) % T)
         if not torch.compiler.is_compiling():
@@ -101,13 +102,15 @@ def places(input_ids: torch.Tensor) -> torch.Tensor:
 
 def tokens_of_mask(mask: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the tokens of each row begin [B, 1], and how many there are [B]; a ValueError unless they are in a row."""
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask must be {list(input_ids.shape)}, like input_ids, but got {list(mask.shape)}")
-    is_token = mask != 0
+    if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
+        got = list(mask.shape) if isinstance(mask, torch.Tensor) else repr(mask)
+        raise ValueError(f"attention_mask must be {list(input_ids.shape)}, like input_ids, but got {got}")
+    is_token = mask.to(input_ids.device) != 0
     count, first = is_token.sum(dim=1), is_token.int().argmax(dim=1, keepdim=True)
     place = places(input_ids)
     in_a_row = (place >= first) & (place < first + count[:, None])
-    if not (in_a_row.equal(is_token) and count.all()):
+    # what is compiled cannot look
+    if not torch.compiler.is_compiling() and not (in_a_row.equal(is_token) and count.all()):
         raise ValueError("attention_mask must have one run of tokens in each row, with padding only before or after it")
     return first, count
 
@@ -117,6 +120,6 @@ def check_habits(habits: dict[str, Any]) -> None:
     for name, value in habits.items():
         if name not in HABITS:
             raise TypeError(f"forward() got an unexpected argument {name!r}")
-        if not any(value is allowed for allowed in HABITS[name]):
+        if HABITS[name] is not None and not any(value is allowed for allowed in HABITS[name]):
             allowed = " or ".join(map(repr, HABITS[name]))
             raise ValueError(f"{name} must be {allowed}: whole sequences are read, but got a {type(value).__name__}")

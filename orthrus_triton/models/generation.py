@@ -80,7 +80,8 @@ class OrthrusGenerationMixin:
             logits_processor: run on the host, row by row with the row's own history. Each must be a function of
                 (input_ids, scores) alone.
             stopping_criteria: asked what transformers asks them, about the whole batch after every token that all
-                sequences have, or have ended before; but for scores, which are None.
+                sequences have, or have ended before; but for scores, which are None, and what stands behind a
+                sequence that one of them has ended, which is padding even where there is no eos_token_id.
             prefix_allowed_tokens_fn: as in transformers; its batch_id is the prompt's row, of all
                 num_return_sequences alike.
             streamer: TextStreamer, TextIteratorStreamer or the like; one sequence. It gets the prompt as it came first.
@@ -142,7 +143,7 @@ class OrthrusGenerationMixin:
         stop = None
         if stopping_criteria or strings is not None or settings.max_time is not None:
             stop = Stopping(
-                rows, settings.max_new_tokens, set(settings.eos_token_ids), settings.pad_token_id,
+                rows, set(settings.eos_token_ids), settings.pad_token_id,
                 criteria=stopping_criteria or [], strings=strings, max_time=settings.max_time,
             )  # fmt: skip
         if streamer is not None:

@@ -17,7 +17,6 @@ class Stopping:
 
     Args:
         prompts: [B, L] integers, padded as they came.
-        limit: most new tokens of a sequence.
         eos_token_ids: those that end one.
         pad_token_id: what criteria see behind a sequence's end.
         criteria: of transformers, called with the ids [B, L + n] of the first n new tokens of each and without scores;
@@ -27,10 +26,10 @@ class Stopping:
     """
 
     def __init__(
-        self, prompts: torch.Tensor, limit: int, eos_token_ids: Set[int], pad_token_id: int, *,
+        self, prompts: torch.Tensor, eos_token_ids: Set[int], pad_token_id: int, *,
         criteria: Sequence[Any] = (), strings: list[StopStrings] | None = None, max_time: float | None = None,
     ) -> None:  # fmt: skip
-        self.limit, self.eos_token_ids, self.pad_token_id = limit, eos_token_ids, pad_token_id
+        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.criteria, self.strings = criteria, strings
         self.deadline = None if max_time is None else time.monotonic() + max_time
         self.ids, self.asked = prompts, 0  # [B, L + asked], what criteria have seen
@@ -40,7 +39,7 @@ class Stopping:
     def __call__(self, b: int, new: list[int]) -> dict[int, int]:
         """Which sequences end now, and with how many new tokens, which can be fewer than they have."""
         self.new[b] = new
-        if new[-1] in self.eos_token_ids or len(new) == self.limit:
+        if new[-1] in self.eos_token_ids:
             self.ends[b] = len(new)
         late = self.deadline is not None and time.monotonic() > self.deadline
         ended = {}
@@ -50,6 +49,11 @@ class Stopping:
             ended |= self._criteria()
         return ended
 
+    def end(self, b: int, new: list[int]) -> dict[int, int]:
+        """Sequence `b` ends with these tokens, as it cannot go on. Which others end now, as in a call."""
+        self.new[b], self.ends[b] = new, len(new)
+        return self._criteria() if self.criteria else {}
+
     def _criteria(self) -> dict[int, int]:
         """Ask about every further token that all sequences have by now."""
         ended = {}
@@ -58,7 +62,7 @@ class Stopping:
             self.asked += 1
             done = torch.zeros(len(column), dtype=torch.bool)
             for criterion in self.criteria:
-                done |= torch.as_tensor(criterion(self.ids, None)).cpu()
+                done |= torch.as_tensor(criterion(self.ids, None)).cpu().bool()
             for b in done.nonzero().flatten().tolist():
                 if self._goes_on(b):
                     ended[b] = self.ends[b] = self.asked

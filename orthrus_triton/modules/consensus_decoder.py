@@ -166,7 +166,8 @@ class ConsensusDecoder(DecodeCycle):
             sampling: "coupled" gives the tokens that AR mode gives with the same parameters; "rejection" gives other
                 tokens of the same distribution and accepts as many drafts as can be.
             stop: called with a sequence's number and its new tokens after each of them; True ends it there, and a dict
-                {c: n} ends sequence c with its first n new tokens, even if it has more by now.
+                {c: n} ends sequence c with its first n new tokens, even if it has more by now. Its method `end`, if it
+                has one, is called in the same way when there is no token for a sequence to go on with.
             reuse_cache: keep of the cache what prompt b has in common with sequence b of the last call: a conversation
                 goes on without prefilling it again.
 

@@ -95,11 +95,14 @@ class _Watch:
         for count in range(1, len(part.tokens) + 1):
             self.shown[b] += 1
             ends = self.stop(b, slot.tokens[: self.shown[b]])
-            if not isinstance(ends, dict):
-                ends = {b: self.shown[b]} if ends else {}
-            for ended, keep in ends.items():
-                self.run.release(ended, keep=keep)
-                self.stopped.add(ended)
+            self._release(ends if isinstance(ends, dict) else {b: self.shown[b]} if ends else {})
             if b in self.stopped:
                 return part.tokens[:count]
+        if slot.failed and hasattr(self.stop, "end"):
+            self._release(self.stop.end(b, slot.tokens))
         return part.tokens
+
+    def _release(self, ends: dict[int, int]) -> None:
+        for b, keep in ends.items():
+            self.run.release(b, keep=keep)
+            self.stopped.add(b)

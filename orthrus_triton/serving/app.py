@@ -19,7 +19,7 @@ from orthrus_triton.serving.guard import Guard
 from orthrus_triton.serving.replies import CHAT, COMPLETION, EventStream, ReplyFormat, reply_events, whole_reply
 from orthrus_triton.serving.scheduler import Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
-from orthrus_triton.serving.tool_calls import OPEN, Part, can_be_read
+from orthrus_triton.serving.tool_calls import CALL, OPEN, Part, can_be_read
 
 DISCONNECT_POLL_SECONDS = 0.1
 
@@ -104,16 +104,27 @@ async def _say_why_refused(_: HttpRequest, error: StarletteHTTPException) -> Res
 def _encode_chat(tokenizer: Any, body: ChatRequest) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise HTTPException(400, "messages: this model has no chat template: use /v1/completions")
-    tools = body.template_tools
-    if tools and not can_be_read(tokenizer.get_chat_template(tools=tools)):
-        raise HTTPException(400, f"tools: this model's chat template has no {OPEN}, the only form of calls read here")
-    options = {"tools": tools} if tools else {}
     try:
+        options = _template_options(tokenizer, body.template_tools)
         messages = [message.template_fields() for message in body.messages]
         prompt = tokenizer.apply_chat_template(messages, **options, tokenize=False, add_generation_prompt=True)
+    except HTTPException:
+        raise
     except Exception as error:  # templates raise what they like
         raise HTTPException(400, f"messages: {error}") from error
     return _encode(tokenizer, "messages", prompt, add_special_tokens=False)
+
+
+def _template_options(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    if not tools:
+        return {}
+    if not can_be_read(tokenizer.get_chat_template(tools=tools)):
+        raise HTTPException(
+            400, f"tools: this model's chat template does not ask for calls as {CALL}, the only form that is read here"
+        )
+    if OPEN in tokenizer.all_special_tokens:
+        raise HTTPException(400, f"tools: {OPEN} is a special token of this tokenizer, which texts leave out")
+    return {"tools": tools}
 
 
 def _encode(tokenizer: Any, field: str, text: str, **options: Any) -> list[int]:
@@ -128,7 +139,7 @@ def _encode(tokenizer: Any, field: str, text: str, **options: Any) -> list[int]:
 
 
 async def _all_parts(generation: Generation, http: HttpRequest) -> list[Part] | None:
-    """Those of a whole text; None if the client went away, which frees the slot."""
+    """The whole generation; None if the client went away, which frees the slot."""
 
     async def join() -> list[Part]:
         return [part async for part in generation.pieces()]

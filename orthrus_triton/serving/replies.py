@@ -49,7 +49,7 @@ CHAT = ReplyFormat("chat.completion", "chat.completion.chunk", _message, _delta,
 
 
 def whole_reply(generation: Generation, parts: list[Part], model_name: str, reply: ReplyFormat) -> dict[str, Any]:
-    """The reply of a generation that has ended with this text."""
+    """The reply of a generation that has ended, with these parts."""
     return {
         **_head(generation, model_name, reply.object),
         "choices": [_choice(generation, reply, reply.parts(parts), generation.reason)], "usage": generation.usage(),
@@ -59,7 +59,7 @@ def whole_reply(generation: Generation, parts: list[Part], model_name: str, repl
 async def reply_events(
     generation: Generation, model_name: str, reply: ReplyFormat, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events, as the openai client reads them: a chunk per piece of text, one with the finish reason."""
+    """Server-sent events, as the openai client reads them: a chunk per part, one with the finish reason."""
     head, first = _head(generation, model_name, reply.chunk_object), True
     pieces = generation.pieces()
     try:

@@ -8,6 +8,7 @@ import secrets
 from typing import Any, NamedTuple
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+CALL = OPEN + '{"name": ..., "arguments": ...}' + CLOSE
 
 
 class ToolCall(NamedTuple):
@@ -22,15 +23,16 @@ class ToolCall(NamedTuple):
     def read(cls, index: int, text: str) -> ToolCall | None:
         """What stood between the tags; None if that is no call."""
         try:
-            call = json.loads(text)
-        except ValueError:
+            call = json.loads(text, parse_constant=_refuse)
+            name, arguments = call["name"], call.get("arguments")
+            if isinstance(arguments, str) and arguments:
+                json.loads(arguments, parse_constant=_refuse)
+            else:
+                arguments = json.dumps({} if arguments in (None, "") else arguments, ensure_ascii=False)
+            (name + arguments).encode()  # JSON can say half of a surrogate pair
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return None
-        arguments = call.get("arguments", {})
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        return cls(index, f"call_{secrets.token_hex(12)}", call["name"], arguments)
+        return cls(index, f"call_{secrets.token_hex(12)}", name, arguments) if name else None
 
     def field(self) -> dict[str, Any]:
         """As a message has it."""
@@ -41,8 +43,14 @@ Part = str | ToolCall
 
 
 def can_be_read(template: str) -> bool:
-    """Whether a chat template shows a model its tools, and asks for calls in the form that is read here."""
-    return "tools" in template and OPEN in template
+    """Whether a chat template shows a model its tools, and asks for calls in the form that is read here: others have
+    arguments in tags of their own."""
+    others = any(tag in template for tag in ("<function=", "<arg_key>"))
+    return "tools" in template and OPEN in template and "arguments" in template and not others
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def end_of_call(text: str, start: int) -> int:
@@ -51,8 +59,8 @@ def end_of_call(text: str, start: int) -> int:
     while end >= 0:
         try:
             json.loads(text[start:end])
-        except json.JSONDecodeError as error:
-            if error.msg.startswith("Unterminated string"):  # the tag is part of an argument
+        except (ValueError, RecursionError) as error:
+            if "Unterminated string" in str(error):  # the tag is part of an argument
                 end = text.find(CLOSE, end + 1)
                 continue
         break
@@ -60,31 +68,43 @@ def end_of_call(text: str, start: int) -> int:
 
 
 class ToolCallReader:
-    """Splits text that comes piece by piece. White space before a call, and after the last one, is no text.
+    """Splits text that comes piece by piece. White space before a call, and behind one that is the last, is no text.
 
     Attributes:
         count: calls so far.
     """
 
     def __init__(self) -> None:
-        self.count, self._held = 0, ""
+        self.count, self._held, self._text_came = 0, "", False
 
     def push(self, text: str, last: bool = False) -> list[Part]:
         """Take more text, the last or not; give what is certain now."""
         self._held += text
         parts: list[Part] = []
-        while (start := self._held.find(OPEN)) >= 0 and (end := end_of_call(self._held, start + len(OPEN))) >= 0:
-            call, end = ToolCall.read(self.count, self._held[start + len(OPEN) : end]), end + len(CLOSE)
-            parts.append(self._held[:end] if call is None else self._held[:start].rstrip())
-            self._held = self._held[end:]
-            if call is not None:
-                self.count += 1
-                parts.append(call)
+        while (start := self._held.find(OPEN)) >= 0:
+            inside = start + len(OPEN)
+            end, call = end_of_call(self._held, inside), None
+            if self._held[inside:].lstrip()[:1] in ("", "{"):  # else it only speaks of calls
+                if end < 0:
+                    break
+                call = ToolCall.read(self.count, self._held[inside:end])
+            if call is None:
+                self._say(parts, inside)
+                continue
+            behind = self._held[end + len(CLOSE) :]
+            self._say(parts, len(self._held[:start].rstrip()))
+            self._held = behind
+            parts.append(call)
+            self.count, self._text_came = self.count + 1, False
         if last:
-            certain = len(self._held) if self._held.strip() or not self.count else 0
+            self._say(parts, 0 if self.count and not self._text_came and self._held.isspace() else len(self._held))
         else:
             begun = next(n for n in range(len(OPEN), -1, -1) if self._held.endswith(OPEN[:n]))
-            certain = len(self._held[: start if start >= 0 else len(self._held) - begun].rstrip())
-        parts.append(self._held[:certain])
-        self._held = self._held[certain:]
-        return [part for part in parts if part]
+            self._say(parts, len(self._held[: start if start >= 0 else len(self._held) - begun].rstrip()))
+        return parts
+
+    def _say(self, parts: list[Part], length: int) -> None:
+        text, self._held = self._held[:length], self._held[length:]
+        if text:
+            parts.append(text)
+            self._text_came = True

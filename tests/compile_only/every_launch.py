@@ -50,7 +50,7 @@ def attention(family: str, dtype: torch.dtype) -> None:
     for head_dim in HEAD_DIMS:
         # grouped heads, a window, block keys: the union of the branches; then the plain verify pass, whose branches are
         # a part of them, with heads that fill their tile and heads that do not
-        for group, window, block_size in ((4, 4096, 32), (3, None, None))[: 1 + (head_dim in (64, 96))]:
+        for group, window, block_size in ((4, 4096, 32), (3, None, None))[: 1 + (head_dim in (96, 128))]:
             q = meta(2, 32, 2 * group, head_dim, dtype=dtype)
             cache, block = meta(2, 2, 4096, head_dim, dtype=dtype), meta(2, 32, 2, head_dim, dtype=dtype)
             block = block if block_size else None
@@ -80,7 +80,8 @@ def int8_products(family: str) -> None:
 
 
 def many_rows(family: str) -> None:
-    """The larger tiles, where a family has them, with what is fused behind a product of a model. For half precision."""
+    """The larger tiles, where a family has them, with what is fused behind a product of a model. They are for half
+    precision; fp16 takes the registers of bf16."""
     n, k, dtype = 4096, 4096, torch.bfloat16
     x, weight = meta(300, k, dtype=dtype), meta(n, k, dtype=dtype)
     values, scale = meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32)

@@ -53,8 +53,11 @@ def test_loss_is_transformers_own() -> None:
     base, ids = build_base(base_config("qwen3")), random_ids(T, batch=B)
     model, labels = OrthrusForCausalLM.from_base(base), ids.masked_fill(RIGHT == 0, -100)
     given = {"input_ids": ids, "attention_mask": RIGHT, "labels": labels}
-    for more in ({}, {"num_items_in_batch": 7}, {"use_cache": False, "output_attentions": None}):
-        torch.testing.assert_close(model(**given, **more).loss, base(**given, **more).loss, atol=1e-4, rtol=0)
+    nothing = {"use_cache": False, "output_attentions": None, "token_type_ids": torch.zeros_like(ids)}
+    for more in ({}, {"num_items_in_batch": 7}):
+        torch.testing.assert_close(
+            model(**given, **more, **nothing).loss, base(**given, **more).loss, atol=1e-4, rtol=0
+        )
     loss, logits = model(**given, return_dict=False)
     scored = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0][labels[:, 1:] >= 0]
     assert len(scored) == 29 + 20 + 4 and math.isclose(-scored.mean().item(), loss.item(), rel_tol=1e-5)
@@ -76,6 +79,15 @@ def test_loss_does_not_depend_on_the_side_of_padding() -> None:
     assert losses[0] == losses[1] and math.isclose(losses[0], alone, rel_tol=1e-5)
 
 
+def test_masks_of_other_kinds_and_no_gradients() -> None:
+    model = OrthrusForCausalLM.from_base(build_base(base_config("llama")), block_size=8)
+    ids = random_ids(T, batch=B)
+    logits = model(ids, LEFT).logits
+    for mask in (LEFT.bool(), LEFT.float(), -LEFT):
+        assert torch.equal(model(ids, mask).logits, logits)
+    assert not model(ids[:, :8], view="diffusion", labels=ids[:, :8]).loss.requires_grad
+
+
 def test_only_some_logits() -> None:
     model, ids = OrthrusForCausalLM.from_base(build_base(base_config("llama"))), random_ids(T, batch=B)
     logits = model(ids, LEFT, impl="torch").logits
@@ -93,8 +105,9 @@ def test_only_some_logits() -> None:
             r"attention_mask must be \[3, 30\], like input_ids, but got \[3, 29",
         ),
         ({"attention_mask": torch.zeros(B, T)}, "attention_mask must have one run of tokens in each row"),
-        ({"attention_mask": LEFT * RIGHT * (torch.arange(T) != 2)}, "with padding only before or after it"),
+        ({"attention_mask": LEFT * (torch.arange(T) != 27)}, "with padding only before or after it"),
         ({"attention_mask": LEFT, "view": "diffusion"}, "attention_mask is for view='ar', but got view='diffusion'"),
+        ({"attention_mask": "diffusion"}, r"attention_mask must be \[3, 30\], like input_ids, but got 'diffusion'"),
         ({"labels": torch.zeros(B, T - 1)}, r"labels must be \[3, 30\], like input_ids, but got \[3, 29\]"),
         ({"labels": torch.zeros(B, T), "logits_to_keep": 3}, "labels need the logits of every position"),
         ({"past_key_values": object()}, "past_key_values must be None: whole sequences are read, but got an? object"),

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.stopping import Stopping
+from orthrus_triton.modules.run_to_end import NonFiniteLogitsError
 from tests.models.tiny_bases import base_config, build_base, random_ids, randomise_view
 
 B, L, NEW, PAD = 4, 6, 24, 0
@@ -39,6 +40,13 @@ class Rows:
         return torch.tensor([ids.shape[1] - L == end for end in self.ends])
 
 
+class Integers(Rows):
+    """Not every criterion is careful about dtypes."""
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        return super().__call__(ids, scores).to(torch.uint8)
+
+
 class All(Rows):
     """Of the batch as a whole, with a state of its own: ends when each row has been where it was to go."""
 
@@ -48,7 +56,7 @@ class All(Rows):
 
 
 @pytest.mark.parametrize("eos", [[], "some"], ids=["no eos", "eos"])
-@pytest.mark.parametrize("kind", [Rows, All])
+@pytest.mark.parametrize("kind", [Rows, Integers, All])
 @pytest.mark.parametrize("ends", [[3, 20, 9, 4], [11, 2, 2, 13], [30, 1, 30, 30], [1, 1, 1, 1]], ids=str)
 def test_criteria_hear_what_they_hear_in_transformers(pair, kind: type[Rows], ends: list[int], eos) -> None:
     base, model = pair
@@ -77,7 +85,7 @@ def test_criteria_beside_stop_strings() -> None:
     """A sequence that a string has ended is padded, and no one waits for it."""
     criterion = Rows([5, 2, 5, 5])
     strings = [lambda new: False, lambda new: False, lambda new: new[-1] == 77, lambda new: False]
-    stopping = Stopping(torch.zeros(B, L, dtype=torch.int64), 9, {2}, PAD, criteria=[criterion], strings=strings)
+    stopping = Stopping(torch.zeros(B, L, dtype=torch.int64), {2}, PAD, criteria=[criterion], strings=strings)
     assert stopping(0, [11]) == stopping(0, [11, 12]) == {} and not criterion.heard
     assert stopping(1, [21]) == stopping(1, [21, 22]) == stopping(1, [21, 22, 23]) == {} and not criterion.heard
     assert stopping(2, [77]) == {2: 1}  # the others are told nothing before the last one has a token, too
@@ -92,3 +100,27 @@ def test_criteria_beside_stop_strings() -> None:
         ended = stopping(0, [11, 12, 13, 14, 15][:count])
         assert [row[L:][count - 1] for row in criterion.heard[-1]] == [10 + count, 0, 0, 0]
     assert ended == {0: 5} and len(criterion.heard) == 5
+
+
+def test_who_is_far_ahead_is_asked_about_once_the_others_have_ended() -> None:
+    criterion = Rows([3, 30, 30, 30])
+    stopping = Stopping(torch.zeros(B, L, dtype=torch.int64), {2}, PAD, criteria=[criterion])
+    for count in range(1, 7):
+        assert stopping(0, [11] * count) == {}
+    assert stopping(2, [2]) == stopping(3, [2]) == {}
+    assert stopping(1, [2]) == {0: 3} and len(criterion.heard) == 3
+
+
+@pytest.mark.parametrize("banned_from", [0, 2])
+def test_no_one_waits_for_a_sequence_that_has_no_token(pair, banned_from: int) -> None:
+    _, model = pair
+
+    def ban(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        of_the_first = ids[0, :L].equal(prompts()["input_ids"][0])
+        return torch.full_like(scores, -torch.inf) if of_the_first and ids.shape[1] >= L + banned_from else scores
+
+    with pytest.raises(NonFiniteLogitsError) as caught:
+        model.generate(
+            **prompts(), max_new_tokens=30, eos_token_id=[], logits_processor=[ban], stopping_criteria=[All([0, 5])]
+        )
+    assert caught.value.output.stats.sequence_tokens == [banned_from, 5, 5, 5]
