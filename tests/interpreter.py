@@ -10,9 +10,11 @@ from functools import cache
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+WHOLE = {tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, float, bool, str, type(None)}  # hold no constexpr
 BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
 
 
@@ -82,6 +84,48 @@ def patch_once_a_launch() -> None:
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_lang
 
 
+def remember_shapes() -> None:
+    """What a tensor and its type say of their shape is the same for each tensor of that shape, and one object; types
+    are compared and shapes adapted without a look where they are the same."""
+    start, start_type, equal, unwrap = (
+        tl.tensor.__init__,
+        tl.block_type.__init__,
+        tl.dtype.__eq__,
+        tl.core._unwrap_if_constexpr,
+    )
+    broadcast, shapes, types, sides = TritonSemantic.broadcast_impl_value, {}, {}, {}
+
+    def tensor_init(self, handle, kind):
+        shape = kind.shape if kind.is_block() else None
+        if (known := shapes.get(id(shape))) is None:
+            start(self, handle, kind)
+            if shape is None or sides.get(tuple(shape)) is shape:
+                shapes[id(shape)] = self.shape, self.numel
+        else:
+            self.handle, self.type, self.dtype, (self.shape, self.numel) = handle, kind, kind.scalar, known
+
+    def type_init(self, element_ty, shape):
+        key = element_ty.name, *(side.value if isinstance(side, tl.constexpr) else side for side in shape)
+        if (known := types.get(key)) is None:
+            start_type(self, element_ty, shape)
+            self.shape = sides.setdefault(key[1:], self.shape)
+            types[key] = self.shape, self.numel, self.name
+        else:
+            self.element_ty, (self.shape, self.numel, self.name) = element_ty, known
+
+    def broadcast_impl_value(self, left, right):
+        alike = getattr(left.type, "shape", None) is getattr(right.type, "shape", None)
+        return (left, right) if alike else broadcast(self, left, right)
+
+    def unwrap_if_constexpr(value):
+        kind = value.__class__
+        return value.value if kind is tl.constexpr else value if kind in WHOLE else unwrap(value)
+
+    tl.tensor.__init__, tl.block_type.__init__ = tensor_init, type_init
+    tl.dtype.__eq__ = lambda one, other: one is other or equal(one, other)
+    TritonSemantic.broadcast_impl_value, tl.core._unwrap_if_constexpr = broadcast_impl_value, unwrap_if_constexpr
+
+
 def install() -> None:
     """Patch casts and arithmetic for bfloat16, and dot to sum every row in the same order, as an MMA unit does."""
     cast, binary, unary = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
@@ -118,6 +162,7 @@ def install() -> None:
     interpreter._get_np_dtype = numpy_dtype
     interpreter._patch_builtin = patch_builtin
     patch_once_a_launch()
+    remember_shapes()
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.binary_op = binary_op

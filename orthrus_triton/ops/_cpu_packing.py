@@ -46,7 +46,7 @@ def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
         return None
     parameter = weakref.ref(weight, partial(_forget, id(weight)))
     made_from = (weight.data_ptr(), weight._version)
-    entry = _packed[id(weight)] = _Packed(pack(weight), parameter, made_from, _sample(weight))
+    entry = _packed[id(weight)] = _Packed(pack(weight), parameter, made_from, _sample(weight).clone())
     return entry.weight
 
 
@@ -83,7 +83,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     flat = weight.detach().view(-1)
-    return flat[:: max(1, flat.numel() // SAMPLES)].clone()
+    return flat[:: max(1, flat.numel() // SAMPLES)]
 
 
 def _has_room(weight: torch.Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""Run as a program, without TRITON_INTERPRET: compiles every kernel the library launches for one GPU family.
-Prints one JSON line per kernel and exits non-zero if any fails to compile, overflows shared memory or spills."""
+"""Run as a program, without TRITON_INTERPRET: compiles the kernels the library launches, for one GPU family.
+Prints one JSON line per variant and exits non-zero if any fails to compile, overflows shared memory or spills."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from orthrus_triton.autotune.aot import TARGETS, Launch, compile_launch, record_launches
+from orthrus_triton.autotune.aot import TARGETS, CompileReport, Launch, compile_launch, record_launches
 from orthrus_triton.autotune.defaults import MANY_ROWS_TILES, RULES
 from orthrus_triton.autotune.store import KernelConfig
 from orthrus_triton.ops.add_normed import launch_add_normed
@@ -34,6 +35,9 @@ from tests.compile_only.problems import that_count
 from tests.compile_only.sampling_launches import sampling
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What tests have time for: fp16 takes the tiles and registers of bf16, and heads of 96 the tile of 80 and 128
+SOME_HEADS = {torch.bfloat16: (64, 80, 128, 256), torch.float32: (64, 128, 256), torch.float16: (128,)}
+OF_ONE_MAKER = ("sm80", "sm90", "sm100")
 # [N, K] of SmolLM2-135M's and Qwen3-8B's layers: K a multiple of the tile and not, K split and whole
 WEIGHTS = ((576, 1536), (49152, 576), (6144, 4096), (24576, 4096))
 
@@ -46,11 +50,12 @@ def config(op: str, dtype: torch.dtype, family: str, **key: int) -> KernelConfig
     return KernelConfig(*RULES[op](dtype, family, **key))
 
 
-def attention(family: str, dtype: torch.dtype) -> None:
-    for head_dim in (96, 128) if dtype == torch.float16 else HEAD_DIMS:  # its tiles and registers are bf16's
+def attention(family: str, dtype: torch.dtype, every: bool) -> None:
+    for head_dim in HEAD_DIMS if every else SOME_HEADS[dtype]:
         # grouped heads, a window, block keys: the union of the branches; then the plain verify pass, whose branches are
-        # a part of them, with heads that fill their tile and heads that do not
-        for group, window, block_size in ((4, 4096, 32), (3, None, None))[: 1 + (head_dim in (96, 128))]:
+        # a part of them
+        plain = every or (head_dim, dtype) == (128, torch.bfloat16)
+        for group, window, block_size in ((4, 4096, 32), (3, None, None))[: 1 + plain]:
             q = meta(2, 32, 2 * group, head_dim, dtype=dtype)
             cache, block = meta(2, 2, 4096, head_dim, dtype=dtype), meta(2, 32, 2, head_dim, dtype=dtype)
             block = block if block_size else None
@@ -60,8 +65,8 @@ def attention(family: str, dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
-def projections(family: str, dtype: torch.dtype) -> None:
-    for n, k in WEIGHTS[: 1 if dtype == torch.float16 else None]:  # its tiles and registers are bf16's
+def projections(family: str, dtype: torch.dtype, every: bool) -> None:
+    for n, k in WEIGHTS if every or dtype != torch.float16 else WEIGHTS[:1]:
         for out_dtype, extras in ((dtype, True), (torch.float32, False)):
             launch_linear(
                 meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype) if extras else None,
@@ -79,10 +84,9 @@ def int8_products(family: str) -> None:
         )  # fmt: skip
 
 
-def many_rows(family: str) -> None:
-    """The larger tiles, where a family has them, with what is fused behind a product of a model. They are for half
-    precision; fp16 takes the registers of bf16."""
-    n, k, dtype = 4096, 4096, torch.bfloat16
+def many_rows(family: str, dtype: torch.dtype) -> None:
+    """The larger tiles, where a family has them, with what is fused behind a product of a model."""
+    n, k = 4096, 4096
     x, weight = meta(300, k, dtype=dtype), meta(n, k, dtype=dtype)
     values, scale = meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32)
     for constants, launch in MANY_ROWS_TILES.get(family, ()):
@@ -119,8 +123,8 @@ def fused_products(family: str, dtype: torch.dtype) -> None:
     launch_lm_head_choice(meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), shape)
 
 
-def small_ops(dtype: torch.dtype) -> None:
-    for hidden in (576, 4096):
+def small_ops(dtype: torch.dtype, every: bool) -> None:
+    for hidden in (576, 4096) if every or dtype != torch.float16 else (576,):
         x, weight = meta(4, hidden, dtype=dtype), meta(hidden, dtype=dtype)
         launch_rms_norm(x, x, weight, 1e-6, 0.0)
         launch_rms_norm(x, None, weight, 1e-6, 1.0)
@@ -129,10 +133,10 @@ def small_ops(dtype: torch.dtype) -> None:
         launch_norm_spans(meta(4, 3 * hidden, dtype=dtype), weight, weight, 1e-6, 0.0)
     for gelu in (False, True):
         launch_gated(meta(4, 2 * 1536, dtype=dtype), gelu)
-    for head_dim in HEAD_DIMS:
+    for head_dim in HEAD_DIMS if every else SOME_HEADS[dtype]:
         qkv, cache = meta(2, 4, 8 * head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)
         angles, slots = meta(2, 4, head_dim // 2, dtype=torch.float32), meta(2, 4, dtype=torch.int32)
-        for norm in (meta(head_dim, dtype=dtype), None)[: 1 + (head_dim in (64, 96))]:
+        for norm in (meta(head_dim, dtype=dtype), None)[: 1 + (every or head_dim == 64)]:
             launch_rope_cache(qkv, angles, angles, cache, cache, slots, norm, norm, 1e-6, float(head_dim == 256))
     launch_rope_cache(qkv, None, None, cache, cache, slots, None, None, 1e-6, 0.0)
     launch_greedy_choice(meta(4, 49152, dtype=dtype))
@@ -161,49 +165,73 @@ def choice_and_consensus() -> None:
         )  # fmt: skip
 
 
-def decoding(family: str) -> None:
+def decoding(family: str, every: bool) -> None:
     choice_and_consensus()
     sampling()
     int8_products(family)
-    many_rows(family)
+    for dtype in (torch.bfloat16, torch.float16)[: 1 + every]:
+        many_rows(family, dtype)
     for dtype in DTYPES:
-        small_ops(dtype)
-        attention(family, dtype)
-        projections(family, dtype)
+        small_ops(dtype, every)
+        attention(family, dtype, every)
+        projections(family, dtype, every)
         fused_products(family, dtype)
 
 
-def all_launches(family: str, only_training: bool = False) -> Iterator[Launch]:
-    """Every kernel with every default configuration of the family, each variant once. Of the training kernels, which
-    are many and slow to compile, one head size in bf16, unless they are asked for alone: then all."""
+def variants(family: str, every: bool = False, only_training: bool = False) -> dict[str, Launch]:
+    """Every kernel with the default configurations of the family, each variant once: of every shape and dtype, or of
+    those that tests have time for. Of the training kernels, which are many and slow to compile, one head size in bf16,
+    unless they are asked for alone: then all."""
     with record_launches() as launches:
         if only_training:
             for dtype in DTYPES:
                 training(family, dtype, HEAD_DIMS)
         else:
             training(family, torch.bfloat16, (128,))
-            decoding(family)
-    seen = set()
+            decoding(family, every)
+    found: dict[str, Launch] = {}
     for launch in launches:
         kinds = {k: v.dtype if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
-        variant = repr((launch.kernel.__name__, launch.options, kinds))
-        if variant not in seen:
-            seen.add(variant)
-            yield launch
+        found.setdefault(repr((launch.kernel.__name__, launch.options, kinds)), launch)
+    return found
+
+
+def on_tensor_cores(launch: Launch) -> bool:
+    """Does it multiply matrices in half precision, with the instructions of one generation of GPUs?"""
+    tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
+    return "PRECISION" in launch.arguments and any(
+        tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors
+    )
+
+
+def chosen(family: str) -> Iterator[Launch]:
+    """What tests compile. Without tensor cores, a compiler does the same for each generation of a maker's GPUs: a
+    variant of several is compiled for one of them, within the limits of all (`problems`)."""
+    own = variants(family)
+    others = variants("sm90") if family in OF_ONE_MAKER and family != "sm90" else {}
+    return (launch for variant, launch in own.items() if on_tensor_cores(launch) or variant not in others)
+
+
+def problems(launch: Launch, report: CompileReport) -> list[str]:
+    families = OF_ONE_MAKER if report.family == "sm90" and not on_tensor_cores(launch) else (report.family,)
+    return sorted({problem for family in families for problem in replace(report, family=family).problems()})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=sorted(TARGETS))
+    parser.add_argument("--every", action="store_true", help="every shape in every dtype, not what tests have time for")
     parser.add_argument("--training", action="store_true", help="every head size and dtype of training, nothing else")
     options = parser.parse_args()
-    failed = 0
-    for launch in all_launches(options.family, options.training):
+    failed, whole = 0, options.every or options.training
+    family = options.family
+    for launch in variants(family, options.every, options.training).values() if whole else chosen(family):
         constants = {k: v for k, v in launch.arguments.items() if not isinstance(v, torch.Tensor)}
         line = {"kernel": launch.kernel.__name__, "arguments": {k: str(v) for k, v in constants.items()}}
         try:
-            report = compile_launch(launch, options.family)
-            line |= {"shared": report.shared, "registers": report.registers, "problems": that_count(report.problems())}
+            report = compile_launch(launch, family)
+            found = that_count(problems(launch, report))
+            line |= {"shared": report.shared, "registers": report.registers, "problems": found}
         except Exception as error:  # the compiler raises many types; each is a finding
             line["problems"] = [f"{type(error).__name__}: {error}"]
         failed += bool(line["problems"])

@@ -22,6 +22,12 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT)} | extra
 
 
+KERNELS_WITH_TENSOR_CORES = {
+    "dual_view_attention_kernel", "linear_kernel", "linear_swiglu_kernel", "int8_product_kernel", "lm_head_kernel",
+    "block_attention_forward_kernel", "block_attention_grad_q_kernel", "block_attention_grad_kv_kernel",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("family", ["sm80", "sm90", "sm100", "gfx942"])
 def test_every_kernel_compiles(family: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.compile_only.every_launch", family]
@@ -33,7 +39,10 @@ def test_every_kernel_compiles(family: str, tmp_path: Path) -> None:
     assert not problems, problems[:3]
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = {line["kernel"] for line in lines}
-    assert len(kernels) == 33 and len(lines) > 60, (len(kernels), len(lines))
+    # those for a maker's other generations are what has instructions of its own there
+    assert KERNELS_WITH_TENSOR_CORES <= kernels
+    if family in ("sm90", "gfx942"):
+        assert len(kernels) == 33 and len(lines) > 110, (len(kernels), len(lines))
 
 
 def test_a_spilling_configuration_is_reported() -> None:
