@@ -251,7 +251,7 @@ def test_overfitting_one_text_drafts_nearly_whole_blocks(tmp_path, monkeypatch, 
     prompt = torch.tensor(rows[0].ids[: rows[0].prompt_len])
     options = {"max_new_tokens": 49, "eos_token_id": []}
     assert decoder.generate([prompt], **options).stats.tokens_per_cycle < 0.7 * K
-    args = make_args(tmp_path, 400, num_anchors=8, teacher_top_k=101, save_strategy="no")
+    args = make_args(tmp_path, 250, num_anchors=8, teacher_top_k=101, save_strategy="no")
     ViewTrainer(model, args, rows).train()
     output = decoder.generate([prompt], **options)
     assert output.sequences[0].tolist() == rows[0].ids  # exact before, during and after training
