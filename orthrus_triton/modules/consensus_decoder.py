@@ -239,15 +239,14 @@ class ConsensusDecoder(DecodeCycle):
         if self.cache.recorded is not None:
             self.cache.recorded.begin_run()
         impl = resolve_impl(self.impl, self.cache.context_len)
-        # what runs on the host cannot be captured
-        runner = StepRunner(None, self._state.idle) if choosing.hosted else self._runner
-        lag = 1 if runner.captures_steps else 0
+        lag = 1 if self._runner.captures_steps else 0
         rules = partial(self._block_rule, option)
-        self.run = DecodeRun(self, self.cache, self._state, runner, rules, impl, lag, choosing)
+        self.run = DecodeRun(self, self.cache, self._state, self._runner, rules, impl, lag, choosing)
         self._versions = versions  # not before: had something failed above, the next call would go on from old K/V
         if last:  # what the cache still holds of them may be the beginning of the next prompts
             self.run.slots = [Slot(slot.prompt, tokens=slot.tokens, failed=slot.failed) for slot in last]
-        self.run.prepare()
+        if not choosing.hosted:  # else most likely for sequences that all have functions, of which nothing is captured
+            self.run.prepare()
         return self.run
 
     @property

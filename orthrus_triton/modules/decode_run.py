@@ -59,12 +59,16 @@ class DecodeRun(RunSlots):
         if missing <= 0:
             return False
         first, width = self._span(b for b, slot in enumerate(self.slots) if not slot.finished)
-        size = self._rule(width).next_size()
+        size, choosing = self._rule(width).next_size(), self._choosing_now()
         cycles = AR_STEPS if size == AR and self._runner.captures_steps and missing >= AR_STEPS else 1
-        key, work = self._key(size, cycles), self._work(size, cycles, first, width)
-        self._runner.prepare(key, work)
-        self._ring.begin()
-        self._runner.run(key, work)
+        key, work = (size, cycles, choosing), self._work(size, cycles, first, width, choosing)
+        if choosing.hosted:  # what runs on the host cannot be captured
+            self._ring.begin()
+            work()
+        else:
+            self._runner.prepare(key, work)
+            self._ring.begin()
+            self._runner.run(key, work)
         self._post(size, cycles, width)
         return True
 
@@ -82,9 +86,13 @@ class DecodeRun(RunSlots):
     @device_work
     def prepare(self) -> None:
         """Capture a graph for every block size the rule may ask for, the largest first. Without graphs, nothing."""
+        choosing = self._choosing_now()
+        if choosing.hosted:
+            return
         for size in sorted(self._rule(len(self.slots)).sizes, reverse=True):
             for cycles in (AR_STEPS, 1) if size == AR else (1,):
-                self._runner.prepare(self._key(size, cycles), self._work(size, cycles, 0, len(self.slots)))
+                work = self._work(size, cycles, 0, len(self.slots), choosing)
+                self._runner.prepare((size, cycles, choosing), work)
 
     def _rule(self, width: int) -> BlockRule:
         if width not in self._started:
@@ -92,15 +100,22 @@ class DecodeRun(RunSlots):
             self._started[width].start()
         return self._started[width]
 
-    def _key(self, size: int, cycles: int) -> tuple:
-        return (size, cycles, self.choosing)
+    def _choosing_now(self) -> Choosing:
+        """What the next step has to do: functions on the host only while a sequence has one. Where logits are not made
+        for another reason, though, they are made for these, in every step: a fused choice may round otherwise."""
+        choosing = self.choosing
+        if not choosing.hosted or not (choosing.sampled or choosing.processed):
+            return choosing
+        hosts = self.state.sampling.hosts
+        return choosing._replace(hosted=any(b in hosts and not slot.finished for b, slot in enumerate(self.slots)))
 
-    def _work(self, size: int, cycles: int, first: int, width: int) -> Callable[[], None]:
+    def _work(self, size: int, cycles: int, first: int, width: int, choosing: Choosing) -> Callable[[], None]:
         cache, state = self.cache, self.state
         if width < len(self.slots):
             cache, state = cache.sequences(first, width), state.slots(first, width)
 
         def work() -> None:
+            self._decoder.choosing = choosing
             for _ in range(cycles):
                 self._decoder.run_cycle(cache, state, size, self.impl)
             self.state.write_report()

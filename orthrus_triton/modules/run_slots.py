@@ -88,6 +88,7 @@ class RunSlots:
         # failed until the prefill is through: a cache that was half written must not be taken for the prompt's
         self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
         self._ring.begin()
+        self._decoder.choosing = self.choosing  # the last step's may be less
         if hidden is not None:
             self.cache.copy_sequence(like, b, prompt.numel())
         self.slots[b].prompt_hidden = self._decoder.prefill(

@@ -61,7 +61,7 @@ class Scheduler:
         if sampling not in ("coupled", "rejection"):
             raise ValueError(f"sampling must be 'coupled' or 'rejection', but got {sampling!r}")
         self.decoder, self.max_len, self.max_waiting = decoder, max_len, max_waiting
-        self._choosing = Choosing(sampled=True, rejection=sampling == "rejection", processed=True)
+        self._choosing = Choosing(sampled=True, rejection=sampling == "rejection", processed=True, hosted=True)
         self._slots: list[Request | None] = [None] * slots
         self._entering: _Entering | None = None
         self.tokens = self.cycles = 0
@@ -135,7 +135,9 @@ class Scheduler:
         self._thread.join()
 
     def _open(self) -> DecodeRun:
-        return self.decoder.open(len(self._slots), self.max_len, choosing=self._choosing)
+        run = self.decoder.open(len(self._slots), self.max_len, choosing=self._choosing)
+        run.prepare()
+        return run
 
     def _work(self) -> None:
         while True:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams
 from tests.modules.ledger_model import LedgerModel, oracle
+from tests.modules.test_cuda_graph import StandInGraphs
 
 VOCAB, EOS = 17, [4, 9]
 
@@ -50,3 +51,44 @@ def test_a_draft_without_a_token_ends_it() -> None:
     params = SamplingParams(logits_processor=at_most_two)
     with pytest.raises(ValueError, match="banned every token"):
         ConsensusDecoder(model, impl="torch").generate([torch.tensor([1, 2])], max_new_tokens=9, params=[params])
+
+
+@pytest.mark.parametrize("mode", ["consensus", "ar"])
+def test_steps_are_captured_while_no_sequence_has_a_function(mode: str) -> None:
+    model = LedgerModel(VOCAB)
+    decoder = StandInGraphs(model, impl="torch", mode=mode)
+    run = decoder.open(2, 64, eos_token_id=[], choosing=Choosing(sampled=True, processed=True, hosted=True))
+    assert decoder.captures == 0
+    run.prepare()
+    assert decoder.captures == (2 if mode == "ar" else 1)
+
+    def odd(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.arange(0, VOCAB, 2), -torch.inf)
+
+    plain = SamplingParams(temperature=1.0, seed=3)
+    of_function = SamplingParams(temperature=1.0, seed=4, logits_processor=odd)
+    for limit, params in ((9, of_function), (12, plain), (9, of_function)):  # two of them in a slot of no function
+        before = decoder.replays
+        run.admit(0, torch.tensor([1, 2]), 40, plain)
+        run.admit(1, torch.tensor([3]), limit, params)
+        while not run.slots[1].finished:
+            run.advance()
+        assert (decoder.replays == before) == (params is of_function)
+        assert run.slots[1].tokens == oracle(model, [3], limit, params, [])
+        while not run.slots[0].finished:
+            run.advance()
+        assert run.slots[0].tokens == oracle(model, [1, 2], 40, plain, [])
+        assert decoder.replays > before
+
+
+def test_greedy_runs_choose_in_one_way_from_beginning_to_end() -> None:
+    """Of logits where functions may want them, also after the last function: a fused choice may round otherwise."""
+    model = LedgerModel(VOCAB)
+    fused = []
+    model.choose = lambda hidden, impl: fused.append(hidden)
+    run = ConsensusDecoder(model, impl="torch").open(2, 64, eos_token_id=[], choosing=Choosing(hosted=True))
+    run.admit(0, torch.tensor([1, 2]), 30)
+    run.admit(1, torch.tensor([3]), 2, SamplingParams(logits_processor=lambda ids, scores: scores))
+    while not run.done:
+        run.advance()
+    assert fused == [] and run.slots[0].tokens == oracle(model, [1, 2], 30, SamplingParams(), [])

@@ -99,8 +99,10 @@ def test_prompt_and_text_may_fill_the_context(room: int, schedulers) -> None:
 
 def test_what_cannot_run_is_refused_or_fails_alone(schedulers) -> None:
     scheduler = schedulers(LedgerModel(VOCAB))
-    with pytest.raises(ValueError, match="hosted=True"):
-        ask(scheduler, [1], 5, params=SamplingParams(logits_processor=lambda ids, scores: scores))
+    evens = SamplingParams(logits_processor=lambda ids, scores: scores.index_fill(1, torch.arange(0, VOCAB, 2), -1e9))
+    both = [ask(scheduler, [1], 9, params=params) for params in (evens, GREEDY)]
+    for watched, params in zip(both, (evens, GREEDY)):
+        assert watched.wait()[0] == oracle(LedgerModel(VOCAB), [1], 9, params)
     odd = Watched([1], 5)
     odd.request.prompt = odd.request.prompt.float()
     with pytest.raises(ValueError, match="prompt must hold integers, but got torch.float32"):

@@ -1,0 +1,99 @@
+"""Texts that keep to a grammar or a JSON schema: of the tokens that may come next, llguidance knows which are allowed.
+In drafts, too: what the diffusion view proposes keeps to it, so that it is seldom rejected for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+# between two parts of a JSON text; without a bound, a small model may never come to the next part
+WHITESPACE = r"[\x20\x0A\x0D\x09]{0,64}"
+
+
+class Grammars:
+    """What a tokenizer's tokens are, as grammars have to know it.
+
+    Args:
+        tokenizer: of transformers, a fast one.
+        vocab_size: of the model's logits.
+        eos_token_ids: which end a text, once the grammar lets it end.
+
+    Raises:
+        ImportError: llguidance is not installed.
+        ValueError: the tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            raise ImportError(f"grammars need more: pip install llguidance ({error})") from error
+        if not eos_token_ids:
+            raise ValueError("eos_token_ids must name a token that ends a text, but there is none")
+        try:
+            self._tokens = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+        except Exception as error:  # ValueError, or what Rust calls an exception
+            raise ValueError(f"tokenizer must be one that llguidance can read, but {error}") from error
+
+    def of_schema(self, schema: Mapping[str, Any] | None, prompt_len: int) -> GrammarProcessor:
+        """JSON that keeps to a JSON schema, or any object for None.
+
+        Raises:
+            ValueError: it is no schema, or asks for what llguidance does not know.
+        """
+        from llguidance import LLMatcher
+
+        schema = {"type": "object"} if schema is None else dict(schema)
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+        return self.of(grammar, prompt_len)
+
+    def of(self, grammar: str, prompt_len: int) -> GrammarProcessor:
+        """What keeps the text behind a prompt of `prompt_len` tokens to a grammar in the syntax of llguidance, which
+        is Lark's with additions.
+
+        Raises:
+            ValueError: it is no grammar.
+        """
+        from llguidance import LLMatcher
+
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)
+        if failed:
+            raise ValueError(messages[0])
+        return GrammarProcessor(LLMatcher(self._tokens, grammar, log_level=0), prompt_len)
+
+
+class GrammarProcessor:
+    """A `logits_processor` of one sequence: a function of the text alone, though it remembers the last one it saw,
+    since the next mostly goes on from there or from some tokens before.
+
+    Attributes:
+        error: why there is no text that could go on, where every token is banned; "" before.
+    """
+
+    def __init__(self, matcher: Any, prompt_len: int) -> None:
+        self.error = ""
+        self._start, self._matcher, self._prompt_len = matcher.deep_copy(), matcher, prompt_len
+        self._text: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """input_ids [1, L], scores [1, V] -> scores with -inf for every token that may not come next."""
+        text = input_ids[0, self._prompt_len :].tolist()
+        if not self._go_to(text):  # some limit of the parser, which a way there without turning back may keep
+            self._matcher, self._text = self._start.deep_copy(), []
+            self._go_to(text)
+        mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            self.error = self._matcher.get_error().partition("\n")[0]
+            return torch.full_like(scores, -torch.inf)
+        allowed = np.unpackbits(mask, count=scores.shape[1], bitorder="little").astype(bool)
+        return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), -torch.inf)
+
+    def _go_to(self, text: list[int]) -> bool:
+        common = next((n for n, pair in enumerate(zip(text, self._text)) if pair[0] != pair[1]), None)
+        common = min(len(text), len(self._text)) if common is None else common
+        back, on = len(self._text) - common, text[common:]
+        self._text = text
+        return (back == 0 or self._matcher.rollback(back)) and (not on or self._matcher.consume_tokens(on))
