@@ -19,6 +19,7 @@ from orthrus_triton.serving.guard import Guard
 from orthrus_triton.serving.replies import CHAT, COMPLETION, EventStream, ReplyFormat, reply_events, whole_reply
 from orthrus_triton.serving.scheduler import Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
+from orthrus_triton.serving.structure import Structures
 from orthrus_triton.serving.tool_calls import CALL, OPEN, Part, can_be_read
 
 DISCONNECT_POLL_SECONDS = 0.1
@@ -36,6 +37,7 @@ def create_app(
         api_key: clients must send it as a bearer token; None asks for none.
         max_body_bytes: larger requests are refused.
     """
+    structures = Structures(tokenizer, scheduler.decoder.model.vocab_size, scheduler.decoder.model.eos_token_ids)
     # strict clients need a date
     card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "orthrus-triton"}
     app = FastAPI(title="orthrus-triton", docs_url=None, redoc_url=None, openapi_url=None)
@@ -76,7 +78,8 @@ def create_app(
         ids: list[int], body: CompletionRequest | ChatRequest, max_tokens: int | None, http: HttpRequest,
         reply: ReplyFormat,
     ) -> Any:  # fmt: skip
-        generation = Generation(scheduler, tokenizer, ids, body, max_tokens)
+        structure = await asyncio.to_thread(structures.of, body, len(ids))
+        generation = Generation(scheduler, tokenizer, ids, body, max_tokens, structure)
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(reply_events(generation, model_name, reply, include_usage), generation)

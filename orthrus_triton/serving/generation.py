@@ -7,11 +7,13 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from fastapi import HTTPException
 
+from orthrus_triton.models.grammar import GrammarProcessor
 from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.serving.logprobs import LogprobsField, TokenLogprobs
 from orthrus_triton.serving.request import FinishReason, Request
@@ -33,6 +35,7 @@ class Generation:
         ids: the prompt's.
         body: what the client asked for.
         max_tokens: most tokens to generate; None is the default, or as many as there is room for.
+        structure: what keeps the text to the structure that was asked for; None for free text.
 
     Attributes:
         id, created: name it in the reply.
@@ -44,11 +47,11 @@ class Generation:
 
     def __init__(
         self, scheduler: Scheduler, tokenizer: Any, ids: list[int], body: CompletionRequest | ChatRequest,
-        max_tokens: int | None,
+        max_tokens: int | None, structure: GrammarProcessor | None = None,
     ) -> None:  # fmt: skip
         self.id, self.created = uuid.uuid4().hex, int(time.time())
         self.reason: FinishReason | Literal["tool_calls"] | None = None
-        self._scheduler, self._prompt_tokens = scheduler, len(ids)
+        self._scheduler, self._prompt_tokens, self._structure = scheduler, len(ids), structure
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
         stop = None
         try:
@@ -62,8 +65,8 @@ class Generation:
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(ids), 1))
         try:
-            prompt = torch.tensor(ids, dtype=torch.int64)
-            self._request = Request(prompt, max_tokens, body.params(), self._deliver, stop, body.alternatives)
+            prompt, params = torch.tensor(ids, dtype=torch.int64), replace(body.params(), logits_processor=structure)
+            self._request = Request(prompt, max_tokens, params, self._deliver, stop, body.alternatives)
             scheduler.submit(self._request)
         except QueueFullError as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
@@ -86,7 +89,7 @@ class Generation:
             while self.reason is None:
                 tokens, reason, error = await self._events.get()
                 if reason == "error":
-                    raise HTTPException(500, error)
+                    raise HTTPException(500, (self._structure and self._structure.error) or error)
                 text = self._push(tokens, last=reason is not None)
                 # a stop string may be in the text alone: special tokens, which the text leaves out, stood inside it
                 self.reason = "stop" if self._text.stopped else reason

@@ -23,7 +23,7 @@ class Request:
     Args:
         prompt: [L] integers, a tensor or a list.
         max_new_tokens: most tokens to generate.
-        params: how it samples.
+        params: how it samples. A `logits_processor` must not raise: that would end all sequences that are running.
         deliver: called from the scheduler's thread with new tokens, the reason once it has finished, and what went
             wrong if the reason is "error". Must not block.
         alternatives: None, or for how many tokens at each place `logprobs` has a number, besides the token that came.

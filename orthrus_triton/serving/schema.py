@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -39,7 +40,6 @@ def _boolean(value: Any) -> Any:
 Alternatives = Annotated[int, BeforeValidator(_integer), Field(ge=0, le=MOST_ALTERNATIVES)]
 One = Annotated[Literal[1], BeforeValidator(_integer)]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
-Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
 
 
 class StreamOptions(BaseModel):
@@ -87,13 +87,44 @@ class Function(BaseModel):
     name: str = Field(min_length=1)
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: No | None = None  # nothing keeps a model from calling with other arguments
+    strict: Annotated[bool, BeforeValidator(_boolean)] | None = None
 
 
 class Tool(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     type: Literal["function"]
     function: Function
+
+
+class FunctionName(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["function"]
+    function: FunctionName
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: str = Field(min_length=1)
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: Annotated[bool, BeforeValidator(_boolean)] | None = None  # it is kept to in either case
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema must be given with type 'json_schema', and only with that")
+        return self
 
 
 class _Common(BaseModel):
@@ -115,6 +146,7 @@ class _Common(BaseModel):
     logit_bias: dict[Annotated[int, Strict(False)], float] | None = None  # JSON's names are strings
     min_tokens: int = Field(0, ge=0, le=MOST_NEW_TOKENS)
     n: One = 1
+    response_format: ResponseFormat | None = None
     # of no effect here or with its default: accepted so that common clients work
     user: str | None = None
     store: No | None = None
@@ -179,22 +211,45 @@ class ChatRequest(_Common):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Annotated[bool, BeforeValidator(_boolean)] = False
     top_logprobs: Alternatives | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
     tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Yes | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: Annotated[bool, BeforeValidator(_boolean)] | None = None
 
     @property
     def alternatives(self) -> int | None:
         """As in `Request`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @property
+    @cached_property
     def template_tools(self) -> list[dict[str, Any]] | None:
         """The tools the model may call, for the chat template; None where there are none."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+
+    @property
+    def forced_tools(self) -> list[dict[str, Any]] | None:
+        """Of which the reply must consist of calls; None if the model may say what it likes."""
+        tools = self.template_tools or []
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in tools if tool["function"]["name"] == self.tool_choice.function.name]
+        return tools if self.tool_choice == "required" else None
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> ChatRequest:
+        """A grammar keeps a reply to calls, or to JSON; nothing does where the model may choose."""
+        forced, form = self.forced_tools, self.response_format
+        if forced is not None and not forced:
+            raise ValueError("tool_choice must be 'none' or 'auto' without tools, and a tool's name one of tools")
+        if self.template_tools and form is not None and form.type != "text":
+            raise ValueError(f"response_format must be 'text' where tools may be called, but got {form.type!r}")
+        if self.template_tools and forced is None:
+            only = "only with tool_choice 'required' or the name of a tool"
+            if self.parallel_tool_calls is False:
+                raise ValueError(f"parallel_tool_calls may be false {only}")
+            if any(tool.function.strict for tool in self.tools):
+                raise ValueError(f"tools may be strict {only}")
+        return self
 
     @field_validator("top_logprobs")
     @classmethod

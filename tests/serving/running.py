@@ -44,11 +44,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 class Running:
     """A server on a free port, in a thread."""
 
-    def __init__(self, eos: Sequence[int] = (), **options) -> None:
+    def __init__(self, eos: Sequence[int] = (), model: Any = None, tokenizer: Any = None, **options) -> None:
         from orthrus_triton.serving.app import create_app
         from orthrus_triton.serving.server import Server
 
-        self.model, self.tokenizer = SlowModel(VOCAB), make_tokenizer()
+        self.model, self.tokenizer = model or SlowModel(VOCAB), tokenizer or make_tokenizer()
         self.model.eos_token_ids = list(eos)
         self.scheduler = Scheduler(
             ConsensusDecoder(self.model, impl="torch"), **{"slots": 3, "max_len": 3000} | options

@@ -239,9 +239,11 @@ def test_what_the_template_is_given() -> None:
     [
         ({"tools": [{"type": "search"}]}, "tools.0.type"), ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict"),
         ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tools: tokenizer must be one that llguidance can read"),
     ],
 )  # fmt: skip
 def test_what_is_not_heeded_is_refused(scripted: Running, more: dict[str, Any], field: str) -> None:

@@ -1,0 +1,139 @@
+"""Replies with a structure, over HTTP: JSON of a schema and calls that must come, from a model that says anything."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from orthrus_triton.models.grammar import GrammarProcessor
+from orthrus_triton.testing import TinyDualViewModel
+from tests.cli_models import make_tokenizer
+from tests.serving.running import Running, openai
+
+pytest.importorskip("llguidance", reason="needs the extra [serve]")
+
+TEMPLATE = (
+    "{% if tools %}<tool_call>arguments{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["city", "days"],
+    "properties": {"city": {"enum": ["Bern", "Zürich"]}, "days": {"type": "integer", "minimum": 1, "maximum": 14}},
+}  # fmt: skip
+NOTHING = {"type": "object", "additionalProperties": False, "properties": {}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}
+NOW = {"type": "function", "function": {"name": "now", "parameters": NOTHING}}
+NAME = {"type": "function"}
+NAMED = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.fixture(scope="module")
+def server():
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model = TinyDualViewModel(vocab_size=len(tokenizer) + 8, block_size=4)
+    model.eos_token_ids = [tokenizer.eos_token_id]
+    server = Running(model.eos_token_ids, model=model, tokenizer=tokenizer)
+    yield server
+    server.close()
+
+
+def ask(server: Running, seed: int, **more: Any) -> Any:
+    messages = [{"role": "user", "content": "So?"}]
+    return server.client().chat.completions.create(model="tiny", messages=messages, seed=seed, **more)
+
+
+def check(trip: dict[str, Any]) -> None:
+    assert set(trip) == {"city", "days"} and trip["city"] in ("Bern", "Zürich") and 1 <= trip["days"] <= 14
+
+
+def test_json_of_a_schema_whole_and_streamed_beside_free_text(server: Running) -> None:
+    free = ask(server, 5, max_tokens=20).choices[0].message.content
+    for seed in range(3):
+        choice = ask(server, seed, response_format=NAMED, logprobs=True).choices[0]
+        assert choice.finish_reason == "stop" and len(choice.logprobs.content) >= 10
+        check(json.loads(choice.message.content))
+        chunks = list(ask(server, seed, response_format=NAMED, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
+    assert ask(server, 5, max_tokens=20).choices[0].message.content == free
+    completion = server.client().completions.create(
+        model="tiny", prompt="So?", seed=0, extra_body={"response_format": NAMED}
+    )
+    check(json.loads(completion.choices[0].text))
+
+
+def test_an_object_is_whole_or_cut_at_the_limit(server: Running) -> None:
+    for seed in range(3):
+        choice = ask(server, seed, response_format={"type": "json_object"}, max_tokens=60).choices[0]
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+        else:
+            assert choice.finish_reason == "length" and choice.message.content.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ({"tool_choice": "required"}, {"weather", "now"}),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, {"weather", "now"}),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "weather"}}, "parallel_tool_calls": False},
+            {"weather"},
+        ),
+    ],
+)
+def test_calls_that_must_come_do(server: Running, more: dict[str, Any], names: set[str], stream: bool) -> None:
+    counts = set()
+    for seed in range(4):
+        reply = ask(server, seed, tools=[WEATHER, NOW], max_tokens=1000, stream=stream, **more)
+        parts = [chunk.choices[0] for chunk in reply] if stream else reply.choices
+        said = [part.delta if stream else part.message for part in parts]
+        assert parts[-1].finish_reason == "tool_calls" and not any(one.content for one in said)
+        calls = [call.function for one in said for call in one.tool_calls or []]
+        counts.add(len(calls))
+        for call in calls:
+            assert call.name in names
+            arguments = json.loads(call.arguments)
+            check(arguments) if call.name == "weather" else None
+            assert call.name == "weather" or arguments == {}
+    assert (max(counts) > 1) == ("parallel_tool_calls" not in more) and min(counts) > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format: .*json_schema must be given"),
+        ({"response_format": {"type": "text", "json_schema": NAMED["json_schema"]}}, "json_schema must be given"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}},
+            "response_format: .*objekt",
+        ),
+        ({"tools": [NOW], "tool_choice": NAME | {"function": {"name": "then"}}}, "tool_choice"),
+        ({"tools": [NOW | {"function": {"name": "f", "parameters": {"type": 3}}}], "tool_choice": "required"}, "tools: "),
+    ],
+)  # fmt: skip
+def test_structures_that_cannot_be_kept_to_are_refused(server: Running, more: dict[str, Any], problem: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=problem):
+        ask(server, 0, **more)
+
+
+def test_a_parser_that_gives_up_ends_its_request_alone(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_to = GrammarProcessor._go_to
+
+    def gives_up(processor: GrammarProcessor, text: list[int]) -> bool:
+        if len(text) > 5:
+            processor._matcher.consume_tokens([200, 200])
+            return True
+        return go_to(processor, text)
+
+    monkeypatch.setattr(GrammarProcessor, "_go_to", gives_up)
+    with pytest.raises(openai.InternalServerError, match="doesn't satisfy the grammar"):
+        ask(server, 0, response_format=NAMED)
+    monkeypatch.undo()
+    check(json.loads(ask(server, 0, response_format=NAMED).choices[0].message.content))
