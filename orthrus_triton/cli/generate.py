@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -63,6 +64,10 @@ def generate(
         typer.Option("--chat/--raw", help="Apply the tokenizer's chat template or not; by default, if it has one."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A JSON schema; the text will be JSON of it. Say so in PROMPT, too."),
+    ] = None,
     stats: Annotated[
         Literal["text", "json", "none"],
         typer.Option(help="text: one line on stderr. json: one object as the last line of stdout."),
@@ -77,6 +82,7 @@ def generate(
     orthrus-triton generate ./orthrus "Hello" --stats json | tail -n 1
     orthrus-triton generate ./orthrus "Hello" --mode ar    # the same text, sampled or not
     orthrus-triton generate ./orthrus "Hello" --temperature 0.7 --top-p 0.9 --seed 1
+    orthrus-triton generate ./orthrus "Invent a person, in JSON." --json-schema person.json
     """
     with one_line_errors():
         prompt = _read_prompt(prompt)
@@ -88,10 +94,16 @@ def generate(
 
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        schema = None if json_schema is None else _read_schema(json_schema)
         network, tokenizer, _ = load_model(
             model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts and mode == "consensus"
         )  # fmt: skip
         input_ids = encode_prompt(tokenizer, prompt, chat, system)
+        if schema is not None:
+            from orthrus_triton.models.grammar import Grammars
+
+            grammars = Grammars(tokenizer, network.vocab_size, network.eos_token_ids)
+            params = replace(params, logits_processor=grammars.of_schema(schema, input_ids.shape[1]))
         decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
         output = decoder.generate(
             input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), params=[params]
@@ -120,6 +132,16 @@ def _read_prompt(prompt: str | None) -> str:
     if sys.stdin.isatty():
         raise ValueError("PROMPT must be given after MODEL, or piped to stdin")
     return require_text("stdin", sys.stdin.read().removesuffix("\n"))
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"--json-schema {path} must be a JSON file, but {error}") from error
+    if not isinstance(schema, dict):
+        raise ValueError(f"--json-schema {path} must hold a JSON object, but holds a {type(schema).__name__}")
+    return schema
 
 
 def _stats_line(stats: DecodeStats, report: dict[str, Any]) -> str:

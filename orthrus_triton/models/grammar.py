@@ -23,14 +23,14 @@ class Grammars:
 
     Raises:
         ImportError: llguidance is not installed.
-        ValueError: the tokenizer is not a fast one.
+        ValueError: the tokenizer is not one that llguidance can read, or no token ends a text.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         try:
             from llguidance.hf import from_tokenizer
         except ImportError as error:
-            raise ImportError(f"grammars need more: pip install llguidance ({error})") from error
+            raise ImportError(f"JSON schemas and grammars need more: pip install llguidance ({error})") from error
         if not eos_token_ids:
             raise ValueError("eos_token_ids must name a token that ends a text, but there is none")
         try:
@@ -61,7 +61,7 @@ class Grammars:
 
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)
         if failed:
-            raise ValueError(messages[0])
+            raise ValueError(f"grammar must be one that llguidance can keep to, but: {messages[0]}")
         return GrammarProcessor(LLMatcher(self._tokens, grammar, log_level=0), prompt_len)
 
 

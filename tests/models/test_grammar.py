@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from orthrus_triton.models.grammar import GrammarProcessor, Grammars
 from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.testing import TinyDualViewModel
-from tests.cli_models import make_tokenizer
+from tests.cli_models import assert_bad_input, make_tokenizer, run
 
 pytest.importorskip("llguidance", reason="needs llguidance")
 VOCAB = 280  # some more than the tokenizer knows, as models have
@@ -122,3 +123,27 @@ def test_a_text_that_broke_the_grammar_has_no_next_token_and_harms_no_other(toke
     wrong, right = tokenizer("[")["input_ids"], tokenizer('{"')["input_ids"]
     assert allowed(processor, wrong) == [] and "doesn't satisfy the grammar" in processor.error
     assert allowed(processor, right) == allowed(grammars.of_schema(SCHEMA, 1), right) != []
+
+
+def test_the_command_line(model_folder, tmp_path) -> None:
+    file = tmp_path / "schema.json"
+    arguments = ("generate", model_folder, "the text", "--raw", "--stats", "none", "--json-schema", file)
+    file.write_text(json.dumps(SCHEMA))
+    texts = [run(*arguments, "--max-new-tokens", 400, "--mode", mode).stdout for mode in ("consensus", "ar")]
+    check(json.loads(texts[0]))
+    assert texts[0] == texts[1]
+    for content, problem in (("{", "must be a JSON file"), ("[]", "holds a list"), ('{"type": 5}', "llguidance")):
+        file.write_text(content)
+        assert_bad_input(run(*arguments), problem)
+    file.unlink()
+    assert_bad_input(run(*arguments), "schema.json")
+
+
+def test_what_is_missing_is_said(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="eos_token_ids must name a token"):
+        Grammars(tokenizer, VOCAB, [])
+    with pytest.raises(ValueError, match="tokenizer must be one that llguidance can read"):
+        Grammars(object(), VOCAB, [0])
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    with pytest.raises(ImportError, match="pip install llguidance"):
+        Grammars(tokenizer, VOCAB, [0])

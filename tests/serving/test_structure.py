@@ -115,7 +115,7 @@ def test_calls_that_must_come_do(server: Running, more: dict[str, Any], names: s
             "response_format: .*objekt",
         ),
         ({"tools": [NOW], "tool_choice": NAME | {"function": {"name": "then"}}}, "tool_choice"),
-        ({"tools": [NOW | {"function": {"name": "f", "parameters": {"type": 3}}}], "tool_choice": "required"}, "tools: "),
+        ({"tools": [NOW | {"function": {"name": "f", "parameters": {"type": 3}}}], "tool_choice": "required"}, "tools"),
     ],
 )  # fmt: skip
 def test_structures_that_cannot_be_kept_to_are_refused(server: Running, more: dict[str, Any], problem: str) -> None:
