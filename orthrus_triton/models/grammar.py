@@ -30,7 +30,7 @@ class Grammars:
         try:
             from llguidance.hf import from_tokenizer
         except ImportError as error:
-            raise ImportError(f"JSON schemas and grammars need more: pip install llguidance ({error})") from error
+            raise ImportError(f"schemas and grammars need more: pip install 'llguidance>=1.8' ({error})") from error
         if not eos_token_ids:
             raise ValueError("eos_token_ids must name a token that ends a text, but there is none")
         try:

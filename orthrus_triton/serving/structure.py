@@ -36,6 +36,8 @@ class Structures:
         forced, wanted = getattr(body, "forced_tools", None), body.response_format
         if forced is None and (wanted is None or wanted.type == "text"):
             return None
+        if body.min_tokens:
+            raise HTTPException(400, f"min_tokens: must be 0 where a reply has a structure, but got {body.min_tokens}")
         field = "response_format" if forced is None else "tools"
         try:
             with self._making:

@@ -145,5 +145,5 @@ def test_what_is_missing_is_said(tokenizer, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="tokenizer must be one that llguidance can read"):
         Grammars(object(), VOCAB, [0])
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)
-    with pytest.raises(ImportError, match="pip install llguidance"):
+    with pytest.raises(ImportError, match="pip install .llguidance"):
         Grammars(tokenizer, VOCAB, [0])
