@@ -9,8 +9,6 @@ import subprocess
 import sys
 import typing
 
-import pytest
-
 
 def run_python(source: str) -> str:
     """Run `source` in a process that sees no GPU and no TRITON_INTERPRET; its stdout."""
@@ -98,16 +96,15 @@ except AttributeError as error:
     assert "no attribute 'NoSuchThing'" in run_python(source)
 
 
-@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
-def test_works_where_triton_cannot_be_imported(impl: str):
-    source = f"""
+def test_works_where_triton_cannot_be_imported():
+    source = """
 import sys
 import torch
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name == "triton" or name.startswith("triton."):
-            raise ImportError(f"{{name}} is blocked")
+            raise ImportError(f"{name} is blocked")
 
 for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
     del sys.modules[name]
@@ -117,8 +114,9 @@ from orthrus_triton import ops
 from orthrus_triton._triton import HAS_TRITON
 assert not HAS_TRITON
 x = torch.tensor([[3.0, 4.0]])
-y = ops.rms_norm(x, torch.ones(2), 0.0, impl={impl!r})
-torch.testing.assert_close(y.float(), x / 12.5**0.5)
+for impl in ("auto", "torch", "reference"):
+    y = ops.rms_norm(x, torch.ones(2), 0.0, impl=impl)
+    torch.testing.assert_close(y.float(), x / 12.5**0.5)
 try:
     ops.rms_norm(x, torch.ones(2), 0.0, impl="triton")
 except RuntimeError as error:

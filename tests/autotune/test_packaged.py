@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,18 +79,27 @@ def compilations(path: Path) -> list[dict]:
     return list(jobs.values())
 
 
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen]:
+    """One for all files: it takes some seconds to start. A job is a line, and so is its answer."""
+    folder = tmp_path_factory.mktemp("compiler")
+    with (folder / "stderr").open("w+") as errors, subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        env=compiler_environment() | {"TRITON_CACHE_DIR": str(folder / "cache")},
+    ) as process:  # fmt: skip
+        yield process
+        process.stdin.close()
+        assert process.wait(60) == 0, (folder / "stderr").read_text()[-2000:]
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton's compiler")
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_it_fits_and_compiles_for_its_target(path: Path, tmp_path: Path):
+def test_it_fits_and_compiles_for_its_target(path: Path, compiler: subprocess.Popen):
     jobs = compilations(path)
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input="\n".join(map(json.dumps, jobs)), text=True, capture_output=True,
-        timeout=600, env=compiler_environment() | {"TRITON_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    answers = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(answers) == len(jobs)
-    for job, answer in zip(jobs, answers):
+    assert jobs
+    for job in jobs:
+        print(json.dumps(job), file=compiler.stdin, flush=True)
+        answer = json.loads(compiler.stdout.readline())
         assert that_count(answer["problems"]) == [], (job, answer)
         assert answer["kernels"] >= 1 and answer["shared"] > 0
 

@@ -55,7 +55,7 @@ def test_a_replay_has_the_bits_of_the_pass_itself(options: dict, mode: str, dtyp
     has_ours = dtype == torch.float32 or has_product(torch.empty(0, dtype=dtype))  # not on CPUs with AMX
     for prompts in (PROMPTS[:1], PROMPTS):
         decoder = ConsensusDecoder(model, mode=mode)
-        assert_same_text(decoder, prompts)
+        assert_same_text(decoder, prompts, tokens=18)
         assert len(replays(decoder)) >= (1 if mode == "ar" else 2) * has_ours
 
 
