@@ -137,7 +137,7 @@ def _read_prompt(prompt: str | None) -> str:
 def _read_schema(path: Path) -> dict[str, Any]:
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one of the first
         raise ValueError(f"--json-schema {path} must be a JSON file, but {error}") from error
     if not isinstance(schema, dict):
         raise ValueError(f"--json-schema {path} must hold a JSON object, but holds a {type(schema).__name__}")

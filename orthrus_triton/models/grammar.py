@@ -3,6 +3,7 @@ In drafts, too: what the diffusion view proposes keeps to it, so that it is seld
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,11 @@ class Grammars:
         from llguidance import LLMatcher
 
         schema = {"type": "object"} if schema is None else dict(schema)
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+        try:  # as text: of a dict that is nested deeply, llguidance overflows its stack and ends the process
+            text = json.dumps(schema)
+        except (RecursionError, TypeError) as error:
+            raise ValueError(f"schema must be one that JSON can say, but: {error}") from error
+        grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
         return self.of(grammar, prompt_len)
 
     def of(self, grammar: str, prompt_len: int) -> GrammarProcessor:

@@ -45,7 +45,7 @@ class Structures:
             if forced is None:
                 return self._grammars.of_schema(wanted.json_schema and wanted.json_schema.schema_, prompt_len)
             return self._grammars.of(grammar_of_calls(forced, body.parallel_tool_calls is not False), prompt_len)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, RecursionError) as error:
             raise HTTPException(400, f"{field}: {error}") from error
 
 

@@ -118,6 +118,17 @@ def test_what_cannot_be_kept_to_is_said(grammars, schema: dict, problem: str) ->
         grammars.of_schema(schema, 1)
 
 
+@pytest.mark.parametrize("depth", [300, 20_000])
+def test_schemas_nested_too_deeply_are_refused(grammars, depth: int) -> None:
+    schema: dict = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    with pytest.raises(ValueError, match="recursion"):
+        grammars.of_schema(schema, 1)
+    while schema:  # layer by layer: Python's own way to free it all at once may overflow a small stack
+        schema = schema["items"]
+
+
 def test_a_text_that_broke_the_grammar_has_no_next_token_and_harms_no_other(tokenizer, grammars) -> None:
     processor = grammars.of_schema(SCHEMA, 1)
     wrong, right = tokenizer("[")["input_ids"], tokenizer('{"')["input_ids"]
@@ -132,7 +143,10 @@ def test_the_command_line(model_folder, tmp_path) -> None:
     texts = [run(*arguments, "--max-new-tokens", 400, "--mode", mode).stdout for mode in ("consensus", "ar")]
     check(json.loads(texts[0]))
     assert texts[0] == texts[1]
-    for content, problem in (("{", "must be a JSON file"), ("[]", "holds a list"), ('{"type": 5}', "llguidance")):
+    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
+    for content, problem in (
+        ("{", "must be a JSON file"), (deep, "must be a JSON file"), ("[]", "holds a list"), ('{"type": 5}', "llguid"),
+    ):  # fmt: skip
         file.write_text(content)
         assert_bad_input(run(*arguments), problem)
     file.unlink()

@@ -27,6 +27,7 @@ NOTHING = {"type": "object", "additionalProperties": False, "properties": {}}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}
 NOW = {"type": "function", "function": {"name": "now", "parameters": NOTHING}}
 NAME = {"type": "function"}
+DEEP = json.loads('{"not":' * 300 + "{" + "}" * 301)
 NAMED = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA, "strict": True}}
 
 
@@ -110,6 +111,7 @@ def test_calls_that_must_come_do(server: Running, more: dict[str, Any], names: s
         ({"response_format": {"type": "json_schema"}}, "response_format: .*json_schema must be given"),
         ({"response_format": {"type": "text", "json_schema": NAMED["json_schema"]}}, "json_schema must be given"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": NAMED | {"json_schema": {"name": "deep", "schema": DEEP}}}, "response_format:.*recursion"),
         ({"response_format": NAMED, "extra_body": {"min_tokens": 3}}, "min_tokens: must be 0"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}},
