@@ -90,7 +90,7 @@ def generate(
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
         block_size = fast_block(block_size, where)
-        from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+        from orthrus_triton.modules import ConsensusDecoder, NonFiniteLogitsError, SamplingParams
 
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
@@ -105,9 +105,15 @@ def generate(
             grammars = Grammars(tokenizer, network.vocab_size, network.eos_token_ids)
             params = replace(params, logits_processor=grammars.of_schema(schema, input_ids.shape[1]))
         decoder = ConsensusDecoder(network, mode=mode, block_size=block_size, impl=impl)
-        output = decoder.generate(
-            input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), params=[params]
-        )
+        try:
+            output = decoder.generate(
+                input_ids, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), params=[params]
+            )
+        except NonFiniteLogitsError as error:
+            why = getattr(params.logits_processor, "error", "")
+            raise ValueError(
+                f"--json-schema {json_schema} is too much for the parser: {why}" if why else error
+            ) from error
         report = {
             "mode": mode,
             "prompt_tokens": input_ids.shape[1],

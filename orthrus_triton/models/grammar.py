@@ -12,6 +12,12 @@ import torch
 
 # between two parts of a JSON text; without a bound, a small model may never come to the next part
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,64}"
+NUMBER_LIMITS, MOST_EXACT = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), 2**53
+# of a schema: values, and schemas by a name of their own, which may be that of a keyword
+NO_SCHEMAS, NAMED_SCHEMAS = (
+    ("const", "enum", "default", "examples"),
+    ("properties", "patternProperties", "$defs", "definitions"),
+)
 
 
 class Grammars:
@@ -45,29 +51,59 @@ class Grammars:
         Raises:
             ValueError: it is no schema, or asks for what llguidance does not know.
         """
-        from llguidance import LLMatcher
-
-        schema = {"type": "object"} if schema is None else dict(schema)
-        try:  # as text: of a dict that is nested deeply, llguidance overflows its stack and ends the process
-            text = json.dumps(schema)
-        except (RecursionError, TypeError) as error:
-            raise ValueError(f"schema must be one that JSON can say, but: {error}") from error
-        grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
-        return self.of(grammar, prompt_len)
+        return self.of(f"start: %json {json_grammar(schema)}", prompt_len)
 
     def of(self, grammar: str, prompt_len: int) -> GrammarProcessor:
         """What keeps the text behind a prompt of `prompt_len` tokens to a grammar in the syntax of llguidance, which
         is Lark's with additions.
 
         Raises:
-            ValueError: it is no grammar.
+            ValueError: it is no grammar, or too much for llguidance.
         """
         from llguidance import LLMatcher
 
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)
         if failed:
             raise ValueError(f"grammar must be one that llguidance can keep to, but: {messages[0]}")
-        return GrammarProcessor(LLMatcher(self._tokens, grammar, log_level=0), prompt_len)
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        matcher.compute_bitmask()  # some grammars only turn out to be too large, or without any text, when it starts
+        if matcher.is_error():
+            raise ValueError(f"grammar must be one that llguidance can keep to, but: {_first_line(matcher)}")
+        return GrammarProcessor(matcher, prompt_len)
+
+
+def json_grammar(schema: Mapping[str, Any] | None) -> str:
+    """What stands behind `%json` in a grammar: JSON that keeps to a JSON schema, or any object for None.
+
+    Raises:
+        ValueError: JSON cannot say it, or llguidance would keep to another.
+    """
+    schema = {"type": "object"} if schema is None else schema
+    try:  # as text: of a dict that is nested deeply, llguidance overflows its stack and ends the process
+        text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
+        _check_limits(schema)
+    except (RecursionError, TypeError) as error:
+        raise ValueError(f"schema must be one that JSON can say, but: {error}") from error
+    return text
+
+
+def _check_limits(schema: Any) -> None:
+    """llguidance takes limits for float64 numbers; integers beyond 2**53 are others then."""
+    if isinstance(schema, list):
+        for part in schema:
+            _check_limits(part)
+    elif isinstance(schema, Mapping):
+        for name in NUMBER_LIMITS:
+            limit = schema.get(name)
+            if isinstance(limit, (int, float)) and abs(limit) > MOST_EXACT:
+                raise ValueError(f"schema: {name} must be within +-2**53, but got {limit}")
+        for name, part in schema.items():
+            if name not in NO_SCHEMAS:
+                _check_limits(list(part.values()) if name in NAMED_SCHEMAS and isinstance(part, Mapping) else part)
+
+
+def _first_line(matcher: Any) -> str:
+    return matcher.get_error().partition("\n")[0]
 
 
 class GrammarProcessor:
@@ -91,7 +127,7 @@ class GrammarProcessor:
             self._go_to(text)
         mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            self.error = self._matcher.get_error().partition("\n")[0]
+            self.error = _first_line(self._matcher)
             return torch.full_like(scores, -torch.inf)
         allowed = np.unpackbits(mask, count=scores.shape[1], bitorder="little").astype(bool)
         return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), -torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from orthrus_triton.models.token_text import LONGEST_CHARACTER, TokenText
+from orthrus_triton.models.token_text import LONGEST_CHARACTER, UNFINISHED, TokenText
 
 MOST_STRINGS, MOST_CHARACTERS = 64, 1000
 
@@ -44,7 +44,7 @@ class StopStrings:
         final, unsure = self._text.push(list(tokens))
         known = len(self._tail)
         self._tail += final
-        text = self._tail + unsure
+        text = self._tail + unsure.rstrip(UNFINISHED)  # a stop string may have that character itself
         self._tail = self._tail[max(len(self._tail) - self._longest + 1, 0) :]
         return any(text.find(string, max(known - len(string) + 1, 0)) >= 0 for string in strings)
 

@@ -45,13 +45,13 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _say_what_is_invalid)
     app.add_exception_handler(StarletteHTTPException, _say_why_refused)  # FastAPI's own among them
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         counts = {name: getattr(scheduler, name) for name in ("running", "waiting", "tokens", "cycles")}
         why = scheduler.why_closed
         return JSONResponse({"status": why or "ok", **counts}, 503 if why else 200)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 

@@ -51,7 +51,8 @@ class Generation:
     ) -> None:  # fmt: skip
         self.id, self.created = uuid.uuid4().hex, int(time.time())
         self.reason: FinishReason | Literal["tool_calls"] | None = None
-        self._scheduler, self._prompt_tokens, self._structure = scheduler, len(ids), structure
+        self._scheduler, self._prompt_tokens = scheduler, len(ids)
+        self._structure, self._structured_field = structure, body.structured_field
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
         stop = None
         try:
@@ -89,7 +90,9 @@ class Generation:
             while self.reason is None:
                 tokens, reason, error = await self._events.get()
                 if reason == "error":
-                    raise HTTPException(500, (self._structure and self._structure.error) or error)
+                    if self._structure is not None and self._structure.error:  # too much for the parser
+                        raise HTTPException(400, f"{self._structured_field}: {self._structure.error}")
+                    raise HTTPException(503 if self._scheduler.why_closed else 500, error)
                 text = self._push(tokens, last=reason is not None)
                 # a stop string may be in the text alone: special tokens, which the text leaves out, stood inside it
                 self.reason = "stop" if self._text.stopped else reason

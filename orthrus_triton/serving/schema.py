@@ -45,6 +45,7 @@ No = Annotated[Literal[False], BeforeValidator(_boolean)]
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = False
+    include_obfuscation: No | None = None  # nothing is
 
 
 class Message(BaseModel):
@@ -89,6 +90,13 @@ class Function(BaseModel):
     parameters: dict[str, Any] | None = None
     strict: Annotated[bool, BeforeValidator(_boolean)] | None = None
 
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema and schema.get("type", "object") != "object":
+            raise ValueError(f"must be the schema of an object, but got type {schema['type']!r}")
+        return schema
+
 
 class Tool(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -110,7 +118,7 @@ class NamedTool(BaseModel):
 class JsonSchema(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     name: str = Field(min_length=1)
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
     description: str | None = None
     strict: Annotated[bool, BeforeValidator(_boolean)] | None = None  # it is kept to in either case
 
@@ -149,6 +157,9 @@ class _Common(BaseModel):
     response_format: ResponseFormat | None = None
     # of no effect here or with its default: accepted so that common clients work
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
     store: No | None = None
     metadata: dict[str, str] | None = None
 
@@ -173,6 +184,11 @@ class _Common(BaseModel):
             presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty, logit_bias=self.logit_bias or {},
         )  # fmt: skip
+
+    @property
+    def structured_field(self) -> str:
+        """What the reply's structure comes from, if it has one."""
+        return "response_format"
 
     @property
     def stop_strings(self) -> list[str]:
@@ -228,27 +244,31 @@ class ChatRequest(_Common):
         return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
 
     @property
-    def forced_tools(self) -> list[dict[str, Any]] | None:
-        """Of which the reply must consist of calls; None if the model may say what it likes."""
+    def must_call(self) -> bool:
+        """Whether the reply must consist of calls; otherwise the model may say what it likes."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def kept_tools(self) -> list[dict[str, Any]] | None:
+        """Of which every call must be one, with arguments as its parameters say; None if nothing keeps to that."""
         tools = self.template_tools or []
         if isinstance(self.tool_choice, NamedTool):
             return [tool for tool in tools if tool["function"]["name"] == self.tool_choice.function.name]
-        return tools if self.tool_choice == "required" else None
+        strict = self.parallel_tool_calls is False or any(tool.function.strict for tool in self.tools or [])
+        return tools if self.must_call or (tools and strict) else None
+
+    @property
+    def structured_field(self) -> str:
+        """What the reply's structure comes from."""
+        return super().structured_field if self.kept_tools is None else "tools"
 
     @model_validator(mode="after")
     def _one_structure(self) -> ChatRequest:
-        """A grammar keeps a reply to calls, or to JSON; nothing does where the model may choose."""
-        forced, form = self.forced_tools, self.response_format
-        if forced is not None and not forced:
+        form = self.response_format
+        if self.must_call and not self.kept_tools:
             raise ValueError("tool_choice must be 'none' or 'auto' without tools, and a tool's name one of tools")
         if self.template_tools and form is not None and form.type != "text":
             raise ValueError(f"response_format must be 'text' where tools may be called, but got {form.type!r}")
-        if self.template_tools and forced is None:
-            only = "only with tool_choice 'required' or the name of a tool"
-            if self.parallel_tool_calls is False:
-                raise ValueError(f"parallel_tool_calls may be false {only}")
-            if any(tool.function.strict for tool in self.tools):
-                raise ValueError(f"tools may be strict {only}")
         return self
 
     @field_validator("top_logprobs")

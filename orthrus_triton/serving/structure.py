@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from orthrus_triton.models.grammar import WHITESPACE, GrammarProcessor, Grammars
+from orthrus_triton.models.grammar import WHITESPACE, GrammarProcessor, Grammars, json_grammar
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.tool_calls import CLOSE, OPEN
 
@@ -33,38 +33,61 @@ class Structures:
         Raises:
             HTTPException: the structure cannot be kept to.
         """
-        forced, wanted = getattr(body, "forced_tools", None), body.response_format
-        if forced is None and (wanted is None or wanted.type == "text"):
+        tools, wanted = getattr(body, "kept_tools", None), body.response_format
+        if tools is None and (wanted is None or wanted.type == "text"):
             return None
         if body.min_tokens:
             raise HTTPException(400, f"min_tokens: must be 0 where a reply has a structure, but got {body.min_tokens}")
-        field = "response_format" if forced is None else "tools"
         try:
             with self._making:
                 self._grammars = self._grammars or Grammars(*self._of_model)
-            if forced is None:
+            if tools is None:
                 return self._grammars.of_schema(wanted.json_schema and wanted.json_schema.schema_, prompt_len)
-            return self._grammars.of(grammar_of_calls(forced, body.parallel_tool_calls is not False), prompt_len)
+            grammar = grammar_of_calls(
+                tools, self._of_model[0], body.must_call, several=body.parallel_tool_calls is not False
+            )
+            return self._grammars.of(grammar, prompt_len)
         except (ImportError, ValueError, RecursionError) as error:
-            raise HTTPException(400, f"{field}: {error}") from error
+            raise HTTPException(400, f"{body.structured_field}: {error}") from error
 
 
-def grammar_of_calls(tools: list[dict[str, Any]], several: bool) -> str:
-    """One call, or several, in the form of `tool_calls`, each of one of these tools."""
-    kinds = [
-        {
-            "type": "object", "additionalProperties": False, "required": ["name", "arguments"],
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
-            },
-        }
-        for tool in tools
-    ]  # fmt: skip
-    calls = [
-        f"call{n}: %json {json.dumps({**kind, 'x-guidance': {'whitespace_pattern': WHITESPACE}})}"
-        for n, kind in enumerate(kinds)
-    ]
-    any_of = " | ".join(f"call{n}" for n in range(len(calls)))
-    call = f'call: "{OPEN}\\n" ({any_of}) "\\n{CLOSE}"'
-    return "\n".join([f"start: call{' (NEWLINE call)*' if several else ''}", 'NEWLINE: "\\n"', call, *calls])
+def grammar_of_calls(tools: list[dict[str, Any]], tokenizer: Any, alone: bool, several: bool) -> str:
+    """Calls in the form of `tool_calls`, each of one of these tools.
+
+    Args:
+        tools: as a request has them.
+        tokenizer: of transformers. What it has a token for (tags, as of Qwen3) the model says with that.
+        alone: nothing but calls, one at least; otherwise any text may stand before and behind one, or alone.
+        several: more than one.
+
+    Raises:
+        ValueError: a tool whose parameters cannot be kept to.
+    """
+    added = tokenizer.added_tokens_decoder
+    ids = {token.content: id for id, token in added.items()}
+    opening, closing = (f"<[{ids[tag]}]>" if tag in ids else json.dumps(tag) for tag in (OPEN, CLOSE))
+    any_of = " | ".join(f"call{n}" for n in range(len(tools)))
+    rules = [f"inside: NEWLINE ({any_of}) NEWLINE {closing}", 'NEWLINE: "\\n"', f"SPACE: /{WHITESPACE}/"]
+    for n, function in enumerate(tool["function"] for tool in tools):
+        # parameters are a schema of their own: what they refer to is in them
+        rules += [
+            f'call{n}: "{{" SPACE {_says("name")} SPACE ":" SPACE {_says(function["name"])} SPACE ","'
+            f' SPACE {_says("arguments")} SPACE ":" SPACE arguments{n} SPACE "}}"',
+            f"arguments{n}: %json {json_grammar(function.get('parameters'))}",
+        ]
+    if alone:
+        rules += [f"start: call{' (NEWLINE call)*' if several else ''}", f"call: {opening} inside"]
+        return "\n".join(rules)
+    # no pattern matches a token that was added: these the model may say, too, such as <think>
+    others = [id for id, token in added.items() if not token.special and token.content not in (OPEN, CLOSE)]
+    said = "said*" if others else ""
+    rules += [f"said: TEXT? <[{','.join(map(str, others))}]>"] if others else []
+    rules += ["lead: TEXT? " + opening] if OPEN in ids else [f"lead[lazy]: /(?s:.*){OPEN}/"]
+    rules += [f"TEXT: /(?s:.+)/ & ~/(?s:.*){OPEN}(?s:.*)/"]
+    call, text = f"{said} lead inside", f"{said} TEXT?"
+    return "\n".join([*rules, f"start: ({call})* {text}" if several else f"start: {call} | {text}"])
+
+
+def _says(text: str) -> str:
+    """What matches this text as JSON has it."""
+    return json.dumps(json.dumps(text, ensure_ascii=False), ensure_ascii=False)

@@ -28,7 +28,8 @@ class ToolCall(NamedTuple):
             if isinstance(arguments, str) and arguments:
                 json.loads(arguments, parse_constant=_refuse)
             else:
-                arguments = json.dumps({} if arguments in (None, "") else arguments, ensure_ascii=False)
+                arguments = {} if arguments in (None, "") else arguments
+                arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
             (name + arguments).encode()  # JSON can say half of a surrogate pair
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None

@@ -111,8 +111,14 @@ def test_grammars_in_the_syntax_of_lark(tokenizer, grammars) -> None:
 
 @pytest.mark.parametrize(
     ("schema", "problem"),
-    [({"type": "objekt"}, "objekt"), ({"type": "object", "if": {}}, "if"), ({"$ref": "#/x"}, "x")],
-)
+    [
+        ({"type": "objekt"}, "objekt"), ({"type": "object", "if": {}}, "if"), ({"$ref": "#/x"}, "x"),
+        ({"$ref": "#"}, "grammar must be one that llguidance can keep to"),
+        ({"properties": {"default": {"minimum": 2**53 + 1}}}, "minimum must be within .* got 9007199254740993"),
+        ({"anyOf": [{}, {"items": {"exclusiveMaximum": -1e20}}]}, "exclusiveMaximum must be within"),
+        ({"enum": [object()]}, "JSON can say"),
+    ],
+)  # fmt: skip
 def test_what_cannot_be_kept_to_is_said(grammars, schema: dict, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         grammars.of_schema(schema, 1)
@@ -151,6 +157,20 @@ def test_the_command_line(model_folder, tmp_path) -> None:
         assert_bad_input(run(*arguments), problem)
     file.unlink()
     assert_bad_input(run(*arguments), "schema.json")
+
+
+def test_numbers_that_are_no_limits_may_be_large(tokenizer, grammars) -> None:
+    schema = {"properties": {"minimum": {"const": 2**60}}, "default": {"maximum": 2**60}, "maximum": 2**53}
+    processor = grammars.of_schema({"type": "object", "additionalProperties": False, **schema}, 1)
+    assert allowed(processor, tokenizer(f'{{"minimum":{2**60}}}')["input_ids"]) == [tokenizer.eos_token_id]
+
+
+def test_a_parser_that_gives_up_is_an_error_of_the_command(model_folder, tmp_path, monkeypatch) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMA))
+    monkeypatch.setattr(GrammarProcessor, "_go_to", lambda keep, text: not text or keep._matcher.consume_tokens([3, 3]))
+    result = run("generate", model_folder, "the text", "--raw", "--json-schema", file)
+    assert result.exit_code == 2 and "schema.json is too much for the parser: Parser Error" in result.stderr
 
 
 def test_what_is_missing_is_said(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

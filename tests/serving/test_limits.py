@@ -105,6 +105,7 @@ def test_health_says_that_no_request_can_be_served_any_more(server: Running, mon
     monkeypatch.setattr(server.scheduler, "_closing", True)
     health = httpx.get(f"{server.url}/health")
     assert health.status_code == 503 and health.json()["status"] == why
+    assert httpx.head(f"{server.url}/health").status_code == 503
 
 
 def test_keys_and_limits(server: Running) -> None:

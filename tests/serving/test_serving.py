@@ -175,7 +175,8 @@ def test_a_server_that_stops_tells_its_clients() -> None:
             server.wait_until(busy)
         server.server.should_exit = True
         for stream in streams:
-            with pytest.raises(openai.APIError, match="the server is closing"):
+            with pytest.raises(openai.APIError, match="the server is closing") as error:
                 list(stream)
+            assert str(error.value.code) == "503"
     finally:
         server.close()

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from orthrus_triton.models.grammar import GrammarProcessor
+from orthrus_triton.models.grammar import GrammarProcessor, Grammars
+from orthrus_triton.serving.structure import grammar_of_calls
+from orthrus_triton.serving.tool_calls import CLOSE, OPEN
 from orthrus_triton.testing import TinyDualViewModel
 from tests.cli_models import make_tokenizer
 from tests.serving.running import Running, openai
@@ -28,6 +30,8 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCH
 NOW = {"type": "function", "function": {"name": "now", "parameters": NOTHING}}
 NAME = {"type": "function"}
 DEEP = json.loads('{"not":' * 300 + "{" + "}" * 301)
+ENDLESS = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+BROKEN = NOW | {"function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "objekt"}}}}}
 NAMED = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA, "strict": True}}
 
 
@@ -76,6 +80,86 @@ def test_an_object_is_whole_or_cut_at_the_limit(server: Running) -> None:
             assert choice.finish_reason == "length" and choice.message.content.lstrip().startswith("{")
 
 
+# a tool whose parameters refer to parts of themselves, and to themselves
+LINKED = {
+    "type": "object", "additionalProperties": False, "required": ["at", "next"],
+    "properties": {"at": {"$ref": "#/$defs/Point"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    "$defs": {
+        "Point": {
+            "type": "object", "additionalProperties": False, "required": ["x"],
+            "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}},
+        }
+    },
+}  # fmt: skip
+LINE = {"type": "function", "function": {"name": 'trait "é"', "parameters": LINKED}}
+
+
+def test_parameters_may_refer_to_their_own_parts(server: Running) -> None:
+    for seed in range(3):
+        reply = ask(server, seed, tools=[LINE], tool_choice="required", max_tokens=2500)
+        for call in reply.choices[0].message.tool_calls:
+            link = json.loads(call.function.arguments)
+            assert call.function.name == 'trait "é"'
+            while link is not None:
+                assert set(link) == {"at", "next"} and 0 <= link["at"]["x"] <= 99
+                link = link["next"]
+
+
+@pytest.mark.parametrize("more", [{}, {"parallel_tool_calls": False}])
+def test_strict_tools_leave_the_model_free_to_say_what_it_likes(server: Running, more: dict[str, Any]) -> None:
+    for seed in range(3):
+        said = ask(server, seed, tools=[WEATHER], max_tokens=40, **more).choices[0]
+        assert said.finish_reason in ("length", "stop") and said.message.content and not said.message.tool_calls
+
+
+CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern", "days": 3}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "several", "one"),
+    [
+        ("", "any", "any"), ("<think>So?<think>", "any", "any"), ("It is < 3 <tool_cal", "any", "any"),
+        ("a <tool_call>", "\n", "\n"), ('é <tool_call>\n{"name": "now', "banned", "banned"),
+        ('é <tool_call>\n{"name": "weather", "arguments": {"days"', "banned", "banned"),
+        (CALLED.removesuffix(CLOSE), CLOSE, CLOSE), (f"So: {CALLED}", "any", "end"),
+        (f"<think>{CALLED}", "any", "end"), (f"{CALLED}\nand {CALLED}, I think", "any", "banned"),
+        (f"{CALLED}, I think", "any", "banned"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tags", [[], ["<tool_call>", "</tool_call>"], ["<tool_call>", "<think>"], ["<think>"]])
+def test_calls_among_text_are_of_the_tools(text: str, several: str, one: str, tags: list[str]) -> None:
+    """Where several calls may come, or one: whether a text is banned, and what may or must follow otherwise."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(tags)
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    tokens, end = tokenizer(text)["input_ids"], tokenizer.decode([tokenizer.eos_token_id])
+    for follows, is_several in ((several, True), (one, False)):
+        grammar = grammar_of_calls([WEATHER], tokenizer, alone=False, several=is_several)
+        keep = grammars.of(grammar, 0)
+        scores = [keep(torch.tensor([tokens[:n]]), torch.zeros(1, len(tokenizer)))[0] for n in range(len(tokens) + 1)]
+        assert any(row[token] != 0 for row, token in zip(scores, tokens)) == (follows == "banned")
+        if follows != "banned":
+            may = {tokenizer.decode([token]) for token in (scores[-1] == 0).nonzero()[:, 0].tolist()}
+            if follows == "any":
+                assert {end, "a", "<", "\n"} < may and ("<tool_call>" in may) == ("<tool_call>" in tags)
+            elif follows == "end":
+                assert may == {end}
+            else:
+                assert may and all(follows.startswith(piece) for piece in may)
+                assert CLOSE not in tags or follows != CLOSE or may == {CLOSE}
+
+
+def test_tags_that_are_tokens_are_said_as_such() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([OPEN, CLOSE])
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    keep = grammars.of(grammar_of_calls([WEATHER], tokenizer, alone=True, several=True), 0)
+    tokens = tokenizer(f"{CALLED}\n{CALLED}")["input_ids"]
+    for n, token in enumerate(tokens):
+        scores = keep(torch.tensor([tokens[:n]]), torch.zeros(1, len(tokenizer)))[0]
+        assert scores[token] == 0 and (n > 0 or (scores == 0).sum() == 1)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("more", "names"),
@@ -112,13 +196,16 @@ def test_calls_that_must_come_do(server: Running, more: dict[str, Any], names: s
         ({"response_format": {"type": "text", "json_schema": NAMED["json_schema"]}}, "json_schema must be given"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": NAMED | {"json_schema": {"name": "deep", "schema": DEEP}}}, "response_format:.*recursion"),
+        ({"response_format": ENDLESS}, "response_format: grammar must be"),
         ({"response_format": NAMED, "extra_body": {"min_tokens": 3}}, "min_tokens: must be 0"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}},
             "response_format: .*objekt",
         ),
         ({"tools": [NOW], "tool_choice": NAME | {"function": {"name": "then"}}}, "tool_choice"),
-        ({"tools": [NOW | {"function": {"name": "f", "parameters": {"type": 3}}}], "tool_choice": "required"}, "tools"),
+        ({"tools": [NOW | {"function": {"name": "f", "parameters": {"type": 3}}}]}, "tools.*schema of an object"),
+        ({"tools": [BROKEN], "tool_choice": "required"}, "tools: .*objekt"),
+        ({"tools": [BROKEN | {"function": BROKEN["function"] | {"strict": True}}]}, "tools: .*objekt"),
     ],
 )  # fmt: skip
 def test_structures_that_cannot_be_kept_to_are_refused(server: Running, more: dict[str, Any], problem: str) -> None:
@@ -136,7 +223,7 @@ def test_a_parser_that_gives_up_ends_its_request_alone(server: Running, monkeypa
         return go_to(processor, text)
 
     monkeypatch.setattr(GrammarProcessor, "_go_to", gives_up)
-    with pytest.raises(openai.InternalServerError, match="doesn't satisfy the grammar"):
+    with pytest.raises(openai.BadRequestError, match="response_format: .*doesn't satisfy the grammar"):
         ask(server, 0, response_format=NAMED)
     monkeypatch.undo()
     check(json.loads(ask(server, 0, response_format=NAMED).choices[0].message.content))

@@ -119,12 +119,13 @@ def test_stop_strings_end_where_the_text_of_all_tokens_first_has_them() -> None:
             text = tokenizer.decode(tokens)
             begin = chance.randrange(len(text) - 12)
             strings = [text[begin : begin + chance.randint(1, 12)], "🙂é", "<s>A"]
-            texts = [tokenizer.decode(tokens[: count + 1]) for count in range(len(tokens))]
+            # what stands for bytes that are no character yet is none
+            texts = [tokenizer.decode(tokens[: count + 1]).rstrip("\ufffd") for count in range(len(tokens))]
             expected = next((n for n, text in enumerate(texts) if any(string in text for string in strings)), None)
             stop = StopStrings(tokenizer, strings)
             found = next((n for n in range(len(tokens)) if stop(tokens[: n + 1])), None)
             assert found == expected
-            assert StopStrings(tokenizer, strings)(tokens) == any(string in text for string in strings)
+            assert StopStrings(tokenizer, strings)(tokens) == any(string in texts[-1] for string in strings)
 
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:
@@ -139,6 +140,17 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
 def test_the_first_of_several_stop_strings_ends_the_text() -> None:
     stream = TextStream(ByteTokenizer(), StopStrings(ByteTokenizer(), ["cd", "ab", "e"]))
     assert stream.push(list(b"xyabcde")) == "xy" and stream.stopped
+
+
+def test_unfinished_bytes_are_no_stop_string() -> None:
+    for strings, text, at in (
+        (["\ufffd"], "a🙂b", None),
+        (["a\ufffd"], "a🙂b", None),
+        (["\ufffd"], "a\ufffdb", 4),
+        (["\ufffd", "🙂"], "a🙂b", 4),
+    ):
+        stop, tokens = StopStrings(ByteTokenizer(), strings), list(text.encode())
+        assert next((n for n in range(len(tokens)) if stop(tokens[: n + 1])), None) == at
 
 
 def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there() -> None:

@@ -73,7 +73,7 @@ def test_calls_are_read_however_the_text_is_cut(text: str, parts: list[Any]) -> 
     [
         ('{"x": [1, null]}', '{"x": [1, null]}'), ("null", "{}"), ('""', "{}"), ('"[1]"', "[1]"), ('"hello"', None),
         ('{"x": NaN}', None), ('"NaN"', None), ('{"x": "\\ud83d"}', None), ("[" * 3000 + "]" * 3000, None),
-        ("9" * 5000, None),
+        ("9" * 5000, None), ('{"x": -1e999}', None), ('{"x": 1e300}', '{"x": 1e+300}'),
     ],
 )  # fmt: skip
 def test_arguments_are_json(arguments: str, read_as: str | None) -> None:
@@ -240,10 +240,11 @@ def test_what_the_template_is_given() -> None:
         ({"tools": [{"type": "search"}]}, "tools.0.type"), ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict"),
-        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tools: tokenizer must be one that llguidance can read"),
+        *(({"tools": [TOOL], **more}, "tools: tokenizer must be one that llguidance can read") for more in (
+            {"tool_choice": "required"}, {"parallel_tool_calls": False},
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+        )),
     ],
 )  # fmt: skip
 def test_what_is_not_heeded_is_refused(scripted: Running, more: dict[str, Any], field: str) -> None:
