@@ -1,4 +1,4 @@
-"""Run as a program, without TRITON_INTERPRET: compiles the kernels the library launches, for one GPU family.
+"""Run as a program, without TRITON_INTERPRET: compiles the kernels the library launches, for some GPU families.
 Prints one JSON line per variant and exits non-zero if any fails to compile, overflows shared memory or spills."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -35,8 +36,10 @@ from tests.compile_only.problems import that_count
 from tests.compile_only.sampling_launches import sampling
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# What tests have time for: fp16 takes the tiles and registers of bf16, and heads of 96 the tile of 80 and 128
+# What tests have time for. fp16 takes the tiles and registers of bf16, heads of 96 the tile of 80 and 128; what is
+# wrong with those of one family alone, `--every` finds
 SOME_HEADS = {torch.bfloat16: (64, 80, 128, 256), torch.float32: (64, 128, 256), torch.float16: (128,)}
+FEWER_HEADS = {torch.bfloat16: (64, 128, 256), torch.float32: (128, 256), torch.float16: (128,)}
 OF_ONE_MAKER = ("sm80", "sm90", "sm100")
 # [N, K] of SmolLM2-135M's and Qwen3-8B's layers: K a multiple of the tile and not, K split and whole
 WEIGHTS = ((576, 1536), (49152, 576), (6144, 4096), (24576, 4096))
@@ -50,8 +53,14 @@ def config(op: str, dtype: torch.dtype, family: str, **key: int) -> KernelConfig
     return KernelConfig(*RULES[op](dtype, family, **key))
 
 
+def heads(family: str, dtype: torch.dtype, every: bool) -> tuple[int, ...]:
+    if every:
+        return HEAD_DIMS
+    return (SOME_HEADS if family == "sm90" else FEWER_HEADS)[dtype]
+
+
 def attention(family: str, dtype: torch.dtype, every: bool) -> None:
-    for head_dim in HEAD_DIMS if every else SOME_HEADS[dtype]:
+    for head_dim in heads(family, dtype, every):
         # grouped heads, a window, block keys: the union of the branches; then the plain verify pass, whose branches are
         # a part of them
         plain = every or (head_dim, dtype) == (128, torch.bfloat16)
@@ -123,7 +132,7 @@ def fused_products(family: str, dtype: torch.dtype) -> None:
     launch_lm_head_choice(meta(32, k, dtype=dtype), meta(n, k, dtype=dtype), shape)
 
 
-def small_ops(dtype: torch.dtype, every: bool) -> None:
+def small_ops(family: str, dtype: torch.dtype, every: bool) -> None:
     for hidden in (576, 4096) if every or dtype != torch.float16 else (576,):
         x, weight = meta(4, hidden, dtype=dtype), meta(hidden, dtype=dtype)
         launch_rms_norm(x, x, weight, 1e-6, 0.0)
@@ -133,7 +142,7 @@ def small_ops(dtype: torch.dtype, every: bool) -> None:
         launch_norm_spans(meta(4, 3 * hidden, dtype=dtype), weight, weight, 1e-6, 0.0)
     for gelu in (False, True):
         launch_gated(meta(4, 2 * 1536, dtype=dtype), gelu)
-    for head_dim in HEAD_DIMS if every else SOME_HEADS[dtype]:
+    for head_dim in heads(family, dtype, every):
         qkv, cache = meta(2, 4, 8 * head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)
         angles, slots = meta(2, 4, head_dim // 2, dtype=torch.float32), meta(2, 4, dtype=torch.int32)
         for norm in (meta(head_dim, dtype=dtype), None)[: 1 + (every or head_dim == 64)]:
@@ -172,12 +181,13 @@ def decoding(family: str, every: bool) -> None:
     for dtype in (torch.bfloat16, torch.float16)[: 1 + every]:
         many_rows(family, dtype)
     for dtype in DTYPES:
-        small_ops(dtype, every)
+        small_ops(family, dtype, every)
         attention(family, dtype, every)
         projections(family, dtype, every)
         fused_products(family, dtype)
 
 
+@cache
 def variants(family: str, every: bool = False, only_training: bool = False) -> dict[str, Launch]:
     """Every kernel with the default configurations of the family, each variant once: of every shape and dtype, or of
     those that tests have time for. Of the training kernels, which are many and slow to compile, one head size in bf16,
@@ -219,15 +229,20 @@ def problems(launch: Launch, report: CompileReport) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("family", choices=sorted(TARGETS))
+    parser.add_argument("families", nargs="+", choices=sorted(TARGETS), metavar="|".join(sorted(TARGETS)))
     parser.add_argument("--every", action="store_true", help="every shape in every dtype, not what tests have time for")
     parser.add_argument("--training", action="store_true", help="every head size and dtype of training, nothing else")
     options = parser.parse_args()
     failed, whole = 0, options.every or options.training
-    family = options.family
-    for launch in variants(family, options.every, options.training).values() if whole else chosen(family):
+    launches = (
+        (family, launch)
+        for family in options.families
+        for launch in (variants(family, options.every, options.training).values() if whole else chosen(family))
+    )
+    for family, launch in launches:
         constants = {k: v for k, v in launch.arguments.items() if not isinstance(v, torch.Tensor)}
-        line = {"kernel": launch.kernel.__name__, "arguments": {k: str(v) for k, v in constants.items()}}
+        line = {"family": family, "kernel": launch.kernel.__name__}
+        line["arguments"] = {name: str(value) for name, value in constants.items()}
         try:
             report = compile_launch(launch, family)
             found = that_count(problems(launch, report))
