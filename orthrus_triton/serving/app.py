@@ -64,29 +64,39 @@ def create_app(
     # tokenizers work in a thread: a long prompt takes them a second, in which other clients want their text
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Any:
-        ids = body.prompt
-        if isinstance(ids, str):
-            ids = await asyncio.to_thread(_encode, tokenizer, "prompt", ids)
-        return await respond(ids, body, body.max_tokens, http, COMPLETION)
+        prompts = await asyncio.to_thread(_encode_prompts, tokenizer, body.prompts)
+        return await respond(prompts, body, body.max_tokens, http, COMPLETION)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HttpRequest) -> Any:
         ids = await asyncio.to_thread(_encode_chat, tokenizer, body)
-        return await respond(ids, body, body.max_completion_tokens or body.max_tokens, http, CHAT)
+        return await respond([ids], body, body.max_completion_tokens or body.max_tokens, http, CHAT)
 
     async def respond(
-        ids: list[int], body: CompletionRequest | ChatRequest, max_tokens: int | None, http: HttpRequest,
+        prompts: list[list[int]], body: CompletionRequest | ChatRequest, max_tokens: int | None, http: HttpRequest,
         reply: ReplyFormat,
     ) -> Any:  # fmt: skip
-        structure = await asyncio.to_thread(structures.of, body, len(ids))
-        generation = Generation(scheduler, tokenizer, ids, body, max_tokens, structure)
+        choices = [ids for ids in prompts for _ in range(body.n)]
+        if len(choices) > scheduler.most_at_once:
+            most = f"at most {scheduler.most_at_once} choices, which is what this server has room for"
+            raise HTTPException(400, f"n: must give {most}, but got {len(choices)}")
+        kept = await asyncio.to_thread(lambda: [structures.of(body, len(ids)) for ids in choices])
+        generations: list[Generation] = []
+        try:
+            for index, (ids, structure) in enumerate(zip(choices, kept)):
+                generations.append(Generation(scheduler, tokenizer, ids, body, max_tokens, structure, index))
+        except HTTPException:
+            for generation in generations:
+                generation.cancel()
+            raise
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(reply_events(generation, model_name, reply, include_usage), generation)
-        parts = await _all_parts(generation, http)
+            events = reply_events(generations, model_name, reply, body.n, include_usage)
+            return EventStream(events, generations)
+        parts = await _all_parts(generations, http)
         if parts is None:
             return Response(status_code=499)  # nobody reads it
-        return await asyncio.to_thread(whole_reply, generation, parts, model_name, reply)
+        return await asyncio.to_thread(whole_reply, generations, parts, model_name, reply, body.n)
 
     return app
 
@@ -130,6 +140,10 @@ def _template_options(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dic
     return {"tools": tools}
 
 
+def _encode_prompts(tokenizer: Any, prompts: list[str | list[int]]) -> list[list[int]]:
+    return [_encode(tokenizer, "prompt", one) if isinstance(one, str) else one for one in prompts]
+
+
 def _encode(tokenizer: Any, field: str, text: str, **options: Any) -> list[int]:
     try:
         text.encode()
@@ -141,18 +155,25 @@ def _encode(tokenizer: Any, field: str, text: str, **options: Any) -> list[int]:
         raise HTTPException(500, f"{field}: the tokenizer failed: {type(error).__name__}: {error}") from error
 
 
-async def _all_parts(generation: Generation, http: HttpRequest) -> list[Part] | None:
-    """The whole generation; None if the client went away, which frees the slot."""
+async def _all_parts(generations: list[Generation], http: HttpRequest) -> list[list[Part]] | None:
+    """All of each; None if the client went away. However this ends, the slots are free."""
 
-    async def join() -> list[Part]:
+    async def join(generation: Generation) -> list[Part]:
         return [part async for part in generation.pieces()]
 
-    joined = asyncio.ensure_future(join())
+    joined = [asyncio.ensure_future(join(generation)) for generation in generations]
+    pending = set(joined)
     try:
-        while not joined.done():
-            await asyncio.wait([joined], timeout=DISCONNECT_POLL_SECONDS)
-            if not joined.done() and await http.is_disconnected():
+        while pending:
+            ended, pending = await asyncio.wait(
+                pending, timeout=DISCONNECT_POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
+            )
+            for one in ended:
+                one.result()
+            if pending and await http.is_disconnected():
                 return None
-        return joined.result()
+        return [one.result() for one in joined]
     finally:
-        joined.cancel()
+        for one, generation in zip(joined, generations):
+            one.cancel()
+            generation.cancel()  # a task that has not begun yet would not

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from fastapi import HTTPException
@@ -26,6 +26,14 @@ DEFAULT_MAX_TOKENS = 512
 LogprobsForm = Callable[[LogprobsField, Sequence[TokenLogprobs]], dict[str, Any]]
 
 
+class Tokens(NamedTuple):
+    """Of one choice: those of its prompt, those of its text, and those of its prompt that a slot held already."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
 class Generation:
     """Queued when it is made, by a task of the event loop that will read its `pieces`.
 
@@ -36,9 +44,10 @@ class Generation:
         body: what the client asked for.
         max_tokens: most tokens to generate; None is the default, or as many as there is room for.
         structure: what keeps the text to the structure that was asked for; None for free text.
+        index: of the choice that it becomes, prompt by prompt.
 
     Attributes:
-        id, created: name it in the reply.
+        id, created: name the reply, that of the first choice.
         reason: why it has ended; None until then.
 
     Raises:
@@ -47,9 +56,9 @@ class Generation:
 
     def __init__(
         self, scheduler: Scheduler, tokenizer: Any, ids: list[int], body: CompletionRequest | ChatRequest,
-        max_tokens: int | None, structure: GrammarProcessor | None = None,
+        max_tokens: int | None, structure: GrammarProcessor | None = None, index: int = 0,
     ) -> None:  # fmt: skip
-        self.id, self.created = uuid.uuid4().hex, int(time.time())
+        self.id, self.created, self.index = uuid.uuid4().hex, int(time.time()), index
         self.reason: FinishReason | Literal["tool_calls"] | None = None
         self._scheduler, self._prompt_tokens = scheduler, len(ids)
         self._structure, self._structured_field = structure, body.structured_field
@@ -66,7 +75,8 @@ class Generation:
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(ids), 1))
         try:
-            prompt, params = torch.tensor(ids, dtype=torch.int64), replace(body.params(), logits_processor=structure)
+            prompt = torch.tensor(ids, dtype=torch.int64)
+            params = replace(body.params(index % body.n), logits_processor=structure)
             self._request = Request(prompt, max_tokens, params, self._deliver, stop, body.alternatives)
             scheduler.submit(self._request)
         except QueueFullError as error:
@@ -127,11 +137,6 @@ class Generation:
         """Free the slot, or the place in the queue."""
         self._scheduler.cancel(self._request)
 
-    def usage(self) -> dict[str, Any]:
-        """Tokens of prompt and text, as the reply reports them, and how many of the prompt's needed no work."""
-        completion = len(self._text.tokens)
-        return {
-            "prompt_tokens": self._prompt_tokens, "completion_tokens": completion,
-            "total_tokens": self._prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": self._request.cached},
-        }  # fmt: skip
+    def tokens(self) -> Tokens:
+        """How many it had, and how many of the prompt's needed no work."""
+        return Tokens(self._prompt_tokens, len(self._text.tokens), self._request.cached)

@@ -83,6 +83,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def most_at_once(self) -> int:
+        """Requests that have room at the same time, in slots and waiting."""
+        return len(self._slots) + self.max_waiting
+
+    @property
     def why_closed(self) -> str | None:
         """Why it takes no requests any more; None while it does."""
         return self._why_closed if self._closing else None

@@ -2,137 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator, model_validator
 
 from orthrus_triton.modules import SamplingParams
-from orthrus_triton.modules.sampling_params import MOST_NEW_TOKENS
+from orthrus_triton.modules.sampling_params import MOST_NEW_TOKENS, SEED_LIMIT
 from orthrus_triton.serving.logprobs import MOST_ALTERNATIVES
+from orthrus_triton.serving.schema_parts import (
+    Boolean,
+    Integer,
+    Message,
+    NamedTool,
+    No,
+    ResponseFormat,
+    StreamOptions,
+    Tool,
+)
 
-MOST_MESSAGES, MOST_TOOLS = 1000, 128
-
-
-def _integer(value: Any) -> Any:
-    if type(value) is not int:  # true and 1.0 are equal to 1
-        raise ValueError(f"must be an integer, but got {value!r}")
-    return value
-
-
-def _boolean(value: Any) -> Any:
-    if not isinstance(value, bool):  # 0 is equal to false
-        raise ValueError(f"must be true or false, but got {value!r}")
-    return value
+MOST_MESSAGES, MOST_TOOLS, MOST_CHOICES = 1000, 128, 128
 
 
-Alternatives = Annotated[int, BeforeValidator(_integer), Field(ge=0, le=MOST_ALTERNATIVES)]
-One = Annotated[Literal[1], BeforeValidator(_integer)]
-No = Annotated[Literal[False], BeforeValidator(_boolean)]
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    include_usage: bool | None = False
-    include_obfuscation: No | None = None  # nothing is
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")  # templates read further fields
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-
-    def template_fields(self) -> dict[str, Any]:
-        """For the chat template: text parts joined.
-
-        Raises:
-            ValueError: a part that is not text.
-        """
-        content = self.content
-        if isinstance(content, list):
-            kinds = [part.get("type") for part in content if part.get("type") != "text"]
-            if kinds:
-                raise ValueError(f"content parts must be of type 'text', but got {sorted(map(str, kinds))}")
-            texts = [part.get("text") for part in content]
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError("the text of a content part must be a string")
-            content = "".join(texts)
-        fields = {**(self.model_extra or {}), "role": self.role, "content": content or ""}
-        if fields.get("tool_calls"):
-            fields["tool_calls"] = [_with_arguments_read(call) for call in fields["tool_calls"]]
-        return fields
-
-
-def _with_arguments_read(call: Any) -> Any:
-    """Templates write arguments as JSON; clients send them as JSON in a string."""
-    try:
-        arguments = json.loads(call["function"]["arguments"])
-    except (TypeError, KeyError, ValueError):
-        return call
-    return {**call, "function": {**call["function"], "arguments": arguments}}
-
-
-class Function(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    name: str = Field(min_length=1)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Annotated[bool, BeforeValidator(_boolean)] | None = None
-
-    @field_validator("parameters")
-    @classmethod
-    def _of_an_object(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema and schema.get("type", "object") != "object":
-            raise ValueError(f"must be the schema of an object, but got type {schema['type']!r}")
-        return schema
-
-
-class Tool(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    name: str
-
-
-class NamedTool(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    type: Literal["function"]
-    function: FunctionName
-
-
-class JsonSchema(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    name: str = Field(min_length=1)
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    description: str | None = None
-    strict: Annotated[bool, BeforeValidator(_boolean)] | None = None  # it is kept to in either case
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _schema_where_it_belongs(self) -> ResponseFormat:
-        if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise ValueError("json_schema must be given with type 'json_schema', and only with that")
-        return self
+Alternatives = Annotated[Integer, Field(ge=0, le=MOST_ALTERNATIVES)]
 
 
 class _Common(BaseModel):
@@ -153,7 +46,7 @@ class _Common(BaseModel):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     logit_bias: dict[Annotated[int, Strict(False)], float] | None = None  # JSON's names are strings
     min_tokens: int = Field(0, ge=0, le=MOST_NEW_TOKENS)
-    n: One = 1
+    n: Annotated[Integer, Field(ge=1, le=MOST_CHOICES)] = 1
     response_format: ResponseFormat | None = None
     # of no effect here or with its default: accepted so that common clients work
     user: str | None = None
@@ -176,11 +69,15 @@ class _Common(BaseModel):
             raise ValueError("is allowed only with stream=true")
         return options
 
-    def params(self) -> SamplingParams:
-        """How to sample; without a seed, a fresh one."""
+    def params(self, choice: int = 0) -> SamplingParams:
+        """How to sample a choice of `n`: of the first the seed is the one that was given, of each further one the next;
+        without one, a fresh one."""
+        seed = secrets.randbits(62) if self.seed is None else self.seed + choice
+        if choice and seed >= SEED_LIMIT:
+            seed -= 2 * SEED_LIMIT
         return SamplingParams(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
-            seed=secrets.randbits(62) if self.seed is None else self.seed, min_new_tokens=self.min_tokens,
+            seed=seed, min_new_tokens=self.min_tokens,
             presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty, logit_bias=self.logit_bias or {},
         )  # fmt: skip
@@ -199,9 +96,9 @@ class _Common(BaseModel):
 class CompletionRequest(_Common):
     """POST /v1/completions."""
 
-    prompt: str | list[int]
+    prompt: str | list[int] | list[str | list[int]]
     echo: No = False
-    best_of: One = 1
+    best_of: Integer | None = None
     logprobs: Alternatives | None = None
 
     @property
@@ -209,15 +106,31 @@ class CompletionRequest(_Common):
         """As in `Request`."""
         return self.logprobs
 
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each a text or its token ids."""
+        several = isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int)
+        return self.prompt if several else [self.prompt]
+
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one_prompt(cls, prompt: Any) -> Any:
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-            prompt = prompt[0]  # a batch of one, as some clients send every prompt
-        is_ids = isinstance(prompt, list) and all(type(token) is int and 0 <= token < 2**31 for token in prompt)
-        if not isinstance(prompt, str) and not is_ids:
-            raise ValueError("must be one string or one list of token ids, alone or in a list of one")
+    def _texts_or_ids(cls, prompt: Any) -> Any:
+        several = isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list))
+        for one in prompt if several else [prompt]:
+            is_ids = isinstance(one, list) and all(type(token) is int and 0 <= token < 2**31 for token in one)
+            if not isinstance(one, str) and not is_ids:
+                raise ValueError("must be a string, a list of token ids, or a list of such prompts")
         return prompt
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of must be n, {self.n}: all are returned, but got {self.best_of}")
+        if len(self.prompts) * self.n > MOST_CHOICES:
+            raise ValueError(
+                f"prompt must give at most {MOST_CHOICES} choices, but {len(self.prompts)} times n = {self.n} are more"
+            )
+        return self
 
 
 class ChatRequest(_Common):
@@ -225,11 +138,11 @@ class ChatRequest(_Common):
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Annotated[bool, BeforeValidator(_boolean)] = False
+    logprobs: Boolean = False
     top_logprobs: Alternatives | None = None
     tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: Annotated[bool, BeforeValidator(_boolean)] | None = None
+    parallel_tool_calls: Boolean | None = None
 
     @property
     def alternatives(self) -> int | None:

@@ -1,0 +1,90 @@
+"""Several choices of one request: `n` of a prompt, several prompts, whole and streamed; each as if it were alone."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving.running import KEY, Running
+
+PROMPTS = ["w1 w2", [3, 4, 5], "w6"]
+MESSAGES = [{"role": "user", "content": "w1 w2 w3"}]
+
+
+def alone(server: Running, prompt: Any, **more: Any) -> Any:
+    return server.client().completions.create(model="tiny", prompt=prompt, max_tokens=30, **more).choices[0]
+
+
+@pytest.mark.parametrize("seed", [7, 2**63 - 2])
+def test_every_choice_is_the_one_of_a_seed_of_its_own(server: Running, seed: int) -> None:
+    seeds = [seed, seed + 1, seed + 2 if seed == 7 else -(2**63)]
+    expected = [alone(server, prompt, seed=one).text for prompt in PROMPTS for one in seeds]
+    assert len(set(expected)) == 9
+    reply = server.client().completions.create(
+        model="tiny", prompt=PROMPTS, max_tokens=30, seed=seed, n=3, best_of=3, logprobs=0
+    )
+    assert [choice.index for choice in reply.choices] == [*range(9)]
+    assert [choice.text for choice in reply.choices] == expected
+    assert all(len(choice.logprobs.tokens) == 30 for choice in reply.choices)
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (6, 270, 276)
+
+
+def test_without_a_seed_choices_differ(server: Running) -> None:
+    reply = server.client().chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=30, n=4)
+    assert len({choice.message.content for choice in reply.choices}) == 4
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_choices_are_streamed_side_by_side(server: Running, chat: bool) -> None:
+    create = server.client().chat.completions.create if chat else server.client().completions.create
+    what = {"messages": MESSAGES} if chat else {"prompt": PROMPTS}
+    more = {"model": "tiny", "max_tokens": 40, "seed": 3, "n": 2, **what}
+    whole = create(**more)
+    texts, ended, order, usage = defaultdict(str), {}, [], None
+    for chunk in create(**more, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            assert choice.index not in ended
+            assert not chat or (choice.delta.role == "assistant") == (choice.index not in texts)
+            texts[choice.index] += (choice.delta.content or "") if chat else choice.text
+            order.append(choice.index)
+            if choice.finish_reason:
+                ended[choice.index] = choice.finish_reason
+    assert texts == {one.index: one.message.content if chat else one.text for one in whole.choices}
+    assert ended == dict.fromkeys(texts, "length")
+    assert order != sorted(order)  # nobody waits for those before
+    assert usage.completion_tokens == 40 * len(texts) and usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_a_prompt_is_read_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, held = [(5 * n) % 17 for n in range(300)], []
+    admit = server.scheduler._run.admit
+    monkeypatch.setattr(server.scheduler._run, "admit", lambda *request: [held.append(request[-1]), admit(*request)])
+    reply = server.client().completions.create(model="tiny", prompt=prompt, max_tokens=100, n=3, temperature=0)
+    assert len({choice.text for choice in reply.choices}) == 1 and reply.usage.prompt_tokens == 300
+    assert held[0] < 299 and held[1:] == [299, 299]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_choice_leaves_no_other_behind(server: Running, stream: bool) -> None:
+    body = {"prompt": [[1], [2], [99]], "max_tokens": 2000, "stream": stream}
+    reply = httpx.post(f"{server.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert reply.status_code == 400 and "0..16" in reply.json()["error"]["message"]
+    server.wait_until(lambda: server.scheduler.running == server.scheduler.waiting == 0)
+
+
+def test_all_are_free_when_the_client_goes(server: Running) -> None:
+    body = {"prompt": [[1], [2], [3], [4]], "max_tokens": 2900, "temperature": 0}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=0.3)
+    server.wait_until(lambda: server.scheduler.running == server.scheduler.waiting == 0)
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}, headers=headers) as reply:
+        event = next(line for line in reply.iter_lines() if line)
+        assert json.loads(event.removeprefix("data: "))["choices"]
+    server.wait_until(lambda: server.scheduler.running == server.scheduler.waiting == 0)
