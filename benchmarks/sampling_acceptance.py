@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from orthrus_triton.cli.common import one_line_errors, resolve_device
+from orthrus_triton.cli.common import MinPOption, TopKOption, TopPOption, one_line_errors, resolve_device
 from orthrus_triton.cli.load import load_model
 from orthrus_triton.modules import ConsensusDecoder
 from orthrus_triton.training.prompts import Prompt, encode
@@ -31,6 +31,9 @@ def main(
         int | None, typer.Option(help="Rows of a draft block, anchor included; by default the model's own.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled tokens.")] = 1,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
 ) -> None:
     """Tokens per cycle, and the share of cycles that accept their first draft, by sampling rule and temperature."""
     with one_line_errors():
@@ -38,12 +41,13 @@ def main(
         network, tokenizer, name = load_model(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
         prompts = [torch.tensor(encode(tokenizer, Prompt(text))) for text in PROMPTS]
         decoder = ConsensusDecoder(network, block_size=block_size)
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     print(f"{name}, block {decoder.block_size}, {len(prompts)} prompts of {tokens} tokens, {device}")
     print("| T | rule | tokens per cycle | first draft accepted | cycles |\n|---|---|---|---|---|")
     for temperature in TEMPERATURES:
         for rule in ("coupled", "rejection") if temperature else ("greedy",):
             stats = decoder.generate(
-                prompts, max_new_tokens=tokens, temperature=temperature, seed=seed,
+                prompts, max_new_tokens=tokens, temperature=temperature, seed=seed, **(filters if temperature else {}),
                 sampling="coupled" if rule == "greedy" else rule,
             ).stats  # fmt: skip
             cycles = sum(stats.accepted_histogram)

@@ -3,6 +3,7 @@ Only drafts depend on it, so plain torch will do: verify says what is said."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from orthrus_triton.ops.gumbel import CHOICE, gumbel_of_torch, row_key_torch
 # tokens of each row that the chain chooses among; 8 cost the shipped view drafts, and 32 cost a CPU no time
 CANDIDATES = 32
 TOP_TILE = 128  # logits of which first only the largest counts
+OTHERS_STRIDE = 8  # one of so many tells how likely tokens are that are no candidates
 
 
 class DraftNoise(NamedTuple):
@@ -26,15 +28,28 @@ class DraftNoise(NamedTuple):
     positions: torch.Tensor
     sampling: SamplingTensors
 
-    def perturb(self, scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """scores [B, T, C before, C] of candidates [B, T, C] as the AR view will draw among them: / T, and noise."""
-        temperature, seed, sequence = (
-            of_slot[:, None] for of_slot in (self.sampling.temperature, self.sampling.seed, self.sampling.sequence)
-        )
-        noise = gumbel_of_torch(candidates, *row_key_torch(seed, sequence, self.positions, CHOICE))
-        temperature = temperature[..., None, None]
-        warm = temperature > 0
-        return torch.where(warm, scores / torch.where(warm, temperature, 1.0) + noise[:, :, None], scores)
+    def perturb(self, scores: torch.Tensor, candidates: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """scores [B, T, C before, C] of candidates [B, T, C] as the AR view will draw among them: / T, and noise for
+        those that the filters keep. `others`: what `mass_of_others` says."""
+        key = row_key_torch(self.sampling.seed[:, None], self.sampling.sequence[:, None], self.positions, CHOICE)
+        noise = gumbel_of_torch(candidates, *key)
+        top_k, top_p, min_p = (of_slot[:, None, None, None] for of_slot in self.sampling[1:4])
+        temperature = self._divisor()[..., None]
+        again = (candidates[..., :, None] == candidates[..., None, :]).tril(-1).any(dim=-1)
+        scaled = scores.masked_fill(again[:, :, None], -torch.inf) / temperature
+        kept = _kept(scaled, others[..., None, None], top_k, top_p, min_p)
+        drawn = torch.where(kept, scaled + noise[:, :, None], -torch.inf)
+        return torch.where(self.sampling.temperature[:, None, None, None] > 0, drawn, scores)
+
+    def mass_of_others(self, logits: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+        """log of the sum of exp(logit / T) [B, T] of those logits [B, T, V] that are smaller than `least` [B, T, 1]:
+        about, from some of them, for a pass over all is what a cycle on a CPU would notice."""
+        some = logits[..., ::OTHERS_STRIDE].float()
+        return (torch.where(some < least, some, -torch.inf) / self._divisor()).logsumexp(-1) + math.log(OTHERS_STRIDE)
+
+    def _divisor(self) -> torch.Tensor:
+        temperature = self.sampling.temperature[:, None, None]
+        return torch.where(temperature > 0, temperature, 1.0)
 
 
 class Recalled(NamedTuple):
@@ -110,6 +125,7 @@ class DraftChain(nn.Module):
         """
         # [B, T, C]
         scores, candidates = _top(logits, CANDIDATES)
+        least = scores[..., -1:]
         if noise is not None:
             candidates = torch.cat((noise.choice[..., None].clamp(min=0), candidates[..., :-1]), dim=-1)
         if recalled is not None:
@@ -123,13 +139,32 @@ class DraftChain(nn.Module):
         scores = scores[:, :, None] + (correction @ F.embedding(candidates, head).transpose(-1, -2)).float()
         if recalled is not None:
             scores = scores + recalled.of_pairs(own, before, candidates)
-        best = (scores if noise is None else noise.perturb(scores, candidates)).argmax(dim=-1)
+        if noise is not None:
+            scores = noise.perturb(scores, candidates, noise.mass_of_others(logits, least))
+        best = scores.argmax(dim=-1)
         # best[t] maps the candidate before row t to its own; after a step each map goes twice as far back
         step = 1
         while step < best.shape[1]:
             best = torch.cat((best[:, :step], best[:, step:].gather(-1, best[:, :-step])), dim=1)
             step *= 2
         return candidates.gather(-1, best[..., :1])[..., 0]
+
+
+def _kept(
+    scaled: torch.Tensor, others: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    """Which of C candidates [..., C] the filters of `ops.sample_choice` keep, all other tokens being less likely and
+    having exp(others) of the mass."""
+    ordered = scaled.sort(dim=-1, descending=True).values
+    likeliest, rank = ordered[..., :1], torch.arange(scaled.shape[-1], device=scaled.device)
+    weight = (ordered - likeliest).exp()
+    in_top_k = (rank < top_k) | (top_k == 0)
+    mass = torch.where(in_top_k, weight, 0.0).cumsum(dim=-1)
+    total = mass[..., -1:] + torch.where(in_top_k[..., -1:], (others - likeliest).exp(), 0.0)
+    # in this order, filters keep a beginning: not less than the likeliest, whatever rounding says
+    kept = in_top_k & (mass - weight < top_p * total) & (weight >= min_p)
+    last = kept.sum(dim=-1, keepdim=True).clamp(min=1) - 1
+    return scaled >= ordered.gather(-1, last)
 
 
 def _top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,6 +66,48 @@ def test_a_sampled_chain_draws_with_the_positions_noise() -> None:
     assert not torch.equal(found, choice)
 
 
+FILTERS = [{"top_k": 1}, {"top_k": 7}, {"top_p": 0.02}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 9, "top_p": 0.7}, {}]
+
+
+def draw(logits: torch.Tensor, temperature: float, **filters: float) -> DraftNoise:
+    (B, T), one = logits.shape[:2], {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
+    how = SamplingTensors(
+        torch.full((B,), temperature), torch.full((B,), one["top_k"], dtype=torch.int32),
+        torch.full((B,), one["top_p"]), torch.full((B,), one["min_p"]), torch.arange(B),
+        torch.zeros(B, dtype=torch.int32),
+    )  # fmt: skip
+    positions = torch.arange(T, dtype=torch.int32).expand(B, T).contiguous()
+    return DraftNoise(sample_choice(logits, positions, how, impl="torch"), positions, how)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_keep_what_they_keep_of_the_ar_view(filters: dict[str, float]) -> None:
+    logits = 3 * torch.randn(9, 11, CANDIDATES, generator=torch.Generator().manual_seed(4))
+    noise, nothing = draw(logits, 1.3, **filters), torch.full((9, 11), -torch.inf)
+    candidates = torch.arange(CANDIDATES).expand(logits.shape)
+    assert torch.equal(noise.perturb(logits[:, :, None], candidates, nothing).argmax(-1)[..., 0], noise.choice)
+    twice = torch.cat((noise.choice[..., None], candidates), dim=-1)  # one token counts once
+    scores = logits.gather(-1, twice)[:, :, None]
+    chosen = noise.perturb(scores, twice, nothing).argmax(-1)
+    assert torch.equal(twice.gather(-1, chosen)[..., 0], noise.choice)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_a_chain_that_corrects_nothing_draws_as_the_ar_view(filters: dict[str, float], spread: float) -> None:
+    """Nearly: what lies beyond the candidates it knows from one logit of eight."""
+    chain, generator = make_chain(), torch.Generator().manual_seed(6)
+    chain.reset()
+    hidden, head = torch.randn(20, 9, 24, generator=generator), torch.randn(3000, 24, generator=generator)
+    logits = spread / 24**0.5 * hidden @ head.T
+    noise = draw(logits, 1.0, **filters)
+    found = chain.choose(hidden, logits, torch.zeros(20, dtype=torch.int64), head, head, noise)
+    assert (found == noise.choice).float().mean() > 0.95
+    least = logits.topk(CANDIDATES).values[..., -1:]
+    others = torch.where(logits < least, logits, -torch.inf).logsumexp(-1)
+    assert (noise.mass_of_others(logits, least) - others).abs().mean() < 0.25
+
+
 def test_a_row_that_would_draw_no_token_drafts_some_token() -> None:
     chain, (T, V), head = make_chain(), (3, 60), torch.randn(60, 24)
     one = {"temperature": torch.ones(1), "top_k": torch.zeros(1, dtype=torch.int32), "top_p": torch.ones(1)}
@@ -123,7 +165,8 @@ class Knowing(LedgerModel):
 
     def chain_drafts(self, hidden, logits, own, noise, recalled):
         candidates = torch.arange(self.vocab_size).expand(logits.shape)
-        return noise.perturb(logits[:, :, None], candidates)[:, :, 0].argmax(-1)
+        nothing = torch.full(logits.shape[:2], -torch.inf)
+        return noise.perturb(logits[:, :, None], candidates, nothing)[:, :, 0].argmax(-1)
 
 
 @pytest.mark.parametrize("anchor_rows", [0, 1])
