@@ -73,7 +73,7 @@ def grammar_of_calls(tools: list[dict[str, Any]], tokenizer: Any, alone: bool, s
         rules += [
             f'call{n}: "{{" SPACE {_says("name")} SPACE ":" SPACE {_says(function["name"])} SPACE ","'
             f' SPACE {_says("arguments")} SPACE ":" SPACE arguments{n} SPACE "}}"',
-            f"arguments{n}: %json {json_grammar(function.get('parameters'))}",
+            f"arguments{n}: %json {json_grammar({'type': 'object', **(function.get('parameters') or {})})}",
         ]
     if alone:
         rules += [f"start: call{' (NEWLINE call)*' if several else ''}", f"call: {opening} inside"]

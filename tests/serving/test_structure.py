@@ -105,6 +105,24 @@ def test_parameters_may_refer_to_their_own_parts(server: Running) -> None:
                 link = link["next"]
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        None, {}, {"properties": {"x": {"type": "null"}}, "required": ["x"]}, {"anyOf": [{"type": "string"}, SCHEMA]},
+        {"$ref": "#/$defs/Trip", "$defs": {"Trip": SCHEMA}},
+    ],
+)  # fmt: skip
+def test_arguments_are_an_object_though_no_type_is_named(parameters: dict[str, Any] | None) -> None:
+    tokenizer = make_tokenizer()
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    grammar = grammar_of_calls([tool], tokenizer, alone=True, several=False)
+    keep = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id]).of(grammar, 0)
+    begun = tokenizer('<tool_call>\n{"name": "f", "arguments":')["input_ids"]
+    scores = keep(torch.tensor([begun]), torch.zeros(1, len(tokenizer)))[0]
+    may = {tokenizer.decode([token]).strip() for token in (scores == 0).nonzero()[:, 0].tolist()}
+    assert {"", "{"} <= may and all(piece in ("", "{") or piece.startswith("{") for piece in may)
+
+
 @pytest.mark.parametrize("more", [{}, {"parallel_tool_calls": False}])
 def test_strict_tools_leave_the_model_free_to_say_what_it_likes(server: Running, more: dict[str, Any]) -> None:
     for seed in range(3):
