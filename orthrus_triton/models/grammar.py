@@ -64,7 +64,9 @@ class Grammars:
 
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)
         if failed:
-            raise ValueError(f"grammar must be one that llguidance can keep to, but: {messages[0]}")
+            raise ValueError(
+                f"grammar must be one that llguidance can keep to, but: {messages[0].partition(chr(10))[0]}"
+            )
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         matcher.compute_bitmask()  # some grammars only turn out to be too large, or without any text, when it starts
         if matcher.is_error():
@@ -118,6 +120,10 @@ class GrammarProcessor:
         self.error = ""
         self._start, self._matcher, self._prompt_len = matcher.deep_copy(), matcher, prompt_len
         self._text: list[int] = []
+
+    def behind(self, prompt_len: int) -> GrammarProcessor:
+        """Another that keeps to the same, behind a prompt of `prompt_len` tokens."""
+        return GrammarProcessor(self._start.deep_copy(), prompt_len)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids [1, L], scores [1, V] -> scores with -inf for every token that may not come next."""

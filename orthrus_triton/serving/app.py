@@ -78,9 +78,9 @@ def create_app(
     ) -> Any:  # fmt: skip
         choices = [ids for ids in prompts for _ in range(body.n)]
         if len(choices) > scheduler.most_at_once:
-            most = f"at most {scheduler.most_at_once} choices, which is what this server has room for"
-            raise HTTPException(400, f"n: must give {most}, but got {len(choices)}")
-        kept = await asyncio.to_thread(lambda: [structures.of(body, len(ids)) for ids in choices])
+            most = f"at most {scheduler.most_at_once}, which is what this server has room for"
+            raise HTTPException(400, f"n: times the number of prompts must be {most}, but is {len(choices)}")
+        kept = await asyncio.to_thread(structures.of, body, [len(ids) for ids in choices])
         generations: list[Generation] = []
         try:
             for index, (ids, structure) in enumerate(zip(choices, kept)):

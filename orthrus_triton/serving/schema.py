@@ -13,6 +13,7 @@ from orthrus_triton.modules.sampling_params import MOST_NEW_TOKENS, SEED_LIMIT
 from orthrus_triton.serving.logprobs import MOST_ALTERNATIVES
 from orthrus_triton.serving.schema_parts import (
     Boolean,
+    Function,
     Integer,
     Message,
     NamedTool,
@@ -162,12 +163,12 @@ class ChatRequest(_Common):
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
-    def kept_tools(self) -> list[dict[str, Any]] | None:
-        """Of which every call must be one, with arguments as its parameters say; None if nothing keeps to that."""
-        tools = self.template_tools or []
+    def kept_tools(self) -> list[Function] | None:
+        """Of which every call must be one; None if nothing keeps to that."""
+        tools = [tool.function for tool in self.tools or []] if self.template_tools else []
         if isinstance(self.tool_choice, NamedTool):
-            return [tool for tool in tools if tool["function"]["name"] == self.tool_choice.function.name]
-        strict = self.parallel_tool_calls is False or any(tool.function.strict for tool in self.tools or [])
+            return [tool for tool in tools if tool.name == self.tool_choice.function.name]
+        strict = self.parallel_tool_calls is False or any(tool.strict for tool in tools)
         return tools if self.must_call or (tools and strict) else None
 
     @property

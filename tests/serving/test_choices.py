@@ -70,6 +70,27 @@ def test_a_prompt_is_read_once(server: Running, monkeypatch: pytest.MonkeyPatch)
     assert held[0] < 299 and held[1:] == [299, 299]
 
 
+def test_a_structure_is_understood_once_and_kept_to_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra [serve]")
+    from orthrus_triton.models.grammar import Grammars
+    from orthrus_triton.testing import TinyDualViewModel
+    from tests.cli_models import make_tokenizer
+
+    tokenizer, of, asked = make_tokenizer(), Grammars.of, []
+    monkeypatch.setattr(Grammars, "of", lambda *how: [asked.append(how), of(*how)][1])
+    server = Running(
+        [tokenizer.eos_token_id], model=TinyDualViewModel(len(tokenizer), block_size=4), tokenizer=tokenizer
+    )
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer", "minimum": 10**5}}}
+    try:
+        reply = server.client().completions.create(
+            model="tiny", prompt=["a", "the text"], n=3, max_tokens=200, extra_body={"response_format": form}
+        )
+    finally:
+        server.close()
+    assert len(asked) == 1 and all(int(choice.text) >= 10**5 for choice in reply.choices) and len(reply.choices) == 6
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_bad_choice_leaves_no_other_behind(server: Running, stream: bool) -> None:
     body = {"prompt": [[1], [2], [99]], "max_tokens": 2000, "stream": stream}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from orthrus_triton.models.grammar import GrammarProcessor, Grammars
+from orthrus_triton.serving.schema_parts import Function
 from orthrus_triton.serving.structure import grammar_of_calls
 from orthrus_triton.serving.tool_calls import CLOSE, OPEN
 from orthrus_triton.testing import TinyDualViewModel
@@ -105,6 +106,23 @@ def test_parameters_may_refer_to_their_own_parts(server: Running) -> None:
                 link = link["next"]
 
 
+def test_of_tools_that_are_not_strict_arguments_are_free_where_text_is(server: Running) -> None:
+    tools = [BROKEN, WEATHER]
+    assert ask(server, 0, tools=tools, max_tokens=5).choices[0].finish_reason == "length"
+    assert ask(server, 0, tools=[BROKEN], max_tokens=5, parallel_tool_calls=False).choices[0].message.content
+
+
+@pytest.mark.parametrize("word", ["tool_call", "call", "<tool"])
+def test_words_of_the_tag_that_are_tokens_are_no_way_around_it(word: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([word])
+    grammar = grammar_of_calls([Function(**WEATHER["function"])], tokenizer, alone=False, several=True)
+    keep = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id]).of(grammar, 0)
+    tokens = tokenizer('So: <tool_call>\n{"name": "rm')["input_ids"]
+    scores = [keep(torch.tensor([tokens[:n]]), torch.zeros(1, len(tokenizer)))[0] for n in range(len(tokens))]
+    assert any(row[token] != 0 for row, token in zip(scores, tokens))
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -114,8 +132,7 @@ def test_parameters_may_refer_to_their_own_parts(server: Running) -> None:
 )  # fmt: skip
 def test_arguments_are_an_object_though_no_type_is_named(parameters: dict[str, Any] | None) -> None:
     tokenizer = make_tokenizer()
-    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    grammar = grammar_of_calls([tool], tokenizer, alone=True, several=False)
+    grammar = grammar_of_calls([Function(name="f", parameters=parameters)], tokenizer, alone=True, several=False)
     keep = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id]).of(grammar, 0)
     begun = tokenizer('<tool_call>\n{"name": "f", "arguments":')["input_ids"]
     scores = keep(torch.tensor([begun]), torch.zeros(1, len(tokenizer)))[0]
@@ -152,7 +169,7 @@ def test_calls_among_text_are_of_the_tools(text: str, several: str, one: str, ta
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     tokens, end = tokenizer(text)["input_ids"], tokenizer.decode([tokenizer.eos_token_id])
     for follows, is_several in ((several, True), (one, False)):
-        grammar = grammar_of_calls([WEATHER], tokenizer, alone=False, several=is_several)
+        grammar = grammar_of_calls([Function(**WEATHER["function"])], tokenizer, alone=False, several=is_several)
         keep = grammars.of(grammar, 0)
         scores = [keep(torch.tensor([tokens[:n]]), torch.zeros(1, len(tokenizer)))[0] for n in range(len(tokens) + 1)]
         assert any(row[token] != 0 for row, token in zip(scores, tokens)) == (follows == "banned")
@@ -171,7 +188,7 @@ def test_tags_that_are_tokens_are_said_as_such() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([OPEN, CLOSE])
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
-    keep = grammars.of(grammar_of_calls([WEATHER], tokenizer, alone=True, several=True), 0)
+    keep = grammars.of(grammar_of_calls([Function(**WEATHER["function"])], tokenizer, alone=True, several=True), 0)
     tokens = tokenizer(f"{CALLED}\n{CALLED}")["input_ids"]
     for n, token in enumerate(tokens):
         scores = keep(torch.tensor([tokens[:n]]), torch.zeros(1, len(tokenizer)))[0]
@@ -222,7 +239,11 @@ def test_calls_that_must_come_do(server: Running, more: dict[str, Any], names: s
         ),
         ({"tools": [NOW], "tool_choice": NAME | {"function": {"name": "then"}}}, "tool_choice"),
         ({"tools": [NOW | {"function": {"name": "f", "parameters": {"type": 3}}}]}, "tools.*schema of an object"),
-        ({"tools": [BROKEN], "tool_choice": "required"}, "tools: .*objekt"),
+        ({"tools": [BROKEN], "tool_choice": "required"}, "tools: parameters of 'f': .*objekt"),
+        (
+            {"tools": [NOW, NOW | {"function": {"name": "g", "parameters": {"$ref": "#"}}}], "tool_choice": "required"},
+            "tools: parameters of 'g': grammar must be",
+        ),
         ({"tools": [BROKEN | {"function": BROKEN["function"] | {"strict": True}}]}, "tools: .*objekt"),
     ],
 )  # fmt: skip
