@@ -10,7 +10,7 @@ import typer
 
 from orthrus_triton.cli.common import MinPOption, TopKOption, TopPOption, one_line_errors, resolve_device
 from orthrus_triton.cli.load import load_model
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.training.prompts import Prompt, encode
 
 PROMPTS = (
@@ -36,12 +36,13 @@ def main(
     min_p: MinPOption = 0.0,
 ) -> None:
     """Tokens per cycle, and the share of cycles that accept their first draft, by sampling rule and temperature."""
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     with one_line_errors():
+        SamplingParams(**filters)  # raises before the model is loaded
         device = resolve_device("auto")
         network, tokenizer, name = load_model(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
         prompts = [torch.tensor(encode(tokenizer, Prompt(text))) for text in PROMPTS]
         decoder = ConsensusDecoder(network, block_size=block_size)
-    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     print(f"{name}, block {decoder.block_size}, {len(prompts)} prompts of {tokens} tokens, {device}")
     print("| T | rule | tokens per cycle | first draft accepted | cycles |\n|---|---|---|---|---|")
     for temperature in TEMPERATURES:

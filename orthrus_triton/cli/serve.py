@@ -44,6 +44,12 @@ def serve(
     max_len: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and output of one request.")] = 4096,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get status 429.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Larger requests get status 413.")] = 1 << 20,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Web page that may use it, such as http://localhost:3000; more than once for several, '*' for any."
+        ),
+    ] = None,
     sampling: Annotated[
         Literal["coupled", "rejection"], typer.Option(help="coupled: the tokens AR decoding of the same seed gives.")
     ] = "coupled",
@@ -61,7 +67,7 @@ def serve(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health.
+    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
 
     \b
     orthrus-triton serve ./orthrus
@@ -83,9 +89,10 @@ def serve(
         precision, block_size = resolve_dtype(dtype, where), fast_block(block_size, where)
         from orthrus_triton.modules import ConsensusDecoder
         from orthrus_triton.serving import Scheduler
-        from orthrus_triton.serving.app import create_app
+        from orthrus_triton.serving.app import create_app, require_origins
         from orthrus_triton.serving.server import Server
 
+        require_origins(allow_origin or ())
         network, tokenizer, _ = load_apart(
             model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts
         )  # fmt: skip
@@ -96,7 +103,9 @@ def serve(
         scheduler = Scheduler(decoder, slots=slots, max_len=max_len, max_waiting=max_waiting, sampling=sampling)
         # the last part of a folder or hub id: clients need not know where it lies
         name = name or (DEMO_NAME if model is None else Path(model).resolve().name)
-        app = create_app(scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes)
+        app = create_app(
+            scheduler, tokenizer, name, api_key=api_key, max_body_bytes=max_body_bytes, allow_origins=allow_origin or ()
+        )
         place = f"[{host}]" if ":" in host else host
         status_console.print(f"{name} on http://{place}:{port}/v1, {slots} slots of {max_len} tokens")
         try:

@@ -3,6 +3,7 @@ What no later token can change is told apart from what the next one may complete
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
@@ -17,13 +18,14 @@ class TokenText:
 
     Args:
         tokenizer: of transformers; only `decode` is used.
+        context: tokens before the first: many tokenizers leave out a space at the beginning of a text.
         **options: of `decode`.
     """
 
-    def __init__(self, tokenizer: Any, **options: Any) -> None:
+    def __init__(self, tokenizer: Any, context: Sequence[int] = (), **options: Any) -> None:
         self._tokenizer, self._options = tokenizer, options
         # tokens whose text is final, decoded again because what follows may depend on them; and those behind them
-        self._context: list[int] = []
+        self._context: list[int] = list(context)
         self._open: list[int] = []
 
     def push(self, tokens: list[int]) -> tuple[str, str]:

@@ -3,6 +3,8 @@ A cycle reads no value on the host, so that it can be captured; when to run what
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from orthrus_triton import ops
@@ -12,8 +14,11 @@ from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.dual_view_model import DualViewModel, run_view
 from orthrus_triton.modules.kv_cache import SharedKVCache, ViewPass
 from orthrus_triton.modules.prefill import CPU_CHUNK, GPU_CHUNK, prefill, prefill_chunk
+from orthrus_triton.modules.reread import ROWS
 from orthrus_triton.modules.sampling_params import Choosing, SamplingParams
 from orthrus_triton.ops.gumbel import DRAFT
+
+OnLogits = Callable[[torch.Tensor], None]  # takes [rows, V] fp32
 
 
 class DecodeCycle:
@@ -126,17 +131,19 @@ class DecodeCycle:
 
     def prefill(
         self, prompt: torch.Tensor, cache: SharedKVCache, state: DecodeState, max_new_tokens: int, impl: str,
-        params: SamplingParams, cached: int, hidden: torch.Tensor | None = None,
+        params: SamplingParams, cached: int, hidden: torch.Tensor | None = None, on_logits: OnLogits | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Fill one sequence's cache from its prompt [L] and commit its first token; both buffers are of one slot. Gives
-        the hidden state [1, 1, H] by which that was chosen; with it given, the cache holds all of the prompt."""
+        the hidden state [1, 1, H] by which that was chosen; with it given, the cache holds all of the prompt.
+        `on_logits` takes what every token that is read says of the next one, some rows at a time."""
         state.start(max_new_tokens, prompt)
         if state.sampling is not None:
             state.sampling.start(params, prompt)
         if hidden is None:
             chunk, linear_impl = self._chunk(cache), self._prefill_linear(impl)
             # a copy: of what it is cut out of, one row is kept
-            hidden = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached).clone()
+            tell = self._tell(on_logits, impl)
+            hidden = prefill(self.model, prompt, cache, chunk, impl, linear_impl, cached, tell).clone()
         cache.prompt_len.fill_(prompt.numel())
         cache.context_len.fill_(prompt.numel() - 1)
         view_pass = cache.view_pass("ar", 1, impl=impl)
@@ -145,14 +152,29 @@ class DecodeCycle:
         state.accepted_histogram.zero_()
         return hidden
 
-    def prefill_ahead(self, prompt: torch.Tensor, cache: SharedKVCache, impl: str, cached: int) -> int:
+    def prefill_ahead(
+        self, prompt: torch.Tensor, cache: SharedKVCache, impl: str, cached: int, on_logits: OnLogits | None = None
+    ) -> int:
         """Fill one chunk of a prompt [L] into a one-sequence cache that holds its first `cached` tokens -> how many it
         holds then. The last chunk is left to `prefill`: nothing is done where only that is missing."""
         chunk = self._chunk(cache)
         if cached + chunk >= prompt.numel():
             return cached
-        prefill_chunk(self.model, prompt, cache, cached, chunk, impl, self._prefill_linear(impl))
+        hidden = prefill_chunk(self.model, prompt, cache, cached, chunk, impl, self._prefill_linear(impl))
+        if on_logits is not None:
+            self._tell(on_logits, impl)(hidden)
         return cached + chunk
+
+    def _tell(self, on_logits: OnLogits | None, impl: str) -> Callable[[torch.Tensor], None] | None:
+        """What takes hidden states [1, n, H] and gives their logits to `on_logits`, few rows at a time."""
+        if on_logits is None:
+            return None
+
+        def tell(hidden: torch.Tensor) -> None:
+            for rows in hidden.split(ROWS, dim=1):
+                on_logits(self.model.compute_logits(rows, impl)[0])
+
+        return tell
 
     def _chunk(self, cache: SharedKVCache) -> int:
         return self.prefill_chunk or (GPU_CHUNK if cache.context_len.device.type == "cuda" else CPU_CHUNK)

@@ -12,6 +12,7 @@ import torch
 
 from orthrus_triton.modules.batch_prefill import BatchPrefill
 from orthrus_triton.modules.cuda_graph import on_device
+from orthrus_triton.modules.decode_cycle import OnLogits
 from orthrus_triton.modules.decode_state import DecodeState
 from orthrus_triton.modules.kv_cache import SharedKVCache
 from orthrus_triton.modules.prompts import split_prompts, tokens_to_cache
@@ -67,13 +68,16 @@ class RunSlots:
     @device_work
     def admit(
         self, b: int, prompt: torch.Tensor, max_new_tokens: int, params: SamplingParams = GREEDY_PARAMS,
-        cached: int = 0, like: int | None = None,
+        cached: int = 0, like: int | None = None, on_logits: OnLogits | None = None,
     ) -> None:  # fmt: skip
         """Prefill `prompt` [L] int64 into free slot `b` and choose its first token; it takes part in every later step.
 
         `cached` of its first tokens are taken from the slot's cache as they are: see `cached_prefix`. Where slot `like`
         was admitted with this prompt, all is copied from there instead of being computed again: the same bits, and
         none are `cached`.
+
+        `on_logits` is called with [n, V] fp32, what the next n tokens of the prompt that are read say of the one behind
+        each, until all have been; a ValueError that it raises is raised here, and leaves the slot to be released.
 
         Raises:
             ValueError: no such slot or it is taken, a prompt or a length that cannot be, too much for the cache, or
@@ -93,7 +97,7 @@ class RunSlots:
             self.cache.copy_sequence(like, b, prompt.numel())
         self.slots[b].prompt_hidden = self._decoder.prefill(
             prompt, self.cache.sequences(b, 1), self.state.slots(b, 1), max_new_tokens, self.impl, params, cached,
-            hidden,
+            hidden, on_logits,
         )  # fmt: skip
         self.slots[b].failed = False
         self.state.write_report()
@@ -160,17 +164,17 @@ class RunSlots:
         self.slots[b] = Slot(prompt[: tokens + 1].clone(), born=self._posted)
 
     @device_work
-    def prefill_ahead(self, b: int, prompt: torch.Tensor, cached: int) -> int:
+    def prefill_ahead(self, b: int, prompt: torch.Tensor, cached: int, on_logits: OnLogits | None = None) -> int:
         """Prefill the next chunk of `prompt` [L] int64 into free slot `b`, which holds its first `cached` tokens -> how
         many it holds then. Steps of other slots may run before the next chunk; no more than one chunk is left to
-        `admit`, and until then the slot counts as holding nothing.
+        `admit`, and until then the slot counts as holding nothing. `on_logits` as in `admit`.
 
         Raises:
             ValueError: no such slot or it is taken, a prompt that cannot be, or too much for the cache.
         """
         prompt = self._checked(b, prompt, 1, cached)
         self.slots[b] = Slot(prompt, failed=True, born=self._posted)
-        return self._decoder.prefill_ahead(prompt, self.cache.sequences(b, 1), self.impl, cached)
+        return self._decoder.prefill_ahead(prompt, self.cache.sequences(b, 1), self.impl, cached, on_logits)
 
     @device_work
     def release(self, b: int, keep: int | None = None) -> None:

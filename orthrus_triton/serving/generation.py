@@ -15,7 +15,8 @@ from fastapi import HTTPException
 
 from orthrus_triton.models.grammar import GrammarProcessor
 from orthrus_triton.models.stop_strings import StopStrings
-from orthrus_triton.serving.logprobs import LogprobsField, TokenLogprobs
+from orthrus_triton.serving.logprobs import LogprobsField, PromptLogprobs, TokenLogprobs
+from orthrus_triton.serving.prompt import Prompt
 from orthrus_triton.serving.request import FinishReason, Request
 from orthrus_triton.serving.scheduler import QueueFullError, Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
@@ -40,9 +41,9 @@ class Generation:
     Args:
         scheduler: runs it.
         tokenizer: of transformers.
-        ids: the prompt's.
+        prompt: what it goes on from.
         body: what the client asked for.
-        max_tokens: most tokens to generate; None is the default, or as many as there is room for.
+        max_tokens: most tokens to generate; None is the default, or as many as there is room for; 0 gives none.
         structure: what keeps the text to the structure that was asked for; None for free text.
         index: of the choice that it becomes, prompt by prompt.
 
@@ -55,12 +56,12 @@ class Generation:
     """
 
     def __init__(
-        self, scheduler: Scheduler, tokenizer: Any, ids: list[int], body: CompletionRequest | ChatRequest,
+        self, scheduler: Scheduler, tokenizer: Any, prompt: Prompt, body: CompletionRequest | ChatRequest,
         max_tokens: int | None, structure: GrammarProcessor | None = None, index: int = 0,
     ) -> None:  # fmt: skip
         self.id, self.created, self.index = uuid.uuid4().hex, int(time.time()), index
         self.reason: FinishReason | Literal["tool_calls"] | None = None
-        self._scheduler, self._prompt_tokens = scheduler, len(ids)
+        self._scheduler, self._prompt, self._mute = scheduler, prompt, max_tokens == 0
         self._structure, self._structured_field = structure, body.structured_field
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
         stop = None
@@ -69,15 +70,21 @@ class Generation:
                 stop = StopStrings(tokenizer, body.stop_strings)
         except ValueError as error:
             raise HTTPException(400, f"stop: {error}") from error
-        self._logprobs, self._reported = LogprobsField(tokenizer), 0
+        repeated = () if prompt.echo is None else (prompt.echo.offsets, len(prompt.echo.text))
+        self._logprobs, self._reported = LogprobsField(tokenizer, prompt.tail, *repeated), 0
+        self._stop_tokens_count = isinstance(body, CompletionRequest)  # in log probabilities, for each API its own way
         self._calls = ToolCallReader() if isinstance(body, ChatRequest) and body.template_tools else None
-        self._text = TextStream(tokenizer, stop, scheduler.decoder.model.eos_token_ids)
+        self._text = TextStream(tokenizer, stop, scheduler.decoder.model.eos_token_ids, prompt.tail)
         if max_tokens is None:
-            max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(ids), 1))
+            max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(prompt.ids), 1))
         try:
-            prompt = torch.tensor(ids, dtype=torch.int64)
+            scores = PromptLogprobs(prompt.ids, body.alternatives) if body.scores_prompt else None
+            self._unreported = [] if scores is None else scores.tokens
+            ids = torch.tensor(prompt.ids, dtype=torch.int64)
             params = replace(body.params(index % body.n), logits_processor=structure)
-            self._request = Request(prompt, max_tokens, params, self._deliver, stop, body.alternatives)
+            self._request = Request(
+                ids, max(max_tokens, 1), params, self._deliver, stop, body.alternatives, prompt_logprobs=scores
+            )
             scheduler.submit(self._request)
         except QueueFullError as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
@@ -90,12 +97,13 @@ class Generation:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (tokens, reason, error))
 
     async def pieces(self) -> AsyncIterator[Part]:
-        """Text as it becomes certain, and tool calls where there are tools. However this ends, the slot is free
-        afterwards.
+        """Text as it becomes certain, behind the prompt's if that is repeated, and tool calls where there are tools.
+        However this ends, the slot is free afterwards.
 
         Raises:
             HTTPException: the generation failed.
         """
+        repeat = "" if self._prompt.echo is None else self._prompt.echo.text
         try:
             while self.reason is None:
                 tokens, reason, error = await self._events.get()
@@ -103,9 +111,11 @@ class Generation:
                     if self._structure is not None and self._structure.error:  # too much for the parser
                         raise HTTPException(400, f"{self._structured_field}: {self._structure.error}")
                     raise HTTPException(503 if self._scheduler.why_closed else 500, error)
-                text = self._push(tokens, last=reason is not None)
+                if repeat:
+                    yield repeat
+                repeat, text = "", self._push([] if self._mute else tokens, last=reason is not None)
                 # a stop string may be in the text alone: special tokens, which the text leaves out, stood inside it
-                self.reason = "stop" if self._text.stopped else reason
+                self.reason = "stop" if self._text.stopped else "length" if self._mute and reason else reason
                 parts = [text] if self._calls is None else self._calls.push(text, last=self.reason is not None)
                 if self.reason == "stop" and self._calls is not None and self._calls.count:
                     self.reason = "tool_calls"
@@ -121,15 +131,18 @@ class Generation:
             raise HTTPException(500, f"text: the tokenizer failed: {type(error).__name__}: {error}") from error
 
     def new_logprobs(self, form: LogprobsForm) -> dict[str, Any] | None:
-        """Those of the tokens that came since the last call, as `form` has them: all but stop tokens, even those whose
-        text is held back or cut off. None if nobody asked."""
+        """Those of the tokens that came since the last call, behind the prompt's if that is repeated, as `form` has
+        them: even of those whose text is held back or cut off; in chats, all but stop tokens. None if nobody asked."""
         if self._request.alternatives is None:
             return None
         arrived = self._request.logprobs[: len(self._text.tokens) - self._reported]
         del self._request.logprobs[: len(arrived)]
         self._reported += len(arrived)
+        if not self._stop_tokens_count:
+            arrived = [one for one in arrived if one.token not in self._text.stop_ids]
+        prompt, self._unreported = self._unreported, []
         try:
-            return form(self._logprobs, [one for one in arrived if one.token not in self._text.stop_ids])
+            return form(self._logprobs, [*prompt, *arrived])
         except Exception as error:  # tokenizers raise what they like
             raise HTTPException(500, f"logprobs: the tokenizer failed: {type(error).__name__}: {error}") from error
 
@@ -139,4 +152,4 @@ class Generation:
 
     def tokens(self) -> Tokens:
         """How many it had, and how many of the prompt's needed no work."""
-        return Tokens(self._prompt_tokens, len(self._text.tokens), self._request.cached)
+        return Tokens(len(self._prompt.ids), len(self._text.tokens), self._request.cached)

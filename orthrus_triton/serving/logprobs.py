@@ -4,13 +4,15 @@ From logits in the scheduler's thread; in the two forms that clients know."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from orthrus_triton.models.token_text import UNFINISHED, TokenText
+from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 
 MOST_ALTERNATIVES = 20
 LEAST = -9999.0  # stands for -inf, which JSON has not
@@ -18,10 +20,11 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenLogprobs(NamedTuple):
-    """A token, its log probability, and those of the likeliest tokens at its place, best first."""
+    """A token, its log probability, which a prompt's first one has not, and those of the likeliest tokens at its place,
+    best first."""
 
     token: int
-    logprob: float
+    logprob: float | None
     likeliest: list[tuple[int, float]]
 
 
@@ -34,12 +37,48 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], alternatives: in
     return [TokenLogprobs(token, of, list(zip(*row))) for token, of, row in zip(tokens, chosen, rows)]
 
 
-class LogprobsField:
-    """The field of a choice, piece by piece of one text."""
+class PromptLogprobs:
+    """Those of a prompt's tokens, collected while it is read.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Attributes:
+        tokens: as far as it was read.
+    """
+
+    def __init__(self, prompt: Sequence[int], alternatives: int) -> None:
+        self._prompt, self._alternatives = prompt, alternatives
+        self.tokens = [TokenLogprobs(token, None, []) for token in prompt[:1]]
+
+    def __call__(self, logits: torch.Tensor) -> None:
+        """Take logits [n, V] that the next n tokens of the prompt say of the one behind each.
+
+        Raises:
+            ValueError: what the one request is to be told.
+        """
+        behind = self._prompt[len(self.tokens) : len(self.tokens) + len(logits)]  # of the last one, the text's first
+        if logits.isnan().any():
+            raise ValueError(f"logprobs: {WHY_NO_TOKEN}")
+        try:
+            self.tokens += token_logprobs(logits[: len(behind)], behind, self._alternatives)
+        except Exception as error:  # such as a lack of memory
+            raise ValueError(f"logprobs: {type(error).__name__}: {error}") from error
+
+
+class LogprobsField:
+    """The field of a choice, piece by piece of one text.
+
+    Args:
+        tokenizer: of transformers.
+        context: as in `TokenText`.
+        offsets: where the first tokens begin, if they are those of a prompt.
+        length: of the prompt's text then.
+    """
+
+    def __init__(
+        self, tokenizer: Any, context: Sequence[int] = (), offsets: Iterable[int] = (), length: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
-        self._text, self._length = TokenText(tokenizer, skip_special_tokens=True), 0
+        self._text = TokenText(tokenizer, context, skip_special_tokens=True)
+        self._offsets, self._length = deque(offsets), length
 
     def of_chat(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """For the next tokens of a chat's choice."""
@@ -54,15 +93,22 @@ class LogprobsField:
         came is always among them."""
         field: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for one in tokens:
+            field["tokens"].append(self._name(one.token))
+            field["token_logprobs"].append(one.logprob)
+            field["text_offset"].append(self._offsets.popleft() if self._offsets else self._next_offset(one.token))
+            if one.logprob is None:
+                field["top_logprobs"].append(None)
+                continue
             named: dict[str, float] = {}
             for token, logprob in (*one.likeliest, (one.token, one.logprob)):
                 named.setdefault(self._name(token), logprob)
-            field["tokens"].append(self._name(one.token))
-            field["token_logprobs"].append(one.logprob)
             field["top_logprobs"].append(named)
-            field["text_offset"].append(self._length)
-            self._length += len(self._text.push([one.token])[0])
         return field
+
+    def _next_offset(self, token: int) -> int:
+        offset = self._length
+        self._length += len(self._text.push([token])[0])
+        return offset
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text, data = text_and_bytes(self._tokenizer, token)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from orthrus_triton.modules import SamplingParams
-from orthrus_triton.serving.logprobs import TokenLogprobs
+from orthrus_triton.serving.logprobs import PromptLogprobs, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "error"]
 Deliver = Callable[[list[int], "FinishReason | None", str], None]
@@ -26,6 +26,8 @@ class Request:
         params: how it samples. A `logits_processor` must not raise: that would end all sequences that are running.
         deliver: called from the scheduler's thread with new tokens, the reason once it has finished, and what went
             wrong if the reason is "error". Must not block.
+        prompt_logprobs: collects those of the prompt's tokens, which is read from its beginning then; None if nobody
+            asked. They are there before the first token is delivered.
         alternatives: None, or for how many tokens at each place `logprobs` has a number, besides the token that came.
         stop: called after every token with all new tokens, also from that thread; True ends the sequence there.
 
@@ -40,6 +42,7 @@ class Request:
     deliver: Deliver
     stop: Callable[[list[int]], bool] | None = None
     alternatives: int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     cancelled: bool = field(default=False, init=False)
     delivered: int = field(default=0, init=False)
     cached: int = field(default=0, init=False)

@@ -47,8 +47,10 @@ class Scheduler:
     Attributes:
         running, waiting: sequences in slots, and requests without one.
         why_closed: why it takes no requests any more, as after the loss of a device; None while it does.
-        tokens, cycles: of all that were in a slot and left it; the first token of each, which no cycle gave, not
-            counted. Tokens per cycle that fall are the first sign of a view that does not fit the model or the text.
+        requests: that were in a slot and left it, before their prompt was read among them.
+        prompt_tokens, cached_tokens: of the prompts that were read, and how many of these a slot held already.
+        tokens, cycles: of the same sequences; the first token of each, which no cycle gave, not counted. Tokens per
+            cycle that fall are the first sign of a view that does not fit the model or the text.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Scheduler:
         self._choosing = Choosing(sampled=True, rejection=sampling == "rejection", processed=True, hosted=True)
         self._slots: list[Request | None] = [None] * slots
         self._entering: _Entering | None = None
-        self.tokens = self.cycles = 0
+        self.requests = self.prompt_tokens = self.cached_tokens = self.tokens = self.cycles = 0
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
         self._closing, self._why_closed = False, "the server is closing"
@@ -186,11 +188,12 @@ class Scheduler:
             return
         b, request = self._entering.slot, self._entering.request
         try:
-            cached = self._run.prefill_ahead(b, request.prompt, self._entering.cached)
+            on_logits = request.prompt_logprobs
+            cached = self._run.prefill_ahead(b, request.prompt, self._entering.cached, on_logits)
             if cached > self._entering.cached:
                 self._entering = self._entering._replace(cached=cached)
                 return
-            self._run.admit(b, request.prompt, request.max_new_tokens, request.params, cached)
+            self._run.admit(b, request.prompt, request.max_new_tokens, request.params, cached, on_logits=on_logits)
         except ValueError as error:  # about this request alone
             self._run.release(b)
             self._leave(b)
@@ -205,6 +208,8 @@ class Scheduler:
                 return
             request = self._waiting.popleft()
             place = find_place(self._run, free, request.prompt)
+            if request.prompt_logprobs is not None:  # which its reading gives
+                place = place._replace(source=place.slot, cached=0)
             self._slots[place.slot] = request
         request.cached = place.cached
         self._entering = _Entering(place.slot, request, place.cached)
@@ -239,11 +244,14 @@ class Scheduler:
             _deliver(request, tokens, reason, error)
 
     def _leave(self, b: int) -> None:
-        self._slots[b] = None
+        request, self._slots[b] = self._slots[b], None
+        self.requests += 1
         if self._entering is not None and self._entering.slot == b:  # what the run's slot says is not about it yet
             self._entering = None
             return
         slot = self._run.slots[b]
+        self.prompt_tokens += request.prompt.numel()
+        self.cached_tokens += request.cached
         self.tokens += max(len(slot.tokens) - 1, 0)
         self.cycles += sum(slot.cycles.values())
 

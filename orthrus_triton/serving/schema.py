@@ -89,6 +89,11 @@ class _Common(BaseModel):
         return "response_format"
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the reply tells log probabilities of the prompt's tokens, too."""
+        return False
+
+    @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -98,7 +103,8 @@ class CompletionRequest(_Common):
     """POST /v1/completions."""
 
     prompt: str | list[int] | list[str | list[int]]
-    echo: No = False
+    max_tokens: int | None = Field(None, ge=0)
+    echo: Boolean = False
     best_of: Integer | None = None
     logprobs: Alternatives | None = None
 
@@ -122,6 +128,17 @@ class CompletionRequest(_Common):
             if not isinstance(one, str) and not is_ids:
                 raise ValueError("must be a string, a list of token ids, or a list of such prompts")
         return prompt
+
+    @property
+    def scores_prompt(self) -> bool:
+        """As above."""
+        return self.echo and self.logprobs is not None
+
+    @model_validator(mode="after")
+    def _not_nothing(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be >= 1 without echo, but got 0")
+        return self
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from orthrus_triton.models.stop_strings import StopStrings
@@ -16,16 +16,20 @@ class TextStream:
         tokenizer: of transformers.
         stop: strings that end the text and are not part of it, or None.
         stop_ids: tokens that end the text and are not part of it: not every tokenizer knows that they are special.
+        context: as in `TokenText`.
 
     Attributes:
         tokens: all that were pushed.
         stopped: a stop string came; nothing more is given out.
     """
 
-    def __init__(self, tokenizer: Any, stop: StopStrings | None = None, stop_ids: Collection[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: StopStrings | None = None, stop_ids: Collection[int] = (),
+        context: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         self.stop, self.stop_ids = stop, frozenset(stop_ids)
         self.tokens: list[int] = []
-        self._text, self._held = TokenText(tokenizer, skip_special_tokens=True), ""
+        self._text, self._held = TokenText(tokenizer, context, skip_special_tokens=True), ""
         self.stopped = False
 
     def push(self, tokens: list[int], last: bool = False) -> str:

@@ -71,8 +71,12 @@ class Running:
         self.thread.join()
 
     def expected(self, prompt: str, tokens: int, **params) -> str:
+        """What follows a prompt, joined on to it."""
         ids = self.tokenizer(prompt)["input_ids"]
-        return self.tokenizer.decode(oracle(self.model, ids, tokens, SamplingParams(**params)))
+        return self.behind(ids, oracle(self.model, ids, tokens, SamplingParams(**params)))
+
+    def behind(self, prompt: list[int], tokens: list[int]) -> str:
+        return self.tokenizer.decode([*prompt, *tokens])[len(self.tokenizer.decode(prompt)) :]
 
     def wait_until(self, condition, seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds

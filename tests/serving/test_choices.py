@@ -64,7 +64,9 @@ def test_choices_are_streamed_side_by_side(server: Running, chat: bool) -> None:
 def test_a_prompt_is_read_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, held = [(5 * n) % 17 for n in range(300)], []
     admit = server.scheduler._run.admit
-    monkeypatch.setattr(server.scheduler._run, "admit", lambda *request: [held.append(request[-1]), admit(*request)])
+    monkeypatch.setattr(
+        server.scheduler._run, "admit", lambda *request, **how: [held.append(request[-1]), admit(*request, **how)]
+    )
     reply = server.client().completions.create(model="tiny", prompt=prompt, max_tokens=100, n=3, temperature=0)
     assert len({choice.text for choice in reply.choices}) == 1 and reply.usage.prompt_tokens == 300
     assert held[0] < 299 and held[1:] == [299, 299]

@@ -85,6 +85,44 @@ def test_a_burst_may_fill_slots_and_queue() -> None:
         server.close()
 
 
+def test_metrics_count_what_has_left(server: Running) -> None:
+    def counted() -> dict[str, float]:
+        reply = httpx.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {KEY}"})
+        assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+        lines = [line.split() for line in reply.text.splitlines() if not line.startswith("#")]
+        return {name.removeprefix("orthrus_"): float(value) for name, value in lines}
+
+    assert httpx.get(f"{server.url}/metrics").status_code == 401
+    before, prompt = counted(), [3, 1, 4, 1, 5, 9, 2, 6]
+    for _ in range(2):
+        server.client().completions.create(model="tiny", prompt=prompt, max_tokens=9, temperature=0)
+        server.wait_until(lambda: server.scheduler.running == 0)
+    grown = {name: value - before[name] for name, value in counted().items()}
+    assert (grown["requests_total"], grown["prompt_tokens_total"], grown["tokens_total"]) == (2, 16, 16)
+    assert 7 <= grown["cached_prompt_tokens_total"] <= 14 and 2 <= grown["cycles_total"] <= 16
+    assert counted()["requests_running"] == counted()["requests_waiting"] == 0
+
+
+def test_pages_that_are_named_may_ask(server: Running) -> None:
+    from fastapi.testclient import TestClient
+
+    from orthrus_triton.serving.app import create_app
+
+    page, how = (
+        "http://localhost:3000",
+        {"access-control-request-method": "POST", "access-control-request-headers": "authorization"},
+    )
+    for origins, allowed in (([page], True), (["*"], True), (["http://localhost:3001"], False), ([], False)):
+        client = TestClient(create_app(server.scheduler, server.tokenizer, "tiny", api_key=KEY, allow_origins=origins))
+        asked = client.options("/v1/completions", headers={"origin": page, **how})
+        assert (asked.status_code == 200) is allowed
+        refused = client.post("/v1/completions", json={"prompt": "w1"}, headers={"origin": page})
+        assert refused.status_code == 401 and ("access-control-allow-origin" in refused.headers) is allowed
+    for origin in ("localhost:3000", "http://localhost/", "http://a b", ""):
+        with pytest.raises(ValueError, match="allow_origins must be like https://host"):
+            create_app(server.scheduler, server.tokenizer, "tiny", allow_origins=[origin])
+
+
 def test_health_needs_no_key_where_the_application_is_mounted_in_another(server: Running) -> None:
     from fastapi import FastAPI
     from fastapi.testclient import TestClient

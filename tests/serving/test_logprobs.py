@@ -106,7 +106,7 @@ def test_what_fails_for_one_ends_it_alone(server: Running, stream: bool, monkeyp
         assert server.client().completions.create(**ask).choices[0].text == server.expected("w3 w4", 5)
 
 
-def test_a_stop_token_has_none_and_who_does_not_ask_gets_none() -> None:
+def test_a_stop_token_has_one_in_completions_and_who_does_not_ask_gets_none() -> None:
     probe = Running()
     ids = oracle(probe.model, [1], 40, SamplingParams())
     probe.close()
@@ -115,8 +115,13 @@ def test_a_stop_token_has_none_and_who_does_not_ask_gets_none() -> None:
     try:
         ask = {"model": "tiny", "prompt": [1], "max_tokens": 40, "temperature": 0}
         reply = server.client().completions.create(**ask, logprobs=1).choices[0]
-        assert reply.finish_reason == "stop" and "".join(reply.logprobs.tokens) == f" {reply.text}"
+        assert reply.finish_reason == "stop" and "".join(reply.logprobs.tokens) == f"{reply.text} w{end}"
+        assert reply.logprobs.text_offset[-1] == len(reply.text)
         assert server.client().completions.create(**ask).choices[0].logprobs is None
+        chat = server.client().chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "w1"}], logprobs=True, max_tokens=40, temperature=0
+        ).choices[0]  # fmt: skip
+        assert "".join(entry.token for entry in chat.logprobs.content) == f" {chat.message.content}" == reply.text
     finally:
         server.close()
 

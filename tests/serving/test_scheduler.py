@@ -185,8 +185,8 @@ def chunks_read(monkeypatch: pytest.MonkeyPatch, heard: list) -> None:
     """Every chunk of a prompt that is read ahead is noted in `heard`, with how far it reaches."""
     ahead = DecodeRun.prefill_ahead
 
-    def noted(run: DecodeRun, b: int, prompt: torch.Tensor, cached: int) -> int:
-        now = ahead(run, b, prompt, cached)
+    def noted(run: DecodeRun, b: int, prompt: torch.Tensor, cached: int, on_logits: object) -> int:
+        now = ahead(run, b, prompt, cached, on_logits)
         if now > cached:
             heard.append(now)
         return now

@@ -1,0 +1,113 @@
+"""Prompts of HTTP requests as token ids: of chats through the model's template, of completions as they came.
+What a tokenizer or a template cannot do is an answer to the client, and no failure of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from fastapi import HTTPException
+
+from orthrus_triton.models.token_text import UNFINISHED, TokenText
+from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
+from orthrus_triton.serving.tool_calls import CALL, OPEN, can_be_read
+
+TAIL = 8  # tokens of a prompt that say how a text goes on behind it
+
+
+class Echo(NamedTuple):
+    """A prompt's text, and where in it each of its tokens begins."""
+
+    text: str
+    offsets: list[int]
+
+
+class Prompt(NamedTuple):
+    """A prompt's token ids; the last of them, if what follows is to join on; and its text, if the reply repeats it."""
+
+    ids: list[int]
+    tail: Sequence[int] = ()
+    echo: Echo | None = None
+
+
+def encode_chat(tokenizer: Any, body: ChatRequest) -> Prompt:
+    """Messages to a prompt, the beginning of the answer included.
+
+    Raises:
+        HTTPException: there is no template, it refuses the messages, or the tokenizer fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise HTTPException(400, "messages: this model has no chat template: use /v1/completions")
+    try:
+        options = _template_options(tokenizer, body.template_tools)
+        messages = [message.template_fields() for message in body.messages]
+        prompt = tokenizer.apply_chat_template(messages, **options, tokenize=False, add_generation_prompt=True)
+    except HTTPException:
+        raise
+    except Exception as error:  # templates raise what they like
+        raise HTTPException(400, f"messages: {error}") from error
+    return Prompt(_encode(tokenizer, "messages", prompt, add_special_tokens=False)["input_ids"])
+
+
+def encode_completion(tokenizer: Any, body: CompletionRequest) -> list[Prompt]:
+    """All prompts of a request.
+
+    Raises:
+        HTTPException: the tokenizer fails.
+    """
+    return [_encode_one(tokenizer, prompt, body.echo) for prompt in body.prompts]
+
+
+def _encode_one(tokenizer: Any, prompt: str | list[int], echoed: bool) -> Prompt:
+    where = {"return_offsets_mapping": True} if echoed and getattr(tokenizer, "is_fast", False) else {}
+    encoded = _encode(tokenizer, "prompt", prompt, **where) if isinstance(prompt, str) else {"input_ids": prompt}
+    ids, echo = encoded["input_ids"], None
+    try:
+        if echoed:
+            starts = [start for start, _ in encoded["offset_mapping"]] if "offset_mapping" in encoded else None
+            echo = _echo(tokenizer, prompt, ids, starts)
+        tail = ids[-TAIL:]
+        cut = tokenizer.decode(tail, skip_special_tokens=True).endswith(UNFINISHED)  # in the middle of a character
+    except Exception as error:
+        raise _failure("prompt", error) from error
+    return Prompt(ids, () if cut else tail, echo)
+
+
+def _echo(tokenizer: Any, prompt: str | list[int], ids: list[int], starts: list[int] | None) -> Echo:
+    """A text is repeated as it came; ids as their text, with the special tokens that a client has put there."""
+    if starts is not None and isinstance(prompt, str):
+        return Echo(prompt, starts)
+    text = TokenText(tokenizer, skip_special_tokens=isinstance(prompt, str))
+    final, unsure = zip(*(text.push([token]) for token in ids)) if ids else ((), ("",))
+    ends = list(accumulate(map(len, final)))
+    whole = prompt if isinstance(prompt, str) else "".join(final) + unsure[-1]
+    return Echo(whole, [min(end, len(whole)) for end in [0, *ends][:-1]])
+
+
+def _template_options(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    if not tools:
+        return {}
+    if not can_be_read(tokenizer.get_chat_template(tools=tools)):
+        raise HTTPException(
+            400, f"tools: this model's chat template does not ask for calls as {CALL}, the only form that is read here"
+        )
+    if OPEN in tokenizer.all_special_tokens:
+        raise HTTPException(400, f"tools: {OPEN} is a special token of this tokenizer, which texts leave out")
+    return {"tools": tools}
+
+
+def _encode(tokenizer: Any, field: str, text: str, **options: Any) -> Any:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can say
+        raise HTTPException(400, f"{field}: not valid Unicode: {error}") from error
+    try:
+        return tokenizer(text, **options)
+    except Exception as error:
+        raise _failure(field, error) from error
+
+
+def _failure(field: str, error: Exception) -> HTTPException:
+    """Tokenizers raise what they like."""
+    return HTTPException(500, f"{field}: the tokenizer failed: {type(error).__name__}: {error}")

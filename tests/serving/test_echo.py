@@ -1,0 +1,128 @@
+"""Completions that repeat their prompt, and what the model says of each of its tokens: how likely a given text is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.serving import prompt as prompt_module
+from orthrus_triton.serving.logprobs import PromptLogprobs
+from orthrus_triton.serving.text_stream import TextStream
+from orthrus_triton.testing import TinyDualViewModel
+from tests.modules.ledger_model import oracle
+from tests.serving.running import VOCAB, Running, openai
+
+PROMPT = [(5 * n) % 17 for n in range(150)]  # more than two passes of logits
+
+
+@pytest.fixture(scope="module")
+def small_chunks() -> Running:
+    server = Running(max_waiting=40)
+    server.scheduler.decoder.prefill_chunk = 100
+    yield server
+    server.close()
+
+
+def said(reply, streamed: bool) -> tuple[str, dict[str, list], str]:
+    """Text, log probabilities and reason of the only choice."""
+    choices = [chunk.choices[0] for chunk in reply] if streamed else reply.choices
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    found = {
+        name: [one for choice in choices if choice.logprobs for one in getattr(choice.logprobs, name)] for name in names
+    }
+    return "".join(choice.text for choice in choices), found, choices[-1].finish_reason
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_prompt_is_repeated_with_what_the_model_says_of_it(small_chunks: Running, streamed: bool) -> None:
+    server = small_chunks
+    ask = {"model": "tiny", "prompt": PROMPT, "max_tokens": 5, "temperature": 0, "stream": streamed}
+    new = oracle(server.model, PROMPT, 5, SamplingParams())
+    for _ in range(2):  # the second time the prompt's K/V are there: it is read nevertheless
+        text, found, reason = said(server.client().completions.create(**ask, echo=True, logprobs=2), streamed)
+        ids = [*PROMPT, *new]
+        assert text == server.tokenizer.decode(ids) and reason == "length"
+        assert found["tokens"] == [f" w{token}" for token in ids]
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        for n in range(1, len(ids)):
+            of = server.model.next_logits(ids[:n]).log_softmax(-1)
+            assert found["token_logprobs"][n] == pytest.approx(float(of[ids[n]]), abs=1e-4)
+            best = [f" w{token}" for token in of.topk(2).indices.tolist()]
+            assert list(found["top_logprobs"][n]) == list(dict.fromkeys([*best, f" w{ids[n]}"]))
+        spans = zip(found["text_offset"], [*found["text_offset"][1:], None])
+        assert [text[start:end].strip() for start, end in spans] == [f"w{token}" for token in ids]
+    text, found, _ = said(server.client().completions.create(**ask, echo=True), streamed)
+    assert text == server.tokenizer.decode(ids) and not found["tokens"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_prompt_alone(server: Running, streamed: bool) -> None:
+    """As those who score given texts ask for it: several at a time, and nothing new."""
+    ask = {"model": "tiny", "prompt": "w3 w9", "max_tokens": 0, "echo": True, "stream": streamed}
+    text, found, reason = said(server.client().completions.create(**ask, logprobs=0), streamed)
+    assert (text, reason, found["tokens"], found["text_offset"]) == ("w3 w9", "length", [" w3", " w9"], [0, 3])
+    assert said(server.client().completions.create(**ask), streamed)[0] == "w3 w9"
+    if streamed:
+        return
+    reply = server.client().completions.create(**ask | {"prompt": [[3, 9], [3, 9, 4]]}, logprobs=0)
+    assert [choice.text for choice in reply.choices] == ["w3 w9", "w3 w9 w4"]
+    assert reply.choices[1].logprobs.token_logprobs[:2] == found["token_logprobs"]
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (5, 0)
+
+
+def test_scores_are_of_the_bits_that_decoding_has() -> None:
+    """A generated text that is read as a prompt, in chunks of any size, has the logits its tokens were chosen from."""
+    model = TinyDualViewModel(VOCAB, block_size=4).bfloat16()
+    decoder = ConsensusDecoder(model, impl="torch", batch_invariant_prefill=True)
+    text = decoder.generate([torch.tensor(PROMPT[:40])], max_new_tokens=50, eos_token_id=[]).sequences[0]
+    expected = decoder.run.logits(0)
+    for chunk in (16, 64, 512):
+        decoder = ConsensusDecoder(model, impl="torch", batch_invariant_prefill=True, prefill_chunk=chunk)
+        run, parts, cached = decoder.open(2, 128), [], 0
+        while (now := run.prefill_ahead(1, text, cached, parts.append)) > cached:
+            cached = now
+        run.admit(1, text, 9, cached=cached, on_logits=parts.append)
+        rows = torch.cat(parts)
+        assert rows.shape == (90, VOCAB) and torch.equal(rows[39:-1], expected)
+
+
+def test_nothing_to_say_ends_one_request_alone(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = {"model": "tiny", "prompt": [3, 4], "max_tokens": 2, "temperature": 0, "echo": True}
+    with monkeypatch.context() as patch, pytest.raises(openai.APIError, match="logprobs: KeyError: 7"):
+        patch.setattr("orthrus_triton.serving.logprobs.token_logprobs", lambda *_: {}[7])
+        server.client().completions.create(**ask, logprobs=1)
+    assert server.client().completions.create(**ask).choices[0].text == "w3 w4" + server.expected("w3 w4", 2)
+    with pytest.raises(ValueError, match="logprobs: the model gave NaN"):
+        PromptLogprobs([1, 2], 1)(torch.full((2, 4), torch.nan))
+    with pytest.raises(openai.BadRequestError, match="max_tokens must be >= 1 without echo, but got 0"):
+        server.client().completions.create(**ask | {"max_tokens": 0, "echo": False})
+
+
+def metaspace(begins: bool) -> PreTrainedTokenizerFast:
+    """As of Llama 2: words carry the space before them, and a text loses its first one."""
+    pieces = ["<s>", "\u2581a", "\u2581b", "c", "\u2581", "<0xE2>", "<0x82>", "<0xAC>", "a", "b"]
+    merges, ids = [("\u2581", "a"), ("\u2581", "b")], {piece: n for n, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(ids, merges, byte_fallback=True, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_offsets_and_what_joins_on(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = metaspace(begins=True)
+    monkeypatch.setattr(type(tokenizer), "is_fast", fast)
+    prompt = prompt_module._encode_one(tokenizer, "a", True)
+    assert prompt.ids == [0, 1] and prompt.echo == ("a", [0, 0]) and prompt.tail == [0, 1]
+    prompt = prompt_module._encode_one(tokenizer, [0, 1, 2, 3], True)
+    assert prompt.echo.text == tokenizer.decode([0, 1, 2, 3]) and prompt.echo.offsets[-1] == len(prompt.echo.text) - 1
+    assert prompt_module._encode_one(tokenizer, [1, 5, 6], False) == ([1, 5, 6], (), None)  # half a character
+    assert prompt_module._encode_one(tokenizer, [], True).echo == ("", [])
+    assert TextStream(tokenizer, context=[0, 1]).push([2, 3]) == " bc" and TextStream(tokenizer).push([2, 3]) == "bc"
