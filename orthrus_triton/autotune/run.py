@@ -27,8 +27,7 @@ BUILT_IN_HOME = "orthrus_triton.autotune.builtin"
 # at a first look, then for the near-winners.
 COMPILE_TIMEOUT, GATE_TIMEOUT, TIME_TIMEOUT = 180.0, 120.0, 300.0
 FIRST_LOOK, SECOND_LOOK = (20, 0.2), (100, 1.0)
-# Of a problem's share of the budget, what goes to checks; the rest is for timing what has passed.
-GATE_SHARE = 0.6
+GATE_SHARE = 0.6  # of a problem's share of the budget, what goes to checks; the rest is for timing what has passed
 
 
 @dataclass
