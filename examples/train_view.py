@@ -27,5 +27,6 @@ trainer = ViewTrainer(model, args, rows)
 trainer.train(resume_from_checkpoint=True)  # goes on from the last checkpoint in OUT, if there is one
 trainer.save_trained(f"{out}/model", tokenizer)
 
+model.to(model.dtype)  # the view was trained in fp32
 stats = ConsensusDecoder(model).generate(prompts, max_new_tokens=128).stats
 print(f"{stats.tokens_per_cycle:.2f} tokens per cycle on the prompts it was trained on")

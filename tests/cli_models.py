@@ -37,7 +37,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_base_model(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_base_model(tokenizer: PreTrainedTokenizerFast, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """A random Llama saved by transformers, with its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -45,7 +45,7 @@ def save_base_model(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=512,
         initializer_range=0.6, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

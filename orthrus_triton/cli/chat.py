@@ -47,7 +47,7 @@ def chat(
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 512,
-    max_len: Annotated[int, typer.Option(help="Most tokens of the whole conversation.")] = 4096,
+    max_len: Annotated[int, typer.Option(min=2, help="Most tokens of the whole conversation.")] = 4096,
     mode: Annotated[
         Literal["consensus", "ar"], typer.Option(help="Draft and verify, or plain autoregressive decoding.")
     ] = "consensus",

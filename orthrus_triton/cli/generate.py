@@ -143,6 +143,8 @@ def _read_prompt(prompt: str | None) -> str:
 def _read_schema(path: Path) -> dict[str, Any]:
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"--json-schema {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one of the first
         raise ValueError(f"--json-schema {path} must be a JSON file, but {error}") from error
     if not isinstance(schema, dict):

@@ -162,6 +162,7 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
         Raises:
             ValueError: an unsupported architecture or option, weights that do not fit the config, pickle files.
             FileNotFoundError: no such folder, or a file it must hold is missing.
+            TypeError: a dtype that is none, or a model_or_path of another kind.
         """
         base = open_base(model_or_path)
         if mask_token_id is None:
@@ -199,6 +200,7 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
         Raises:
             ValueError: an unsupported architecture or option, weights that do not fit the config, pickle files.
             FileNotFoundError: no such folder, or a file it must hold is missing.
+            TypeError: a dtype that is none, or a model_or_path or config of another kind.
         """
         dtype, device = loading_options(dtype, device, options)
         folder = checkpoint.resolve_folder(model_or_path, token=token, local_files_only=local_files_only)

@@ -25,6 +25,7 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLES = 4096  # values of each tensor that enter the fingerprint: any training moves some of them
 PROJECTION = "_proj_diff.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @torch.no_grad()
@@ -72,8 +73,7 @@ def save_view(
     config = {name: getattr(model.config, name) for name in VIEW_OPTIONS}
     metadata = {
         "format": FORMAT,
-        "base": json.dumps({name: fingerprint(state, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}),
-        "base_dtype": _name(model.state_dict()["model.embed_tokens.weight"].dtype),
+        **base_metadata(model.state_dict()),
         "config": json.dumps({**config, "view_rank": None}),
         "rank": json.dumps(rank),
         "storage": storage,
@@ -120,16 +120,7 @@ def merge_view(path: str | PathLike[str], base: dict[str, torch.Tensor]) -> dict
         ValueError: it is not a view file, is damaged, or was made for other base weights.
     """
     metadata, stored = _read(path)
-    dtype = base["model.embed_tokens.weight"].dtype
-    if _name(dtype) not in FINGERPRINT_DTYPES:
-        raise ValueError(f"base must be in one of {list(FINGERPRINT_DTYPES)} for a view file, but got {dtype}")
-    known = json.loads(metadata["base"])
-    # a base in higher precision is also known by what it is in the dtype that the view was trained over
-    names = {_name(dtype), metadata.get("base_dtype")} & FINGERPRINT_DTYPES.keys()
-    if not any(fingerprint(base, FINGERPRINT_DTYPES[name]) == known.get(name) for name in names):
-        raise ValueError(
-            f"the view in {str(path)!r} was trained over other base weights than these: its drafts would be noise here"
-        )
+    require_base(path, metadata, base)
     low_rank = json.loads(metadata["rank"]) is not None
     view = {}
     for name in dict.fromkeys(key.split(PROJECTION)[0] + PROJECTION for key in stored if PROJECTION in key):
@@ -178,6 +169,27 @@ def load_view(model: OrthrusForCausalLM, path: str | PathLike[str], *, longer_bl
     for name, tensor in view.items():
         state[name].copy_(tensor)
     model.unquantize_drafts()  # copies would be of the view before
+
+
+def base_metadata(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What a file says of the base that its view was trained over."""
+    return {
+        "base": json.dumps({name: fingerprint(state, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}),
+        "base_dtype": _name(state[EMBEDDING].dtype),
+    }
+
+
+def require_base(path: str | PathLike[str], metadata: dict[str, str], state: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless the view in a file with this metadata was trained over the weights in `state`."""
+    dtype, known = state[EMBEDDING].dtype, json.loads(metadata["base"])
+    if _name(dtype) not in FINGERPRINT_DTYPES:
+        raise ValueError(f"base must be in one of {list(FINGERPRINT_DTYPES)} for a view file, but got {dtype}")
+    # a base in higher precision is also known by what it is in the dtype that the view was trained over
+    names = {_name(dtype), metadata.get("base_dtype")} & FINGERPRINT_DTYPES.keys()
+    if not any(fingerprint(state, FINGERPRINT_DTYPES[name]) == known.get(name) for name in names):
+        raise ValueError(
+            f"the view in {str(path)!r} was trained over other base weights than these: its drafts would be noise here"
+        )
 
 
 def fingerprint(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:

@@ -10,19 +10,21 @@ import torch
 
 from orthrus_triton.models.checkpoint import open_safetensors
 from orthrus_triton.models.modeling import OrthrusForCausalLM
+from orthrus_triton.models.view import base_metadata, require_base
 
-ABOUT = ("block_size", "anchor_view", "chain_width")
+ABOUT = ("block_size", "anchor_view", "chain_width", "mask_token_id")
 
 
 def checkpoint_metadata(model: OrthrusForCausalLM, block_size: int) -> dict[str, str]:
-    """What a training checkpoint's safetensors file says about the view it holds."""
-    about = (block_size, model.config.anchor_view, model.config.chain_width)
-    return {"format": "pt"} | {name: json.dumps(value) for name, value in zip(ABOUT, about)}
+    """What a training checkpoint's safetensors file says about the view it holds, and of the base under it."""
+    about = (block_size, model.config.anchor_view, model.config.chain_width, model.mask_token_id)
+    named = {name: json.dumps(value) for name, value in zip(ABOUT, about)}
+    return {"format": "pt"} | named | base_metadata(model.state_dict())
 
 
 def read_checkpoint_metadata(path: str | PathLike[str]) -> dict[str, Any]:
-    """block_size, anchor_view and chain_width of a training checkpoint, as far as its file names them, and whether it
-    holds a mask_embedding.
+    """block_size, anchor_view, chain_width and mask_token_id of a training checkpoint, as far as its file names them,
+    and whether it holds a mask_embedding.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is not a complete safetensors file.
@@ -41,21 +43,25 @@ def load_checkpoint_view(model: OrthrusForCausalLM, path: str | PathLike[str]) -
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: its names or shapes are not those of this model's view,
-            it was trained for another anchor_view, or the model's weights are in int8.
+            it was trained for another anchor_view or mask token or over other base weights, or the model's weights are
+            in int8.
     """
     model.require_float_weights("load_checkpoint_view")
-    anchor_view = read_checkpoint_metadata(path).get("anchor_view", model.config.anchor_view)
-    if anchor_view != model.config.anchor_view:
-        raise ValueError(
-            f"{str(path)!r} was trained with anchor_view={anchor_view!r}, not {model.config.anchor_view!r}"
-        )
+    about = read_checkpoint_metadata(path)
+    for name in ("anchor_view", "mask_token_id"):
+        own = getattr(model.config, name)
+        if about.get(name, own) != own:
+            raise ValueError(f"{str(path)!r} was trained with {name}={about[name]!r}, not {own!r}")
     with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
         stored = {name[max(name.find("model."), 0) :]: file.get_tensor(name) for name in file.keys()}
     needed = {name: tensor for name, tensor in model.state_dict().items() if "_diff" in name}
     for name in sorted({*needed, *stored}):
         found, expected = (tuple(t[name].shape) if name in t else None for t in (stored, needed))
         if found != expected:
             raise ValueError(f"{str(path)!r} must hold {name!r} with shape {expected}, but has {found}")
+    if "base" in metadata:  # older files do not say
+        require_base(path, metadata, model.state_dict())
     for name, tensor in needed.items():
         tensor.copy_(stored[name])
     model.unquantize_drafts()  # copies would be of the view before

@@ -5,6 +5,7 @@ from orthrus_triton.modules.consensus_decoder import ConsensusDecoder
 from orthrus_triton.modules.decode_run import DecodeRun
 from orthrus_triton.modules.decode_stats import DecodeOutput, DecodeStats, first_difference
 from orthrus_triton.modules.decoder_layer import OrthrusDecoderLayer, run_layers
+from orthrus_triton.modules.dual_view_model import DualViewModel
 from orthrus_triton.modules.kv_cache import CacheLayer, SharedKVCache, ViewPass
 from orthrus_triton.modules.projection import FusedLinear, Linear
 from orthrus_triton.modules.rms_norm import RMSNorm
@@ -20,6 +21,7 @@ __all__ = [
     "DecodeRun",
     "DecodeStats",
     "DualViewAttention",
+    "DualViewModel",
     "FusedLinear",
     "Linear",
     "NonFiniteLogitsError",

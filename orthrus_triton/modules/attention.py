@@ -109,11 +109,13 @@ class DualViewAttention(nn.Module):
             [B, T, hidden_size], plus `residual`; with `next_norm` (the norm of that sum, the sum).
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, or `next_norm` without `residual`.
+            ValueError: shapes or dtypes that do not fit, or `next_norm` without `residual`. TypeError: `cache_layer` is
+                no layer of a cache.
         """
         require_residual(residual, next_norm)
         if hidden.dim() != 3:
             raise ValueError(f"hidden must be [B, T, {self.hidden_size}], but got shape {tuple(hidden.shape)}")
+        self._require_layer(cache_layer, hidden.dtype)
         if view_pass.parts:
             return self._draft(hidden, rope, cache_layer, view_pass, residual, next_norm)
         drafting = view_pass.view == "diffusion"
@@ -165,6 +167,16 @@ class DualViewAttention(nn.Module):
             return next_norm(self._by_view(self._project_out, attended, parts), residual, impl=impl)
         pieces = zip(*_split(parts, attended, residual), parts)
         return _join([self._project_out(rows, part, rest, next_norm) for rows, rest, part in pieces])
+
+    def _require_layer(self, cache_layer: CacheLayer, dtype: torch.dtype) -> None:
+        if not isinstance(cache_layer, CacheLayer):
+            raise TypeError(f"cache_layer must be one of cache.layers, but got a {type(cache_layer).__name__}")
+        heads, size = cache_layer.k.shape[1], cache_layer.k.shape[3]
+        if (heads, size, cache_layer.k.dtype) != (self.num_kv_heads, self.head_dim, dtype):
+            raise ValueError(
+                f"cache_layer must hold {self.num_kv_heads} KV heads of size {self.head_dim} in {dtype}, but holds "
+                f"{heads} of {size} in {cache_layer.k.dtype}"
+            )
 
     def _by_view(
         self, project: Callable[[torch.Tensor, ViewPass], torch.Tensor], rows: torch.Tensor, parts: Sequence[ViewPass]

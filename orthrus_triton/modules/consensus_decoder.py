@@ -63,6 +63,9 @@ class ConsensusDecoder(RunBuffers):
             settings (windows, epsilons) and hooks are the same, and these tensors were not written, as far as torch
             counts it: through `.data` it does not.
 
+    Raises:
+        ValueError: an option out of range. TypeError: `model` lacks a member of `DualViewModel`.
+
     Calls from several threads wait for each other. Decoders of their own do not, and may share a model.
 
     Source: Orthrus, arXiv 2605.12825, section 3 (consensus between the two views).
@@ -148,6 +151,7 @@ class ConsensusDecoder(RunBuffers):
 
         Raises:
             ValueError: an argument out of range; it names the argument, what was expected and what came.
+            TypeError: a keyword that is no option, or `params` of another kind.
             NonFiniteLogitsError: a ValueError; the model gave NaN or infinity. Other sequences are not affected.
         """
         prompts = split_prompts(input_ids, attention_mask, self.model.vocab_size)

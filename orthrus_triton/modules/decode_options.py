@@ -15,10 +15,12 @@ BlockSize = int | Literal["auto"]
 
 
 def require_members(model: DualViewModel) -> None:
-    """Raise a TypeError if `model` lacks a member of the protocol."""
+    """Raise a TypeError if `model` lacks a member of the protocol, a ValueError if one says what cannot be."""
     members = (*DualViewModel.__annotations__, "new_cache", "forward_view", "compute_logits")
     if absent := [name for name in members if not hasattr(model, name)]:
         raise TypeError(f"model must have the members of DualViewModel, but a {type(model).__name__} has no {absent}")
+    if model.block_size < 2:
+        raise ValueError(f"model.block_size must be at least 2, an anchor and a draft, but is {model.block_size}")
 
 
 def widest_block(block_size: BlockSize | None, model: DualViewModel) -> int:

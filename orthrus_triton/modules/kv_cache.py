@@ -163,6 +163,9 @@ class SharedKVCache:
         """
         if anchor_rows not in (0, 1):
             raise ValueError(f"anchor_rows must be 0 or 1, but got {anchor_rows!r}")
+        require_size("block_size", block_size)
+        if block_size <= anchor_rows:
+            raise ValueError(f"block_size must be at least 2 with anchor_rows=1, but got {block_size}")
         first = self.context_len + 1 if anchor_rows else None
         masks = self.view_pass("diffusion", block_size - anchor_rows, first, impl=impl)
         positions, key_limit, parts = masks.positions, masks.key_limit + (block_size - anchor_rows), (masks,)

@@ -82,6 +82,7 @@ class RunSlots:
         Raises:
             ValueError: no such slot or it is taken, a prompt or a length that cannot be, too much for the cache, or
                 `params` that the run is not open for; slot `like` has another prompt.
+            RuntimeError: a newer run has the buffers; this holds of every method.
         """
         prompt = self._checked(b, prompt, max_new_tokens, cached)
         if like is not None and cached:

@@ -45,6 +45,9 @@ def consensus_(
         block: [B, W] int64 with W >= K, the next draft block: anchor, then MASK.
         accepted_histogram: [B, W] int32, cycles by accepted length.
         impl: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
     """
     B, K = candidate.shape
     require_same("choice", tuple(choice.shape), (B, K), "shape")

@@ -53,6 +53,9 @@ def process_logits(
 
     Returns:
         [B, T, V] fp32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
     """
     require_same("logits", logits.dtype, torch.float32, "dtype")
     B, T, V = logits.shape

@@ -48,6 +48,9 @@ def rejection_choice(
 
     Returns:
         [B, K] int64.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree, or a single row. TypeError: logits are not floating point.
     """
     check_sampling(logits, positions, sampling)
     B, K, V = logits.shape

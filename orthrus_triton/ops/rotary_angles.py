@@ -39,6 +39,8 @@ def rotary_angles(
     Raises:
         ValueError: shapes or dtypes that do not agree, both rules, or a rule without `original_max_len`.
     """
+    if positions.dim() != 2:
+        raise ValueError(f"positions must be [B, T], but got shape {tuple(positions.shape)}")
     require_same("positions", positions.dtype, torch.int32, "dtype")
     require_same("prompt_len", tuple(prompt_len.shape), (positions.shape[0],), "shape")
     require_same("inv_freq", inv_freq.dtype, torch.float32, "dtype")

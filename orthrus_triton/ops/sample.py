@@ -22,6 +22,9 @@ def greedy_choice(logits: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
 
     Returns:
         [...] int64.
+
+    Raises:
+        TypeError: logits are not floating point.
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, but got {logits.dtype}")

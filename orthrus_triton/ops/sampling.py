@@ -57,6 +57,9 @@ def sample_choice(
 
     Returns:
         [B, T] int64.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree. TypeError: logits are not floating point.
     """
     check_sampling(logits, positions, sampling)
     return torch.ops.orthrus_triton.sample_choice(logits, positions, *sampling, stream, resolve_impl(impl, logits))

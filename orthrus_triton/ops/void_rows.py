@@ -23,6 +23,9 @@ def void_rows(choice: torch.Tensor, hidden: torch.Tensor, *, impl: str = "auto")
 
     Returns:
         [B, T] int64.
+
+    Raises:
+        ValueError: shapes that do not agree.
     """
     require_same("choice", tuple(choice.shape), tuple(hidden.shape[:-1]), "shape")
     impl = resolve_impl(impl, hidden)

@@ -3,6 +3,7 @@ One thread owns the decoder; everybody else talks to it through `submit` and `ca
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -73,6 +74,7 @@ class Scheduler:
         self._run = run_apart(self._open)
         self._thread = threading.Thread(target=self._work, name="orthrus-scheduler", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # Python aborts if this thread still computes while it ends
 
     @property
     def running(self) -> int:
@@ -99,6 +101,7 @@ class Scheduler:
 
         Raises:
             QueueFullError: too many wait already.
+            RuntimeError: it takes none any more; see `why_closed`.
             ValueError: it cannot ever run: prompt and max_new_tokens exceed max_len, or params are out of range.
         """
         length, vocab = request.prompt.numel(), self.decoder.model.vocab_size
@@ -135,7 +138,8 @@ class Scheduler:
                 self._waiting.remove(request)
 
     def close(self) -> None:
-        """Stop the thread; requests in flight end with an error."""
+        """Stop the thread; requests in flight end with an error. Done when the program ends, if not before."""
+        atexit.unregister(self.close)
         with self._wake:
             self._closing = True
             self._wake.notify()

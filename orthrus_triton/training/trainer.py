@@ -91,6 +91,7 @@ class ViewTrainer(Trainer):
                 parameter.data = parameter.data.float()
         held_out = EvenAnchors(eval_rows, args.eval_anchors, block_size, len(rows), model.anchor_rows)
         self.orthrus = model
+        self._about = checkpoint_metadata(model, block_size)  # now, while no FSDP has cut the weights up
         self.domains = list(dict.fromkeys(row.domain for row in everything))
         self._domain_ids = torch.tensor([self.domains.index(row.domain) for row in everything])
         self._matched, self._blocks = torch.zeros(()), 0
@@ -195,7 +196,7 @@ class ViewTrainer(Trainer):
         staged = folder / f"{SAFE_WEIGHTS_NAME}.tmp"
         try:
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in view.items()}
-            save_file(tensors, staged, metadata=checkpoint_metadata(self.orthrus, self.model.block_size))
+            save_file(tensors, staged, metadata=self._about)
             os.replace(staged, folder / SAFE_WEIGHTS_NAME)
         finally:
             staged.unlink(missing_ok=True)

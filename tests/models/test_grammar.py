@@ -156,7 +156,7 @@ def test_the_command_line(model_folder, tmp_path) -> None:
         file.write_text(content)
         assert_bad_input(run(*arguments), problem)
     file.unlink()
-    assert_bad_input(run(*arguments), "schema.json")
+    assert_bad_input(run(*arguments), "--json-schema")
 
 
 def test_numbers_that_are_no_limits_may_be_large(tokenizer, grammars) -> None:

@@ -237,6 +237,10 @@ def test_bad_options() -> None:
 def test_a_model_must_have_the_members_of_the_protocol() -> None:
     with pytest.raises(TypeError, match=r"a Linear has no \['block_size', .*'compute_logits'\]"):
         ConsensusDecoder(torch.nn.Linear(2, 2))
+    model = make_model()
+    model.block_size = 1
+    with pytest.raises(ValueError, match="model.block_size must be at least 2, .* but is 1"):
+        ConsensusDecoder(model)
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), [{}]], ids=["one", "of dicts"])

@@ -194,12 +194,12 @@ def test_cache_says_what_is_wrong() -> None:
     for start in (0, torch.zeros(1), torch.zeros(2, dtype=torch.int32)):
         with pytest.raises(ValueError, match="start must"):
             cache.view_pass("ar", 1, start)
-    with pytest.raises(ValueError, match="num_rows must be an integer >= 1, but got 0"):
+    with pytest.raises(ValueError, match="block_size must be an integer >= 1, but got 0"):
         cache.draft_pass(0)
+    with pytest.raises(ValueError, match="block_size must be at least 2 with anchor_rows=1, but got 1"):
+        cache.draft_pass(1, 1)
     with pytest.raises(ValueError, match="anchor_rows must be 0 or 1, but got 2"):
         cache.draft_pass(2, 2)
-    with pytest.raises(ValueError, match="num_rows must be"):
-        cache.draft_pass(1, 1)
     long = SharedKVCache(1, 1, 8, batch_size=1, max_len=1025, block_size=2, dtype=torch.float32)
     for rows, capacity in ((1, 512), (512, 512), (513, 1024), (1025, 1536), (9999, 1536)):
         assert (part := long.prefix(rows)).capacity == part.layers[0].v.shape[2] == capacity
@@ -257,6 +257,13 @@ def test_a_residual_is_added_with_and_without_a_norm(options: dict, anchor_rows:
         attention(hidden[0], *where)
     with pytest.raises(ValueError, match="residual must be given with next_norm"):
         GatedMLP(32, 48)(hidden, None, norm)
+    with pytest.raises(TypeError, match="cache_layer must be one of cache.layers, but got a SharedKVCache"):
+        attention(hidden, where[0], cache, view_pass)
+    for heads, size, dtype in ((1, 16, torch.float32), (2, 32, torch.float32), (2, 16, torch.bfloat16)):
+        other = SharedKVCache(1, heads, size, batch_size=1, max_len=9, block_size=4, dtype=dtype)
+        complaint = f"must hold 2 KV heads of size 16 in torch.float32, but holds {heads} of {size} in {dtype}"
+        with pytest.raises(ValueError, match=complaint):
+            attention(hidden, where[0], other.layers[0], view_pass)
 
 
 @torch.no_grad()

@@ -51,6 +51,8 @@ def test_what_callers_get_wrong() -> None:
         ops.rotary_angles(ids.long(), ids[:, 0], inv_freq)
     with pytest.raises(ValueError, match="prompt_len must have shape"):
         ops.rotary_angles(ids, ids[0], inv_freq)
+    with pytest.raises(ValueError, match=r"positions must be \[B, T\], but got shape"):
+        ops.rotary_angles(ids[0], ids[:, 0], inv_freq)
     with pytest.raises(ValueError, match="inv_freq must have dtype torch.float32"):
         ops.rotary_angles(ids, ids[:, 0], inv_freq.double())
     with pytest.raises(ValueError, match="scaling must have shape"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +182,33 @@ def test_work_done_apart_gives_its_result_or_its_error() -> None:
     assert run_apart(lambda: threading.current_thread() is not threading.main_thread())
     with pytest.raises(FileNotFoundError, match="no such model"):
         run_apart(no_model)
+
+
+AT_THE_END = """
+import torch
+from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.serving import Scheduler
+from tests.modules.ledger_model import LedgerModel
+from tests.serving.watched import Watched, wait_for
+
+class Long(Watched):
+    def _deliver(self, tokens, reason, error):
+        super()._deliver(tokens, reason, error)
+        if reason:
+            print(reason, error, flush=True)
+
+scheduler = Scheduler(ConsensusDecoder(LedgerModel(17), impl="torch"), slots=1, max_len=90_000)
+long = Long([1], 80_000)
+scheduler.submit(long.request)
+wait_for(lambda: long.parts)
+"""
+
+
+def test_a_program_may_end_while_sequences_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "error the server is closing\n"), done.stderr
 
 
 def chunks_read(monkeypatch: pytest.MonkeyPatch, heard: list) -> None:

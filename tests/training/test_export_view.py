@@ -76,6 +76,15 @@ def test_a_checkpoint_of_any_model_goes_over_the_one_it_began_with(tmp_path, mon
     assert result.exit_code == 2 and "of another model than the demo model? See --base" in " ".join(
         result.stderr.split()
     )
+    other = copy.deepcopy(began_with)  # of the same shapes
+    other.model.layers[1].mlp.down_proj.weight.data.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    result = export(tmp_path / "checkpoint-3", tmp_path / "v.safetensors", "--base", tmp_path / "other")
+    assert result.exit_code == 2 and "was trained over other base weights than these" in " ".join(result.stderr.split())
+    assert not (tmp_path / "v.safetensors").exists()
+    with pytest.raises(ValueError, match=f"was trained with mask_token_id={began_with.mask_token_id}, not 0"):
+        other.config.mask_token_id = 0
+        load_checkpoint_view(other, tmp_path / "checkpoint-3" / "model.safetensors")
     result = export(tmp_path / "base", tmp_path / "v.safetensors", "--base", tmp_path / "base")
     assert result.exit_code == 2 and "--base is for checkpoints" in result.stderr
     result = export(tmp_path / "checkpoint-3", tmp_path / "v.safetensors", "--base", tmp_path / "base")
