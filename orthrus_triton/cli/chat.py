@@ -17,6 +17,7 @@ from orthrus_triton.cli.common import (
     MinPOption,
     SeedOption,
     TemperatureOption,
+    TemplateOption,
     TopKOption,
     TopPOption,
     fast_block,
@@ -41,6 +42,7 @@ def chat(
         typer.Argument(metavar="MODEL", help="Folder of an Orthrus model, or its hub id; without it, the demo model."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    chat_template_kwargs: TemplateOption = None,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
@@ -72,7 +74,9 @@ def chat(
         require_impl("auto", where)
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        network, tokenizer, name = load_model(model, resolve_dtype(dtype, where), where, int8_weights=int8_weights)
+        network, tokenizer, name = load_model(
+            model, resolve_dtype(dtype, where), where, int8_weights=int8_weights, template=chat_template_kwargs
+        )
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("MODEL must have a chat template: use orthrus-triton generate --raw")
         decoder = ConsensusDecoder(network, mode=mode, block_size=fast_block(None, where), max_cache_len=max_len)

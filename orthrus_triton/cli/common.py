@@ -3,6 +3,7 @@ Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,25 @@ def _block_size_option(default: str) -> Any:
 
 BlockSizeOption = _block_size_option("the model's own")
 FastBlockOption = _block_size_option("auto on a CPU, else the model's own")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"must be a JSON object, but {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"must be a JSON object, but got {text!r}")
+    return value
+
+
+TemplateOption = Annotated[
+    Any,
+    typer.Option(
+        "--chat-template-kwargs", parser=_json_object, metavar="JSON",
+        help="Options of the model's chat template, such as '{\"enable_thinking\": false}' for Qwen3.",
+    ),
+]  # fmt: skip
 
 
 def fast_block(block_size: BlockSize | None, device: torch.device) -> BlockSize | None:
@@ -178,7 +198,9 @@ def require_impl(impl: str, device: torch.device) -> str:
         raise ValueError(str(error)) from error
 
 
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None, system: str | None = None) -> torch.Tensor:
+def encode_prompt(
+    tokenizer: Any, prompt: str, chat: bool | None, system: str | None = None, template: dict[str, Any] | None = None
+) -> torch.Tensor:
     """A prompt as ids [1, L].
 
     Args:
@@ -186,6 +208,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None, system: str | 
         prompt: the user's text.
         chat: put it through the chat template; None does so if there is one.
         system: system message, chat only.
+        template: options of the chat template.
 
     Raises:
         ValueError: nothing to encode, or a template is needed that the tokenizer does not have.
@@ -204,6 +227,12 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None, system: str | 
         raise ValueError("--chat needs a tokenizer with a chat template, and this one has none: use --raw")
     if system is not None and not chat:
         raise ValueError("--system goes with a chat template, but this prompt is raw")
+    if template:
+        from orthrus_triton.models.chat_template import set_template_options
+
+        if not chat:
+            raise ValueError("--chat-template-kwargs goes with a chat template, but this prompt is raw")
+        set_template_options(tokenizer, template)
     if system is not None:
         require_text("--system", system)
     return torch.tensor([encode(tokenizer, Prompt(prompt, chat=chat), system)])

@@ -13,6 +13,7 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    TemplateOption,
     busy,
     one_line_errors,
     parse_seconds,
@@ -70,6 +71,7 @@ def distill_data(
             show_default=DEMO_NAME,
         ),
     ] = None,
+    chat_template_kwargs: TemplateOption = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="Most tokens of an answer, or of what is invented.", show_default="192, with --invent 48"),
@@ -128,6 +130,8 @@ def distill_data(
         if max_new_tokens is None:
             max_new_tokens = 48 if inventing else 192
         seconds = parse_seconds(budget)
+        if prompts_only and chat_template_kwargs:
+            raise ValueError("--chat-template-kwargs is for answers, but --prompts-only has none")
         if prompts_only and seconds is not None and not inventing:
             raise ValueError(f"--budget is for answers and for --invent, but --prompts-only has neither; got {budget}")
         # before anything that takes long
@@ -142,6 +146,10 @@ def distill_data(
             network, tokenizer, _ = (
                 load_demo("copy", precision, where) if model is None else load_model(model, precision, where)
             )
+            if chat_template_kwargs:
+                from orthrus_triton.models.chat_template import set_template_options
+
+                set_template_options(tokenizer, chat_template_kwargs)
         if inventing:
             questions, stopped = _invent(
                 network, tokenizer, invent, beginnings=starts, domain=domain, max_new_tokens=max_new_tokens,

@@ -20,6 +20,7 @@ from orthrus_triton.cli.common import (
     ImplOption,
     Int8DraftsOption,
     Int8WeightsOption,
+    TemplateOption,
     busy,
     one_line_errors,
     require_impl,
@@ -58,6 +59,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
     block_size: BlockSizeOption = None,
     int8_weights: Int8WeightsOption = False,
+    chat_template_kwargs: TemplateOption = None,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -96,7 +98,8 @@ def evaluate(
         if model is not None and view != "shipped":
             raise ValueError("--view is of the demo model, but --model was given: it has its own")
         network, tokenizer, name = load_model(
-            model, precision, where, view=view, int8_weights=int8_weights, int8_drafts=int8_drafts
+            model, precision, where, view=view, int8_weights=int8_weights, int8_drafts=int8_drafts,
+            template=chat_template_kwargs,
         )  # fmt: skip
         from orthrus_triton.training.evaluate import evaluate as measure
         from orthrus_triton.training.prompts import encode

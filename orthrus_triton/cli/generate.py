@@ -20,6 +20,7 @@ from orthrus_triton.cli.common import (
     MinPOption,
     SeedOption,
     TemperatureOption,
+    TemplateOption,
     TopKOption,
     TopPOption,
     encode_prompt,
@@ -64,6 +65,7 @@ def generate(
         typer.Option("--chat/--raw", help="Apply the tokenizer's chat template or not; by default, if it has one."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None,
+    chat_template_kwargs: TemplateOption = None,
     json_schema: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A JSON schema; the text will be JSON of it. Say so in PROMPT, too."),
@@ -98,7 +100,7 @@ def generate(
         network, tokenizer, _ = load_model(
             model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts and mode == "consensus"
         )  # fmt: skip
-        input_ids = encode_prompt(tokenizer, prompt, chat, system)
+        input_ids = encode_prompt(tokenizer, prompt, chat, system, chat_template_kwargs)
         if schema is not None:
             from orthrus_triton.models.grammar import Grammars
 

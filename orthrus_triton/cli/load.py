@@ -45,10 +45,11 @@ def load_demo(
 
 def load_model(
     name: str | None, dtype: torch.dtype, device: torch.device, *, view: str = "shipped", int8_weights: bool = False,
-    int8_drafts: bool = False,
+    int8_drafts: bool = False, template: dict[str, Any] | None = None,
 ) -> tuple[OrthrusForCausalLM, Any, str]:  # fmt: skip
     """Model, tokenizer and a name for reports; the demo model with `view` where `name` is None. With `int8_weights`,
-    its layers' matrices are in int8; with `int8_drafts`, its drafts come from int8 copies of them.
+    its layers' matrices are in int8; with `int8_drafts`, its drafts come from int8 copies of them; `template` are
+    options of the chat template.
 
     Raises:
         ValueError, OSError: it cannot be had; see `OrthrusForCausalLM.from_pretrained`.
@@ -65,6 +66,10 @@ def load_model(
         name = f"{name}, weights in int8"
     if int8_drafts:
         model.quantize_drafts()
+    if template:
+        from orthrus_triton.models.chat_template import set_template_options
+
+        set_template_options(tokenizer, template)
     return model, tokenizer, name
 
 

@@ -15,6 +15,7 @@ from orthrus_triton.cli.common import (
     FastBlockOption,
     Int8DraftsOption,
     Int8WeightsOption,
+    TemplateOption,
     fast_block,
     one_line_errors,
     require_impl,
@@ -63,6 +64,7 @@ def serve(
     ] = True,
     block_size: FastBlockOption = None,
     int8_weights: Int8WeightsOption = False,
+    chat_template_kwargs: TemplateOption = None,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -94,7 +96,7 @@ def serve(
 
         require_origins(allow_origin or ())
         network, tokenizer, _ = load_apart(
-            model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts
+            model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts, template=chat_template_kwargs
         )  # fmt: skip
         chunk = CPU_CHUNK if where.type == "cpu" else None
         decoder = ConsensusDecoder(

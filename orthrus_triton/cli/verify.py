@@ -17,6 +17,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     ImplOption,
     Int8WeightsOption,
+    TemplateOption,
     one_line_errors,
     require_impl,
     resolve_device,
@@ -53,6 +54,7 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
     block_size: BlockSizeOption = None,
     int8_weights: Int8WeightsOption = False,
+    chat_template_kwargs: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     impl: ImplOption = "auto",
@@ -88,7 +90,9 @@ def verify(
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
-        network, tokenizer, name = load_model(model, precision, where, int8_weights=int8_weights)
+        network, tokenizer, name = load_model(
+            model, precision, where, int8_weights=int8_weights, template=chat_template_kwargs
+        )
         ids = {question.line: torch.tensor(encode(tokenizer, question)) for question in questions}
         found, tokens = _compare(network, ids, max_new_tokens, block_size, impl, batch_size)
     result = {

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fastapi import HTTPException
 
+from orthrus_triton.models.chat_template import require_template_options
 from orthrus_triton.models.token_text import UNFINISHED, TokenText
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.tool_calls import CALL, OPEN, can_be_read
@@ -40,7 +41,7 @@ def encode_chat(tokenizer: Any, body: ChatRequest) -> Prompt:
     if not getattr(tokenizer, "chat_template", None):
         raise HTTPException(400, "messages: this model has no chat template: use /v1/completions")
     try:
-        options = _template_options(tokenizer, body.template_tools)
+        options = _template_options(tokenizer, body.template_tools) | _own_options(tokenizer, body)
         messages = [message.template_fields() for message in body.messages]
         prompt = tokenizer.apply_chat_template(messages, **options, tokenize=False, add_generation_prompt=True)
     except HTTPException:
@@ -95,6 +96,15 @@ def _template_options(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dic
     if OPEN in tokenizer.all_special_tokens:
         raise HTTPException(400, f"tools: {OPEN} is a special token of this tokenizer, which texts leave out")
     return {"tools": tools}
+
+
+def _own_options(tokenizer: Any, body: ChatRequest) -> dict[str, Any]:
+    options = body.chat_template_kwargs or {}
+    try:
+        require_template_options(tokenizer, options, body.template_tools)
+    except ValueError as error:
+        raise HTTPException(400, f"chat_template_kwargs: {error}") from error
+    return options
 
 
 def _encode(tokenizer: Any, field: str, text: str, **options: Any) -> Any:

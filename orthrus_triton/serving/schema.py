@@ -158,6 +158,7 @@ class ChatRequest(_Common):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Boolean = False
     top_logprobs: Alternatives | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Boolean | None = None

@@ -12,7 +12,7 @@ import pytest
 
 from orthrus_triton.modules import SamplingParams
 from tests.modules.ledger_model import oracle
-from tests.serving.running import KEY, VOCAB, Running, SlowModel, openai
+from tests.serving.running import KEY, TEMPLATE, VOCAB, Running, SlowModel, openai
 
 
 def test_completions_are_ar_text(server: Running) -> None:
@@ -109,6 +109,20 @@ def test_a_stop_token_is_no_text_though_the_tokenizer_does_not_know_it(stop: str
         assert "".join(part.text for part in parts) == whole.choices[0].text and parts[-1].finish_reason == "stop"
     finally:
         server.close()
+
+
+def test_a_chat_template_has_options(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = TEMPLATE + "{% if quiet %}w7 w8{% endif %}"
+    monkeypatch.setattr(server.tokenizer, "chat_template", template)
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": "w1"}], "max_tokens": 5, "temperature": 0}
+    for options, prompt in ({"quiet": True}, "w1 w7 w8"), ({"quiet": False}, "w1"), ({}, "w1"), (None, "w1"):
+        reply = server.client().chat.completions.create(**ask, extra_body={"chat_template_kwargs": options})
+        assert reply.choices[0].message.content == server.expected(prompt, 5).strip()
+    for options in ({"loud": True}, {"chat_template": "w9"}, {"messages": []}):
+        with pytest.raises(
+            openai.BadRequestError, match="chat_template_kwargs: '.*' is no option of this model's chat"
+        ):
+            server.client().chat.completions.create(**ask, extra_body={"chat_template_kwargs": options})
 
 
 def test_a_long_prompt_holds_nobody_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
