@@ -17,9 +17,9 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, copied = [], []
     admit, copy = DecodeRun.admit, DecodeRun.copy_prefix
 
-    def admitted(run, b, prompt, max_new_tokens, params, cached) -> None:
+    def admitted(run, b, prompt, max_new_tokens, params, cached, **how) -> None:
         read.append(prompt.numel() - cached)
-        admit(run, b, prompt, max_new_tokens, params, cached)
+        admit(run, b, prompt, max_new_tokens, params, cached, **how)
 
     def noted(run, source, b, prompt) -> None:
         copied.append(run.cached_prefix(source, prompt))

@@ -236,15 +236,20 @@ def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert f"http://127.0.0.1:{port}/v1" in result.stderr
     (_, limits), (name, guard) = heard
     assert limits == {"slots": 2, "max_len": 64, "max_waiting": 64, "sampling": "coupled"}
-    assert (name, guard) == (folder.name, {"api_key": None, "max_body_bytes": 1 << 20}) and len(closed) == 1
+    assert (name, guard) == (folder.name, {"api_key": None, "max_body_bytes": 1 << 20, "allow_origins": ()})
+    assert len(closed) == 1
     monkeypatch.setattr(serve, "_require_free", lambda *_: None)  # not every machine has ::1
     options = ("--slots", 3, "--max-len", 96, "--port", port, "--host", "::1", "--fast-prefill", "--dtype", "fp16")
     options += ("--max-waiting", 5, "--sampling", "rejection", "--max-body-bytes", 99, "--api-key", "a key")
+    options += ("--allow-origin", "http://a:1", "--allow-origin", "https://b")
     result = run("serve", folder, "--device", "cpu", *options, "--name", "mine", "--int8-drafts", "--block-size", 3)
     assert (made[1]["batch_invariant_prefill"], made[1]["block_size"]) == (False, 3)
     (network, limits), (name, guard) = heard[2:]
     assert limits == {"slots": 3, "max_len": 96, "max_waiting": 5, "sampling": "rejection"}
-    assert (name, guard) == ("mine", {"api_key": "a key", "max_body_bytes": 99}) and len(closed) == 2
+    pages = ["http://a:1", "https://b"]
+    assert (name, guard) == ("mine", {"api_key": "a key", "max_body_bytes": 99, "allow_origins": pages})
+    assert len(closed) == 2
+    assert_bad_input(run("serve", folder, "--device", "cpu", "--allow-origin", "a"), "allow_origins must be like https")
     assert network.dtype == torch.float16
     assert all(layer.mlp.down_proj.draft_weight is not None for layer in network.model.layers)
     assert f"http://[::1]:{port}/v1" in result.stderr
