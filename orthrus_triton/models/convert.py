@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,16 @@ def choose_mask_token_id(base: BaseModel) -> int:
 
 
 def eos_token_ids(config: Any) -> list[int]:
-    """`eos_token_id` of a configuration, one, several or none, as a list."""
+    """`eos_token_id` of a configuration, one, several or none, as a list; a ValueError if it is no id."""
     ids = getattr(config, "eos_token_id", None)
     if isinstance(ids, torch.Tensor):  # as transformers takes them, too
         return ids.flatten().tolist()
     if ids is None:
         return []
-    return [ids] if isinstance(ids, int) else list(ids)
+    several = list(ids) if isinstance(ids, (list, tuple, set)) else [ids]
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in several):
+        raise ValueError(f"eos_token_id must be one id, a list of ids or None, but got {ids!r}")
+    return [int(one) for one in several]
 
 
 def _read_vocabulary(folder: Path) -> dict[str, int]:

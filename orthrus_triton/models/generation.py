@@ -13,7 +13,7 @@ from orthrus_triton.models.generation_settings import GenerationSettings, merged
 from orthrus_triton.models.stop_strings import StopStrings
 from orthrus_triton.models.stopping import Stopping
 from orthrus_triton.modules import ConsensusDecoder, DecodeStats
-from orthrus_triton.modules.decode_options import BlockSize, Mode
+from orthrus_triton.modules.decode_options import BlockSize, Mode, require_streamer
 from orthrus_triton.modules.prompts import split_prompts
 from orthrus_triton.modules.sampling_params import SamplingRule
 
@@ -137,8 +137,8 @@ class OrthrusGenerationMixin:
         rows = inputs.long().repeat_interleave(settings.num_return_sequences, dim=0)
         strings = None
         if settings.stop_strings:
-            if tokenizer is None:
-                raise ValueError("tokenizer must be given with stop_strings, but got None")
+            if isinstance(tokenizer, (str, bytes)) or not hasattr(tokenizer, "decode"):
+                raise ValueError(f"tokenizer must be given with stop_strings, but got {tokenizer!r}")
             strings = [StopStrings(tokenizer, settings.stop_strings, prompt.tolist()) for prompt in prompts]
         stop = None
         if stopping_criteria or strings is not None or settings.max_time is not None:
@@ -146,6 +146,7 @@ class OrthrusGenerationMixin:
                 rows, set(settings.eos_token_ids), settings.pad_token_id,
                 criteria=stopping_criteria or [], strings=strings, max_time=settings.max_time,
             )  # fmt: skip
+        require_streamer(streamer)
         if streamer is not None:
             streamer = _PromptAsItCame(streamer, rows)
         decoder, logits = self.consensus_decoder("consensus" if use_diffusion_mode else "ar"), None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ class GenerationSettings:
             value = getattr(config, name, None)
             if value is not None and value is not False and value != NEUTRAL.get(name, 0):
                 raise ValueError(f"{name} must be left at its default, but got {value!r}: {instead}")
+        _require_numbers(config)
         config = copy.copy(config)
         for one in [*(processors or []), *(criteria or [])]:
             if type(one) in REPLACED:
@@ -164,6 +166,16 @@ def _max_new_tokens(config: GenerationConfig, prompt_length: int, positions: int
             f"max_length must exceed the prompt's {prompt_length} tokens, but is {longest}: pass max_new_tokens"
         )
     return longest - prompt_length
+
+
+def _require_numbers(config: GenerationConfig) -> None:
+    """Raise a ValueError where a length is no integer, or a time no number."""
+    for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "pad_token_id"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be an integer or None, but got {value!r}")
+    if config.max_time is not None and not isinstance(config.max_time, Real):
+        raise ValueError(f"max_time must be a number of seconds or None, but got {config.max_time!r}")
 
 
 def _require_lists(config: GenerationConfig, stop_strings: Any, vocab_size: int) -> None:

@@ -32,8 +32,11 @@ class StopStrings:
         self._longest = max(map(len, strings))
         self._text, self._seen = TokenText(tokenizer), 0
         self._tail = ""  # final text in which a stop string may have begun
+        self._looked = ""  # that, and what stood behind it unfinished, of which so many characters are the prompt's
+        self._prompt_end = 0
         if prompt:
             self._look([], prompt[-self._longest - LONGEST_CHARACTER :])
+            self._prompt_end = len(self._looked)
 
     def __call__(self, new: Sequence[int]) -> bool:
         """Whether one of the strings is in the text that came with the tokens since the last call."""
@@ -42,10 +45,12 @@ class StopStrings:
 
     def _look(self, strings: Sequence[str], tokens: Sequence[int]) -> bool:
         final, unsure = self._text.push(list(tokens))
-        known = len(self._tail)
+        known = max(len(self._tail), self._prompt_end)
         self._tail += final
         text = self._tail + unsure.rstrip(UNFINISHED)  # a stop string may have that character itself
-        self._tail = self._tail[max(len(self._tail) - self._longest + 1, 0) :]
+        dropped = max(len(self._tail) - self._longest + 1, 0)
+        self._tail, self._looked = self._tail[dropped:], text[dropped:]
+        self._prompt_end = max(self._prompt_end - dropped, 0)
         return any(text.find(string, max(known - len(string) + 1, 0)) >= 0 for string in strings)
 
     def cut(self, text: str) -> str:

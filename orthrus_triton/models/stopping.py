@@ -62,7 +62,7 @@ class Stopping:
             self.asked += 1
             done = torch.zeros(len(column), dtype=torch.bool)
             for criterion in self.criteria:
-                done |= torch.as_tensor(criterion(self.ids, None)).cpu().bool()
+                done |= _ended(criterion, self.ids)
             for b in done.nonzero().flatten().tolist():
                 if self._goes_on(b):
                     ended[b] = self.ends[b] = self.asked
@@ -79,3 +79,12 @@ class Stopping:
         """Whether sequence `b` has tokens, or will have some, behind those that were asked about."""
         end = self.ends[b]
         return end is None or end > self.asked
+
+
+def _ended(criterion: Any, ids: torch.Tensor) -> torch.Tensor:
+    """[B] bool: which sequences a criterion of the caller's own ends, or a ValueError if it says something else."""
+    said = criterion(ids, None)
+    if isinstance(said, bool) or (isinstance(said, torch.Tensor) and said.shape in ((), ids.shape[:1])):
+        return torch.as_tensor(said).cpu().bool().expand(len(ids))
+    got = f"shape {tuple(said.shape)}" if isinstance(said, torch.Tensor) else repr(said)
+    raise ValueError(f"stopping_criteria must return a bool or a tensor [{len(ids)}], but {criterion!r} returned {got}")

@@ -17,6 +17,7 @@ from orthrus_triton.modules.decode_options import (
     Mode,
     require_members,
     require_one_device,
+    require_streamer,
     stop_ids,
     widest_block,
 )
@@ -158,6 +159,7 @@ class ConsensusDecoder(RunBuffers):
         require_size("max_new_tokens", max_new_tokens)
         if streamer is not None and len(prompts) != 1:
             raise ValueError(f"streamer takes one sequence, but got {len(prompts)}")
+        require_streamer(streamer)
         params = params_of(len(prompts), params, options, self.model.vocab_size)
         max_len = tokens_to_cache(max(prompt.numel() for prompt in prompts), max_new_tokens)
         choosing = Choosing.of(params, sampling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numbers import Integral
 from operator import index
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -59,6 +59,12 @@ def stop_ids(eos_token_id: int | list[int] | None, model: DualViewModel) -> list
         if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < model.vocab_size:
             raise ValueError(f"eos_token_id must be in 0..{model.vocab_size - 1}, but got {token!r}")
     return [int(token) for token in ids]
+
+
+def require_streamer(streamer: Any) -> None:
+    """Raise a TypeError unless it is None or can be given tokens: before a prompt is read, not when it has been."""
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"streamer must have put(ids) and end(), but a {type(streamer).__name__} has not")
 
 
 def require_one_device(model: DualViewModel) -> None:

@@ -28,7 +28,8 @@ class SamplingParams:
         top_k: keep tokens as large as the k-th largest; 0 keeps all.
         top_p: keep the likeliest tokens until they have this mass, in (0, 1].
         min_p: keep tokens at least this times as likely as the likeliest, in [0, 1].
-        seed, sequence: key the noise. The same pair, prompt and parameters give the same text, in any batch.
+        seed, sequence: key the noise. The same pair, prompt and parameters give the same text, in any batch; with
+            rejection, for one block size.
         repetition_penalty: > 0, for tokens in prompt or output; 1 is off.
         presence_penalty, frequency_penalty: subtracted from logits of generated tokens, once, and per occurrence.
         min_new_tokens: no stop token is chosen before.

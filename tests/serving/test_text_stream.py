@@ -160,6 +160,15 @@ def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there() -> None:
 
     assert stops(["abc"], "xxab", "cd") == [True, False]
     assert stops(["ab", "abcdef"], "xxab", "cab") == [False, False, True]  # the first is whole in the prompt
+    # so it is where the prompt's text is not final, for it ends within a character or with the sign for one
+    half = "\u00e9".encode()[:1]
+    for prompt in (b"xxab" + half, "xxab\ufffd".encode(), b"ab" + half * 2):
+        stop, new = StopStrings(ByteTokenizer(), ["ab", "bc"], list(prompt)), list(b"dbab")
+        assert [stop(new[: n + 1]) for n in range(4)] == [False, False, False, True], prompt
+    # and one that ends behind it is found
+    stop = StopStrings(ByteTokenizer(), ["b\u00e9c"], list(b"ab" + half))
+    new = [*"\u00e9".encode()[1:], *b"cd"]
+    assert [stop(new[: n + 1]) for n in range(2)] == [False, True]
     assert stops(["🙂!"], "a" * 50 + "🙂", "!") == [True]
     assert stops(["é!"], "🙂" * 9 + "é", "?!") == [False, False]
     blanks = byte_fallback_tokenizer()  # the first blank of new text is not the first of the whole text
