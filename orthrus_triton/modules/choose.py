@@ -74,10 +74,10 @@ def choose_drafts(
     """Tokens [B, T] of a draft's rows, of which the first is the frozen view's own where that reads the anchor [B]:
     each for itself, or, if the view has a chain, in turn and with an eye to what was said before."""
     model, choosing, first = decoder.model, decoder.choosing, decoder.anchor_rows
-    if choosing.hosted or not getattr(model, "has_chain", False):
+    if not getattr(model, "has_chain", False):
         return decoder.choose(hidden, state, view_pass)
     noise, exact = None, None
-    if choosing.sampled or choosing.processed:
+    if any(choosing):  # a function on the host has seen the masks' own choices; most of them stay
         choice, logits = choose_tokens(model, hidden, state, view_pass, choosing, None)
         exact = choice[:, :first]
         if choosing.sampled:

@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.view import load_view, read_view_config, save_view
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.draft_chain import CANDIDATES, DraftChain, DraftNoise, _top
 from orthrus_triton.ops import VOID, SamplingTensors, sample_choice
 from orthrus_triton.ops.gumbel import CHOICE, gumbel_torch, row_key_torch
@@ -175,6 +175,24 @@ def test_a_chain_gets_the_noise_that_its_tokens_will_be_drawn_with(anchor_rows: 
     model, prompts = Knowing(certainty=1000.0, anchor_rows=anchor_rows), [torch.tensor([1, 2]), torch.tensor([3])]
     stats = ConsensusDecoder(model, impl="torch").generate(prompts, max_new_tokens=60, temperature=1e3, seed=3).stats
     assert stats.tokens_per_cycle > 0.8 * (model.block_size + anchor_rows)
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "top_k": 5}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
+def test_functions_on_the_host_leave_slots_their_chain(anchor_view: str, how: dict) -> None:
+    """A neighbour's and a slot's own: with one that bans nothing, all is drafted as without."""
+    base = build_base(base_config("qwen3", eos_token_id=None))
+    model = randomise_view(OrthrusForCausalLM.from_base(base, block_size=5, anchor_view=anchor_view, chain_width=16))
+    model.model.draft_chain_diff.out_proj.weight.data.mul_(30)
+    prompts = [random_ids(length, seed=length)[0] for length in (5, 11)]
+    drafted, chain_drafts = [], model.chain_drafts
+    model.chain_drafts = lambda *said: [drafted[-1].append(found := chain_drafts(*said)), found][1]
+    for hosted in (False, True):
+        drafted.append([])
+        functions = (None, (lambda ids, scores: scores) if hosted else None)
+        params = [SamplingParams(**how, seed=3, sequence=b, logits_processor=of) for b, of in enumerate(functions)]
+        ConsensusDecoder(model, impl="torch").generate(prompts, max_new_tokens=20, params=params)
+    assert len(drafted[0]) > 3 and torch.equal(torch.cat(drafted[0]), torch.cat(drafted[1]))
 
 
 def test_a_view_file_holds_the_chain(tmp_path) -> None:
