@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+FUNCTIONS = {"raise_exception", "strftime_now"}  # what transformers lets templates call
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
 
 
 def require_template_options(tokenizer: Any, options: Mapping[str, Any], tools: Any = None) -> None:
@@ -18,11 +22,17 @@ def require_template_options(tokenizer: Any, options: Mapping[str, Any], tools: 
         options: what the template is to find under each name.
         tools: as for `apply_chat_template`; some tokenizers have another template for calls with tools.
     """
-    template = tokenizer.get_chat_template(tools=tools)
-    taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    if not options:
+        return
+    import jinja2.meta  # whoever has a chat template has it
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    template = environment.parse(GENERATION.sub("", tokenizer.get_chat_template(tools=tools)))
+    taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.special_tokens_map}
+    known = jinja2.meta.find_undeclared_variables(template) - taken - FUNCTIONS
     for name in options:
-        if not name.isidentifier() or name in taken or not re.search(rf"\b{name}\b", template):
-            raise ValueError(f"{name!r} is no option of this model's chat template")
+        if name not in known:
+            raise ValueError(f"{name!r} is no option of this model's chat template, which has {sorted(known)}")
 
 
 def set_template_options(tokenizer: Any, options: Mapping[str, bool | int | float | str]) -> None:
@@ -41,6 +51,7 @@ def set_template_options(tokenizer: Any, options: Mapping[str, bool | int | floa
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(name, value)} %}}{{%- endif %}}"
         for name, value in options.items()
     )
+    defaults += "\n"  # which is left out: the template begins on a line of its own
     template = tokenizer.chat_template
     if isinstance(template, dict):
         tokenizer.chat_template = {kind: defaults + text for kind, text in template.items()}
@@ -49,7 +60,7 @@ def set_template_options(tokenizer: Any, options: Mapping[str, bool | int | floa
 
 
 def _literal(name: str, value: Any) -> str:
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)

@@ -17,12 +17,15 @@ class StopStrings:
         tokenizer: of transformers; only `decode` is used.
         strings: one or more, not empty.
         prompt: tokens before the first new one, in whose text a string may begin; none where only new text counts.
+        context: these tokens where only new text counts, as in `TokenText`.
 
     Raises:
         ValueError: no strings, an empty one, or too many.
     """
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str], prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, strings: Sequence[str], prompt: Sequence[int] = (), context: Sequence[int] = ()
+    ) -> None:
         if not strings or len(strings) > MOST_STRINGS:
             raise ValueError(f"stop_strings must be 1..{MOST_STRINGS} strings, but got {len(strings)}")
         for string in strings:
@@ -30,7 +33,7 @@ class StopStrings:
                 raise ValueError(f"stop_strings must have 1..{MOST_CHARACTERS} characters each, but got {string!r:.80}")
         self.strings = tuple(strings)
         self._longest = max(map(len, strings))
-        self._text, self._seen = TokenText(tokenizer), 0
+        self._text, self._seen = TokenText(tokenizer, context), 0
         self._tail = ""  # final text in which a stop string may have begun
         self._looked = ""  # that, and what stood behind it unfinished, of which so many characters are the prompt's
         self._prompt_end = 0

@@ -4,6 +4,7 @@ Chat and plain completions, streamed or whole; a client that goes away frees its
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 import time
 from collections.abc import Sequence
@@ -55,7 +56,10 @@ def create_app(
     app = FastAPI(title="orthrus-triton", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes)
     if allow_origins:  # around the guard: a browser asks first, without the key, and a page is to see refusals, too
-        app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
+        how = {"allow_origins": allow_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+        if "allow_private_network" in inspect.signature(CORSMiddleware).parameters:  # where a browser asks, too
+            how["allow_private_network"] = True
+        app.add_middleware(CORSMiddleware, **how)
     app.add_exception_handler(RequestValidationError, _say_what_is_invalid)
     app.add_exception_handler(StarletteHTTPException, _say_why_refused)  # FastAPI's own among them
 
@@ -82,7 +86,7 @@ def create_app(
     # tokenizers work in a thread: a long prompt takes them a second, in which other clients want their text
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Any:
-        prompts = await asyncio.to_thread(encode_completion, tokenizer, body)
+        prompts = await asyncio.to_thread(encode_completion, tokenizer, body, scheduler.decoder.model.vocab_size)
         return await respond(prompts, body, body.max_tokens, http, COMPLETION)
 
     @app.post("/v1/chat/completions")

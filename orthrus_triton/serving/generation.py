@@ -67,7 +67,7 @@ class Generation:
         stop = None
         try:
             if body.stop_strings:
-                stop = StopStrings(tokenizer, body.stop_strings)
+                stop = StopStrings(tokenizer, body.stop_strings, context=prompt.tail)
         except ValueError as error:
             raise HTTPException(400, f"stop: {error}") from error
         repeated = () if prompt.echo is None else (prompt.echo.offsets, len(prompt.echo.text))

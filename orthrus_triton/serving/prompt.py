@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fastapi import HTTPException
 
 from orthrus_triton.models.chat_template import require_template_options
-from orthrus_triton.models.token_text import UNFINISHED, TokenText
+from orthrus_triton.models.token_text import LONGEST_CHARACTER, UNFINISHED, TokenText
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.tool_calls import CALL, OPEN, can_be_read
 
@@ -51,12 +51,15 @@ def encode_chat(tokenizer: Any, body: ChatRequest) -> Prompt:
     return Prompt(_encode(tokenizer, "messages", prompt, add_special_tokens=False)["input_ids"])
 
 
-def encode_completion(tokenizer: Any, body: CompletionRequest) -> list[Prompt]:
+def encode_completion(tokenizer: Any, body: CompletionRequest, vocab_size: int) -> list[Prompt]:
     """All prompts of a request.
 
     Raises:
-        HTTPException: the tokenizer fails.
+        HTTPException: ids that are not the model's, or the tokenizer fails.
     """
+    for ids in body.prompts:
+        if not isinstance(ids, str) and max(ids, default=0) >= vocab_size:
+            raise HTTPException(400, f"prompt must hold ids in 0..{vocab_size - 1}, but got {max(ids)}")
     return [_encode_one(tokenizer, prompt, body.echo) for prompt in body.prompts]
 
 
@@ -66,24 +69,45 @@ def _encode_one(tokenizer: Any, prompt: str | list[int], echoed: bool) -> Prompt
     ids, echo = encoded["input_ids"], None
     try:
         if echoed:
-            starts = [start for start, _ in encoded["offset_mapping"]] if "offset_mapping" in encoded else None
-            echo = _echo(tokenizer, prompt, ids, starts)
-        tail = ids[-TAIL:]
-        cut = tokenizer.decode(tail, skip_special_tokens=True).endswith(UNFINISHED)  # in the middle of a character
+            echo = _echo(tokenizer, prompt, ids, encoded.get("offset_mapping"))
+        return Prompt(ids, _tail(tokenizer, ids), echo)
     except Exception as error:
         raise _failure("prompt", error) from error
-    return Prompt(ids, () if cut else tail, echo)
 
 
-def _echo(tokenizer: Any, prompt: str | list[int], ids: list[int], starts: list[int] | None) -> Echo:
+def _tail(tokenizer: Any, ids: list[int]) -> Sequence[int]:
+    """The last tokens of a prompt that have text; none if it ends within a character. They must not begin within one: a
+    byte that is none spoils all bytes behind it where a tokenizer has bytes for what it has no tokens for."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    for count in range(TAIL, TAIL + LONGEST_CHARACTER):
+        tail = [token for token in ids[-count:] if token not in special]
+        if not tokenizer.decode(tail).endswith(UNFINISHED):
+            return tail
+    return ()
+
+
+def _echo(
+    tokenizer: Any, prompt: str | list[int], ids: list[int], spans: Sequence[tuple[int, int]] | None
+) -> Echo:  # fmt: skip
     """A text is repeated as it came; ids as their text, with the special tokens that a client has put there."""
-    if starts is not None and isinstance(prompt, str):
-        return Echo(prompt, starts)
+    if spans is not None and isinstance(prompt, str):
+        return Echo(prompt, _starts(spans))
     text = TokenText(tokenizer, skip_special_tokens=isinstance(prompt, str))
     final, unsure = zip(*(text.push([token]) for token in ids)) if ids else ((), ("",))
     ends = list(accumulate(map(len, final)))
     whole = prompt if isinstance(prompt, str) else "".join(final) + unsure[-1]
     return Echo(whole, [min(end, len(whole)) for end in [0, *ends][:-1]])
+
+
+def _starts(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Where tokens begin: with the space before a word, which some tokenizers leave to no token, and what a tokenizer
+    adds of its own (at 0..0) where the next token does."""
+    starts, start, end = [], 0, 0
+    for first, last in spans:
+        start = end if first == last else max(start, min(first, end))
+        end = max(end, last)
+        starts.append(start)
+    return starts
 
 
 def _template_options(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dict[str, Any]:

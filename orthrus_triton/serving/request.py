@@ -1,8 +1,9 @@
 """Request: one sequence that a client wants, and what becomes of it.
-Plain data between whoever asks, on any thread, and the scheduler, on its own."""
+Between whoever asks, on any thread, and the scheduler, on its own."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +13,7 @@ import torch
 from orthrus_triton.modules import SamplingParams
 from orthrus_triton.serving.logprobs import PromptLogprobs, TokenLogprobs
 
+logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "error"]
 Deliver = Callable[[list[int], "FinishReason | None", str], None]
 
@@ -51,3 +53,21 @@ class Request:
     def __post_init__(self) -> None:
         # a copy: it is read in parts, while its owner may use the tensor for the next one
         self.prompt = torch.as_tensor(self.prompt).clone()
+
+    def tokens_to_stop(self, generated: list[int], new: int) -> int | None:
+        """After how many of the `new` last tokens of `generated` its own function ends it; None if it does not."""
+        if self.stop is not None:
+            for count in range(1, new + 1):
+                if self.stop(generated[: self.delivered + count]):
+                    return count
+        return None
+
+    def hand_over(self, tokens: list[int], reason: FinishReason | None, error: str) -> None:
+        """To a listener that may be gone, such as an event loop that has closed; that is no concern of the others."""
+        if self.cancelled:
+            return
+        try:
+            self.deliver(tokens, reason, error)
+        except Exception:
+            logger.exception("a listener failed; its request is dropped")
+            self.cancelled = True

@@ -21,6 +21,7 @@ from orthrus_triton.serving.placing import find_place
 from orthrus_triton.serving.request import FinishReason, Request
 
 logger = logging.getLogger(__name__)
+EXIT_SECONDS = 10.0  # that the end of a program waits for a cycle
 
 
 class QueueFullError(RuntimeError):
@@ -74,7 +75,7 @@ class Scheduler:
         self._run = run_apart(self._open)
         self._thread = threading.Thread(target=self._work, name="orthrus-scheduler", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # Python aborts if this thread still computes while it ends
+        atexit.register(self._close_at_exit)
 
     @property
     def running(self) -> int:
@@ -139,11 +140,18 @@ class Scheduler:
 
     def close(self) -> None:
         """Stop the thread; requests in flight end with an error. Done when the program ends, if not before."""
-        atexit.unregister(self.close)
+        self._stop()
+
+    def _close_at_exit(self) -> None:
+        """Python aborts if the thread still computes while it ends; but one that hangs must not keep it from ending."""
+        self._stop(EXIT_SECONDS)
+
+    def _stop(self, seconds: float | None = None) -> None:
+        atexit.unregister(self._close_at_exit)
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _open(self) -> DecodeRun:
         run = self.decoder.open(len(self._slots), self.max_len, choosing=self._choosing)
@@ -201,7 +209,7 @@ class Scheduler:
         except ValueError as error:  # about this request alone
             self._run.release(b)
             self._leave(b)
-            _deliver(request, [], "error", str(error))
+            request.hand_over([], "error", str(error))
         self._entering = None
 
     def _place_next(self) -> None:
@@ -224,7 +232,7 @@ class Scheduler:
         tokens, slot = part.tokens, self._run.slots[part.slot]
         reason, error = self._ending(slot) if part.finished else (None, "")
         try:
-            count = _tokens_to_stop(request, slot.tokens, len(tokens))
+            count = request.tokens_to_stop(slot.tokens, len(tokens))
         except Exception as failure:  # of a function that belongs to this request alone
             logger.exception("a stop function failed; its request ends")
             self._run.release(part.slot)
@@ -245,7 +253,7 @@ class Scheduler:
             self._leave(part.slot)
         request.delivered += len(tokens)
         if tokens or reason:
-            _deliver(request, tokens, reason, error)
+            request.hand_over(tokens, reason, error)
 
     def _leave(self, b: int) -> None:
         request, self._slots[b] = self._slots[b], None
@@ -276,25 +284,4 @@ class Scheduler:
                 if request is not None:
                     self._leave(b)
         for request in ended:
-            _deliver(request, [], "error", error)
-
-
-def _tokens_to_stop(request: Request, generated: list[int], new: int) -> int | None:
-    """After how many of the `new` tokens behind those delivered the request's own function ends it; None if it does
-    not."""
-    if request.stop is not None:
-        for count in range(1, new + 1):
-            if request.stop(generated[: request.delivered + count]):
-                return count
-    return None
-
-
-def _deliver(request: Request, tokens: list[int], reason: FinishReason | None, error: str) -> None:
-    """To a listener that may be gone, such as an event loop that has closed; that is no concern of the others."""
-    if request.cancelled:
-        return
-    try:
-        request.deliver(tokens, reason, error)
-    except Exception:
-        logger.exception("a listener failed; its request is dropped")
-        request.cancelled = True
+            request.hand_over([], "error", error)

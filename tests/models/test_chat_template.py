@@ -12,7 +12,8 @@ from tests.cli_models import assert_bad_input, make_tokenizer, run
 # as Qwen3's: thoughts are left out where they are not wanted; `tone` is looked at in a macro
 TEMPLATE = (
     "{% macro ending() %}{{ tone | default('') }}{% endmacro %}"
-    "{% for m in messages %}{{ m['content'] }} {% endfor %}{{ ending() }}"
+    "{% for m in messages %}{% generation %}{{ m['content'] }} {% endgeneration %}{% endfor %}{{ ending() }}"
+    "{% set ns = 1 %}{% if false %}{{ bos_token }}{{ raise_exception('no') }}{% endif %}"
     "{% if enable_thinking is defined and enable_thinking is false %}no thoughts{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -21,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 @pytest.fixture
 def templated():
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template, tokenizer.bos_token = TEMPLATE, "<|user|>"
     return tokenizer
 
 
@@ -44,7 +45,21 @@ def test_options_hold_unless_a_call_says_otherwise(templated, several: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["thinking", "messages", "tools", "chat_template", "tokenize", "m[", "", "a-b", "enable"]
+    "name",
+    [
+        "thinking",
+        "messages",
+        "tools",
+        "chat_template",
+        "m[",
+        "",
+        "enable",
+        "no",
+        "m",
+        "ns",
+        "bos_token",
+        "raise_exception",
+    ],
 )
 def test_what_is_no_option_is_named(templated, name: str) -> None:
     with pytest.raises(ValueError, match="is no option of this model's chat template") as error:
@@ -52,9 +67,20 @@ def test_what_is_no_option_is_named(templated, name: str) -> None:
     assert repr(name) in str(error.value)
 
 
+@pytest.mark.parametrize("beginning", ["\n", "  ", "\n\n  \n", "{# #}\n", "{%- if tone %}\n", ""])
+def test_what_a_template_begins_with_stays(templated, beginning: str) -> None:
+    templated.chat_template = beginning + "  {% for m in messages %}{{ m['content'] }}{% endfor %}{{ tone }}"
+    templated.chat_template += "{% endif %}" if "if" in beginning else ""
+    expected = text_of(templated, tone="x")
+    set_template_options(templated, {"tone": "x"})
+    assert text_of(templated) == expected
+
+
 def test_values_and_models_that_cannot_be(templated) -> None:
     with pytest.raises(ValueError, match="tone must be true, false, a number or a text, but got None"):
         set_template_options(templated, {"tone": None})
+    with pytest.raises(ValueError, match="tone must be true, false, a number or a text, but got nan"):
+        set_template_options(templated, {"tone": float("nan")})
     assert templated.chat_template == TEMPLATE
     set_template_options(templated, {"tone": 1.5, "enable_thinking": True})
     assert text_of(templated) == "hello 1.5"

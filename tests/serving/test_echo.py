@@ -63,7 +63,7 @@ def test_a_prompt_alone(server: Running, streamed: bool) -> None:
     """As those who score given texts ask for it: several at a time, and nothing new."""
     ask = {"model": "tiny", "prompt": "w3 w9", "max_tokens": 0, "echo": True, "stream": streamed}
     text, found, reason = said(server.client().completions.create(**ask, logprobs=0), streamed)
-    assert (text, reason, found["tokens"], found["text_offset"]) == ("w3 w9", "length", [" w3", " w9"], [0, 3])
+    assert (text, reason, found["tokens"], found["text_offset"]) == ("w3 w9", "length", [" w3", " w9"], [0, 2])
     assert said(server.client().completions.create(**ask), streamed)[0] == "w3 w9"
     if streamed:
         return
@@ -101,28 +101,67 @@ def test_nothing_to_say_ends_one_request_alone(server: Running, monkeypatch: pyt
         server.client().completions.create(**ask | {"max_tokens": 0, "echo": False})
 
 
-def metaspace(begins: bool) -> PreTrainedTokenizerFast:
+def metaspace(before: str = "<s> $A") -> PreTrainedTokenizerFast:
     """As of Llama 2: words carry the space before them, and a text loses its first one."""
-    pieces = ["<s>", "\u2581a", "\u2581b", "c", "\u2581", "<0xE2>", "<0x82>", "<0xAC>", "a", "b"]
+    pieces = [
+        "<s>",
+        "\u2581a",
+        "\u2581b",
+        "c",
+        "\u2581",
+        *(f"<0x{byte:02X}>" for byte in "\U0001f600\u20ac".encode()),
+        "a",
+        "b",
+    ]
     merges, ids = [("\u2581", "a"), ("\u2581", "b")], {piece: n for n, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(ids, merges, byte_fallback=True, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
     ])  # fmt: skip
-    if begins:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(before, special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", clean_up_tokenization_spaces=False)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_offsets_and_what_joins_on(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = metaspace(begins=True)
+    tokenizer = metaspace()
     monkeypatch.setattr(type(tokenizer), "is_fast", fast)
     prompt = prompt_module._encode_one(tokenizer, "a", True)
-    assert prompt.ids == [0, 1] and prompt.echo == ("a", [0, 0]) and prompt.tail == [0, 1]
+    assert prompt.ids == [0, 1] and prompt.echo == ("a", [0, 0]) and prompt.tail == [1]
     prompt = prompt_module._encode_one(tokenizer, [0, 1, 2, 3], True)
     assert prompt.echo.text == tokenizer.decode([0, 1, 2, 3]) and prompt.echo.offsets[-1] == len(prompt.echo.text) - 1
-    assert prompt_module._encode_one(tokenizer, [1, 5, 6], False) == ([1, 5, 6], (), None)  # half a character
+    ids = [*tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "\U0001f600\u20ac\u20ac".encode()]), 1]
+    assert prompt_module._encode_one(tokenizer, [1, *ids[:-3]], False).tail == ()  # half a character
+    tail = prompt_module._encode_one(tokenizer, ids[:-1], False).tail  # which does not begin within one, either
+    assert TextStream(tokenizer, context=tail).push(ids[-1:]) == " a"
     assert prompt_module._encode_one(tokenizer, [], True).echo == ("", [])
     assert TextStream(tokenizer, context=[0, 1]).push([2, 3]) == " bc" and TextStream(tokenizer).push([2, 3]) == "bc"
+
+
+def test_offsets_are_where_names_begin() -> None:
+    """A token that a tokenizer appends has no text, and spaces that belong to no token are the next one's."""
+    field = prompt_module._encode_one(metaspace("<s> $A <s>"), "a b", True).echo
+    assert field == ("a b", [0, 0, 1, 3])
+    for spans, starts in (
+        ([(0, 1), (2, 3), (4, 5)], [0, 1, 3]), ([(0, 1), (1, 3), (3, 5)], [0, 1, 3]),
+        ([(0, 2), (0, 2), (2, 3)], [0, 0, 2]), ([], []),
+    ):  # fmt: skip
+        assert prompt_module._starts(spans) == starts
+
+
+def test_a_stop_string_that_begins_with_the_space_between_prompt_and_text(server: Running) -> None:
+    """The sequence ends with it, not only its text."""
+    text, (first, second) = server.expected("w1 w2 w5", 9), oracle(server.model, [1, 2, 5], 2, SamplingParams())
+    assert text.startswith(f" w{first} w{second}")
+    for stop in (f" w{first} w{second}", f"w{first} w{second}"):
+        reply = server.client().completions.create(
+            model="tiny", prompt="w1 w2 w5", max_tokens=90, temperature=0, stop=stop, logprobs=0
+        )
+        assert (reply.usage.completion_tokens, len(reply.choices[0].logprobs.tokens)) == (2, 2)
+
+
+def test_ids_are_looked_at_before_a_tokenizer_fails_over_them(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(server.tokenizer), "decode", lambda *_, **__: {}[7])
+    with pytest.raises(openai.BadRequestError, match=f"prompt must hold ids in 0..{VOCAB - 1}, but got {VOCAB}"):
+        server.client().completions.create(model="tiny", prompt=[[1], [2, VOCAB]])

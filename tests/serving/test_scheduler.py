@@ -211,6 +211,22 @@ def test_a_program_may_end_while_sequences_run() -> None:
     assert (done.returncode, done.stdout) == (0, "error the server is closing\n"), done.stderr
 
 
+def test_a_program_ends_though_a_listener_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orthrus_triton.serving.scheduler.EXIT_SECONDS", 0.05)
+    scheduler, heard, go_on = (
+        Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch")),
+        threading.Event(),
+        threading.Event(),
+    )
+    scheduler.submit(Request([1], 5, SamplingParams(), lambda *_: (heard.set(), go_on.wait(20))))
+    assert heard.wait(20)
+    started = time.monotonic()
+    scheduler._close_at_exit()
+    assert time.monotonic() - started < 10 and scheduler._thread.is_alive()
+    go_on.set()
+    scheduler.close()
+
+
 def chunks_read(monkeypatch: pytest.MonkeyPatch, heard: list) -> None:
     """Every chunk of a prompt that is read ahead is noted in `heard`, with how far it reaches."""
     ahead = DecodeRun.prefill_ahead
