@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from orthrus_triton.serving.errors import error_response
-from orthrus_triton.serving.generation import Generation
+from orthrus_triton.serving.generation import Generation, Part
 from orthrus_triton.serving.guard import Guard
 from orthrus_triton.serving.metrics import MEDIA_TYPE, metrics_text
 from orthrus_triton.serving.prompt import Prompt, encode_chat, encode_completion
@@ -26,7 +26,6 @@ from orthrus_triton.serving.replies import CHAT, COMPLETION, EventStream, ReplyF
 from orthrus_triton.serving.scheduler import Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.structure import Structures
-from orthrus_triton.serving.tool_calls import Part
 
 DISCONNECT_POLL_SECONDS = 0.1
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")  # as browsers send it: no path, not even a slash

@@ -21,9 +21,11 @@ from orthrus_triton.serving.request import FinishReason, Request
 from orthrus_triton.serving.scheduler import QueueFullError, Scheduler
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
 from orthrus_triton.serving.text_stream import TextStream
-from orthrus_triton.serving.tool_calls import Part, ToolCallReader
+from orthrus_triton.serving.thoughts import Thought
+from orthrus_triton.serving.tool_calls import ToolCall, ToolCallReader
 
 DEFAULT_MAX_TOKENS = 512
+Part = str | Thought | ToolCall
 LogprobsForm = Callable[[LogprobsField, Sequence[TokenLogprobs]], dict[str, Any]]
 
 
@@ -74,6 +76,7 @@ class Generation:
         self._logprobs, self._reported = LogprobsField(tokenizer, prompt.tail, *repeated), 0
         self._stop_tokens_count = isinstance(body, CompletionRequest)  # in log probabilities, for each API its own way
         self._calls = ToolCallReader() if isinstance(body, ChatRequest) and body.template_tools else None
+        self._thoughts = None if prompt.thoughts is None else prompt.thoughts()
         self._text = TextStream(tokenizer, stop, scheduler.decoder.model.eos_token_ids, prompt.tail)
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, max(scheduler.max_len - len(prompt.ids), 1))
@@ -97,8 +100,8 @@ class Generation:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (tokens, reason, error))
 
     async def pieces(self) -> AsyncIterator[Part]:
-        """Text as it becomes certain, behind the prompt's if that is repeated, and tool calls where there are tools.
-        However this ends, the slot is free afterwards.
+        """Text as it becomes certain, behind the prompt's if that is repeated; thoughts where the model may think, and
+        tool calls where there are tools. However this ends, the slot is free afterwards.
 
         Raises:
             HTTPException: the generation failed.
@@ -116,7 +119,12 @@ class Generation:
                 repeat, text = "", self._push([] if self._mute else tokens, last=reason is not None)
                 # a stop string may be in the text alone: special tokens, which the text leaves out, stood inside it
                 self.reason = "stop" if self._text.stopped else "length" if self._mute and reason else reason
-                parts = [text] if self._calls is None else self._calls.push(text, last=self.reason is not None)
+                last, thought = self.reason is not None, ""
+                if self._thoughts is not None:
+                    thought, text = self._thoughts.push(text, last)
+                if thought:
+                    yield Thought(thought)
+                parts = [text] if self._calls is None else self._calls.push(text, last)
                 if self.reason == "stop" and self._calls is not None and self._calls.count:
                     self.reason = "tool_calls"
                 for part in filter(None, parts):

@@ -3,7 +3,8 @@ What a tokenizer or a template cannot do is an answer to the client, and no fail
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from fastapi import HTTPException
 from orthrus_triton.models.chat_template import require_template_options
 from orthrus_triton.models.token_text import LONGEST_CHARACTER, UNFINISHED, TokenText
 from orthrus_triton.serving.schema import ChatRequest, CompletionRequest
+from orthrus_triton.serving.thoughts import ThoughtReader, can_think, is_open
 from orthrus_triton.serving.tool_calls import CALL, OPEN, can_be_read
 
 TAIL = 8  # tokens of a prompt that say how a text goes on behind it
@@ -25,11 +27,13 @@ class Echo(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt's token ids; the last of them, if what follows is to join on; and its text, if the reply repeats it."""
+    """A prompt's token ids; the last of them, if what follows is to join on; its text, if the reply repeats it; what
+    tells thoughts from the answer, if the model may think."""
 
     ids: list[int]
     tail: Sequence[int] = ()
     echo: Echo | None = None
+    thoughts: Callable[[], ThoughtReader] | None = None
 
 
 def encode_chat(tokenizer: Any, body: ChatRequest) -> Prompt:
@@ -48,7 +52,9 @@ def encode_chat(tokenizer: Any, body: ChatRequest) -> Prompt:
         raise
     except Exception as error:  # templates raise what they like
         raise HTTPException(400, f"messages: {error}") from error
-    return Prompt(_encode(tokenizer, "messages", prompt, add_special_tokens=False)["input_ids"])
+    ids = _encode(tokenizer, "messages", prompt, add_special_tokens=False)["input_ids"]
+    thinks = body.is_free and can_think(tokenizer.get_chat_template(tools=body.template_tools))
+    return Prompt(ids, thoughts=partial(ThoughtReader, is_open(prompt)) if thinks else None)
 
 
 def encode_completion(tokenizer: Any, body: CompletionRequest, vocab_size: int) -> list[Prompt]:

@@ -11,9 +11,10 @@ from fastapi import HTTPException
 from fastapi.responses import StreamingResponse
 
 from orthrus_triton.serving.errors import error_body
-from orthrus_triton.serving.generation import Generation, LogprobsForm
+from orthrus_triton.serving.generation import Generation, LogprobsForm, Part
 from orthrus_triton.serving.logprobs import LogprobsField
-from orthrus_triton.serving.tool_calls import Part, ToolCall
+from orthrus_triton.serving.thoughts import Thought
+from orthrus_triton.serving.tool_calls import ToolCall
 
 
 class ReplyFormat(NamedTuple):
@@ -31,7 +32,8 @@ def _message(parts: list[Part]) -> dict[str, Any]:
     calls = [part.field() for part in parts if isinstance(part, ToolCall)]
     text = "".join(part for part in parts if isinstance(part, str))
     called = {"content": text or None, "tool_calls": calls} if calls else {"content": text}
-    return {"message": {"role": "assistant", **called}}
+    thoughts = "".join(part.text for part in parts if isinstance(part, Thought))
+    return {"message": {"role": "assistant", **({"reasoning_content": thoughts} if thoughts else {}), **called}}
 
 
 def _delta(part: Part, first: bool) -> dict[str, Any]:
@@ -39,6 +41,8 @@ def _delta(part: Part, first: bool) -> dict[str, Any]:
     role = {"role": "assistant"} if first else {}
     if isinstance(part, ToolCall):
         return {"delta": {**role, "tool_calls": [{"index": part.index, **part.field()}]}}
+    if isinstance(part, Thought):
+        return {"delta": {**role, "reasoning_content": part.text}}
     return {"delta": {**role, "content": part}}
 
 

@@ -181,6 +181,11 @@ class ChatRequest(_Common):
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
+    def is_free(self) -> bool:
+        """Whether the reply may begin with whatever the model likes."""
+        return not self.must_call and (self.response_format is None or self.response_format.type == "text")
+
+    @property
     def kept_tools(self) -> list[Function] | None:
         """Of which every call must be one; None if nothing keeps to that."""
         tools = [tool.function for tool in self.tools or []] if self.template_tools else []

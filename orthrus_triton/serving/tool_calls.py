@@ -40,9 +40,6 @@ class ToolCall(NamedTuple):
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
-Part = str | ToolCall
-
-
 def can_be_read(template: str) -> bool:
     """Whether a chat template shows a model its tools, and asks for calls in the form that is read here: others have
     arguments in tags of their own."""
@@ -78,10 +75,10 @@ class ToolCallReader:
     def __init__(self) -> None:
         self.count, self._held, self._text_came = 0, "", False
 
-    def push(self, text: str, last: bool = False) -> list[Part]:
+    def push(self, text: str, last: bool = False) -> list[str | ToolCall]:
         """Take more text, the last or not; give what is certain now."""
         self._held += text
-        parts: list[Part] = []
+        parts: list[str | ToolCall] = []
         while (start := self._held.find(OPEN)) >= 0:
             inside = start + len(OPEN)
             end, call = end_of_call(self._held, inside), None
@@ -104,7 +101,7 @@ class ToolCallReader:
             self._say(parts, len(self._held[: start if start >= 0 else len(self._held) - begun].rstrip()))
         return parts
 
-    def _say(self, parts: list[Part], length: int) -> None:
+    def _say(self, parts: list[str | ToolCall], length: int) -> None:
         text, self._held = self._held[:length], self._held[length:]
         if text:
             parts.append(text)

@@ -36,6 +36,9 @@ class Words:
     def __init__(self) -> None:
         self.templated: list[tuple] = []
 
+    def get_chat_template(self, tools: object = None) -> str:
+        return self.chat_template
+
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         assert no_loop_runs_here()
         return {"input_ids": [*([9] if add_special_tokens else []), *(int(word[1:]) for word in text.split())]}
