@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.generation_settings import GenerationSettings, merged_config
@@ -47,6 +47,12 @@ def test_lengths_count_the_padding() -> None:
     assert [one.min_new_tokens for one in settings(min_length=9).params] == [3, 3]
     assert settings(max_length=9).max_new_tokens == 3
     assert settings(min_length=3).params[1].min_new_tokens == 0
+
+
+def test_the_shortest_length_of_several_criteria_counts() -> None:
+    criteria = StoppingCriteriaList(map(MaxLengthCriteria, [20, 9, 12]))
+    found = GenerationSettings.of(GenerationConfig(), 6, [6, 4], 101, seed=3, default_eos=[], criteria=criteria)
+    assert found.max_new_tokens == 3
 
 
 def test_whose_word_counts() -> None:

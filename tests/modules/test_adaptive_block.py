@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.adaptive_block import AR, AdaptiveBlock, auto_sizes
 from tests.modules.drafts import ScriptedDrafts
+from tests.modules.ledger_model import LedgerModel, oracle
 from tests.modules.test_consensus_decoder import MODELS, ar_answer, prompts_of
 
 CPU_TIMES = {1: 49.0, 4: 104.0, 8: 108.0, 16: 128.0, 32: 160.0}  # a pass per row count, two per drafted cycle
@@ -196,6 +197,17 @@ def test_switching_at_every_cycle_moves_no_token(name, script, right, lengths, t
     assert sum(stats.cycles_by_block_size.values()) == sum(stats.sequence_cycles)
     assert [size for size, _ in rule.seen] == (script * (1 + len(rule.seen)))[: len(rule.seen)]
     assert set(stats.cycles_by_block_size) <= set(script)
+
+
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+def test_penalties_count_all_that_a_larger_block_committed(anchor_rows: int) -> None:
+    model, prompt = LedgerModel(17, block_size=8, certainty=9.0, anchor_rows=anchor_rows), [3, 1]
+    params = SamplingParams(frequency_penalty=0.7, presence_penalty=0.5, repetition_penalty=1.2)
+    decoder = ConsensusDecoder(model, impl="torch", block_size="auto")
+    decoder._adaptive[1] = Forced([8, AR, 8, 2])
+    output = decoder.generate([torch.tensor(prompt)], max_new_tokens=60, params=[params])
+    assert output.sequences[0][2:].tolist() == oracle(model, prompt, 60, params)
+    assert output.stats.tokens_per_cycle > 1.5
 
 
 def test_auto_on_a_clock_that_likes_ar() -> None:

@@ -287,9 +287,18 @@ def test_triton_consensus_is_triton_ar(name: str) -> None:
 
 
 @pytest.mark.usefixtures("without_c")
-@pytest.mark.parametrize(("exact", "products"), [(True, "torch"), (False, "library")])
-def test_ar_takes_single_rows(exact: bool, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AR mode is no verify pass in disguise; exact=False trades its bits for the library's products."""
+@pytest.mark.parametrize(
+    ("impl", "exact", "read", "products"),
+    [
+        ("torch", True, "library", "torch"), ("torch", False, "library", "library"),
+        ("triton", False, "library", "triton"), ("reference", True, "reference", "reference"),
+    ],
+)  # fmt: skip
+def test_ar_takes_single_rows(
+    impl: str, exact: bool, read: str, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AR mode is no verify pass in disguise; exact=False trades its bits for the library's products, but not Triton's.
+    What is asked to be the reference has no product of the library."""
     model = make_model()
     passes = []
     forward_view = model.forward_view
@@ -299,8 +308,8 @@ def test_ar_takes_single_rows(exact: bool, products: str, monkeypatch: pytest.Mo
         return forward_view(input_ids, cache, view_pass)
 
     monkeypatch.setattr(model, "forward_view", spy)
-    ConsensusDecoder(model, mode="ar", impl="torch", exact=exact).generate(prompts_of(1, [3]), max_new_tokens=3)
-    assert passes == [(8, "library"), (1, products), (1, products)]
+    ConsensusDecoder(model, mode="ar", impl=impl, exact=exact).generate(prompts_of(1, [3]), max_new_tokens=3)
+    assert passes == [(8, read), (1, products), (1, products)]
 
 
 def test_batch_invariant_prefill_leaves_the_bits_of_decoding() -> None:

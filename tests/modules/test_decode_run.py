@@ -177,6 +177,9 @@ def test_a_block_size_is_timed_for_every_number_of_slots(monkeypatch: pytest.Mon
 
     starts, start = [], AdaptiveBlock.start
     monkeypatch.setattr(AdaptiveBlock, "start", lambda rule: starts.append(rule) or start(rule))
+    asked, told, next_size, observe = [], [], AdaptiveBlock.next_size, AdaptiveBlock.observe
+    monkeypatch.setattr(AdaptiveBlock, "next_size", lambda rule: asked.append(rule) or next_size(rule))
+    monkeypatch.setattr(AdaptiveBlock, "observe", lambda rule, *cycle: told.append(rule) or observe(rule, *cycle))
     decoder.cycle, decoder.clock = timed, lambda: seconds[0]
     for _ in range(2):
         run = decoder.open(3, 64)
@@ -186,6 +189,7 @@ def test_a_block_size_is_timed_for_every_number_of_slots(monkeypatch: pytest.Mon
         assert [run.slots[b].tokens for b in (0, 2)] == [ANSWERS[0][:24].tolist(), ANSWERS[2][:10].tolist()]
     times = {width: set().union(*rule._times.values()) for width, rule in decoder._adaptive.items()}
     assert times == {1: {1.0}, 3: {3.0}}
+    assert asked == told  # the rule that chose a size learns what came of it
     rules = list(decoder._adaptive.values())
     assert [starts.count(rule) for rule in rules] == [3, 3]  # as it is made, and for the texts of either run
 
@@ -200,6 +204,17 @@ def test_a_rule_hears_of_the_drafts_that_were_accepted(anchor_rows: int) -> None
     counts = run.state.accepted_histogram[0].tolist()
     # the last cycle's sequence did not go on
     assert len(heard) == sum(counts) - 1 and all(0 <= counts[n] - heard.count(n) <= 1 for n in range(len(counts)))
+
+
+def test_a_run_may_be_driven_in_inference_mode_and_out_of_it() -> None:
+    run = ConsensusDecoder(MODEL).open(2, 64, eos_token_id=[])
+    with torch.inference_mode():
+        run.admit(0, PROMPTS[0], 24)
+        run.advance(), run.advance()
+        assert not run.slots[0].prompt_hidden.is_inference()
+    run.admit(1, PROMPTS[0], 24, like=0)
+    drain(run)
+    assert [slot.tokens for slot in run.slots] == [ANSWERS[0].tolist()] * 2
 
 
 def test_a_run_says_what_is_wrong() -> None:

@@ -93,19 +93,30 @@ def test_filters_keep_what_they_keep_of_the_ar_view(filters: dict[str, float]) -
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-@pytest.mark.parametrize("spread", [1.0, 4.0])
-def test_a_chain_that_corrects_nothing_draws_as_the_ar_view(filters: dict[str, float], spread: float) -> None:
+@pytest.mark.parametrize(("spread", "temperature"), [(1.0, 1.0), (4.0, 1.0), (4.0, 2.0)])
+def test_a_chain_that_corrects_nothing_draws_as_the_ar_view(
+    filters: dict[str, float], spread: float, temperature: float
+) -> None:
     """Nearly: what lies beyond the candidates it knows from one logit of eight."""
     chain, generator = make_chain(), torch.Generator().manual_seed(6)
     chain.reset()
     hidden, head = torch.randn(20, 9, 24, generator=generator), torch.randn(3000, 24, generator=generator)
     logits = spread / 24**0.5 * hidden @ head.T
-    noise = draw(logits, 1.0, **filters)
+    noise = draw(logits, temperature, **filters)
     found = chain.choose(hidden, logits, torch.zeros(20, dtype=torch.int64), head, head, noise)
     assert (found == noise.choice).float().mean() > 0.95
     least = logits.topk(CANDIDATES).values[..., -1:]
-    others = torch.where(logits < least, logits, -torch.inf).logsumexp(-1)
+    others = (torch.where(logits < least, logits, -torch.inf) / temperature).logsumexp(-1)
     assert (noise.mass_of_others(logits, least) - others).abs().mean() < 0.25
+
+
+def test_a_greedy_sequence_among_sampled_ones_drafts_without_noise() -> None:
+    chain, generator = make_chain(), torch.Generator().manual_seed(6)
+    chain.reset()
+    hidden, head = torch.randn(20, 9, 24, generator=generator), torch.randn(300, 24, generator=generator)
+    logits = hidden @ head.T / 24**0.5
+    found = chain.choose(hidden, logits, torch.zeros(20, dtype=torch.int64), head, head, draw(logits, 0.0))
+    assert torch.equal(found, logits.argmax(-1))
 
 
 def test_a_row_that_would_draw_no_token_drafts_some_token() -> None:

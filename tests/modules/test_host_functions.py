@@ -81,6 +81,26 @@ def test_steps_are_captured_while_no_sequence_has_a_function(mode: str) -> None:
         assert decoder.replays > before
 
 
+def test_a_function_is_heeded_from_the_first_token_on() -> None:
+    """Also where the steps before its sequence came were of none."""
+    model, plain = LedgerModel(VOCAB), SamplingParams(temperature=1.0, seed=3)
+    run = ConsensusDecoder(model, impl="torch", mode="ar").open(
+        2, 128, eos_token_id=[], choosing=Choosing(sampled=True, processed=True, hosted=True)
+    )
+
+    def odd(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.arange(0, VOCAB, 2), -torch.inf)
+
+    run.admit(0, torch.tensor([1, 2]), 60, plain)
+    for seed in range(8):
+        run.advance()
+        params = SamplingParams(temperature=1.0, seed=seed, logits_processor=odd)
+        run.admit(1, torch.tensor([3, seed]), 3, params)
+        while not run.slots[1].finished:
+            run.advance()
+        assert run.slots[1].tokens == oracle(model, [3, seed], 3, params, [])
+
+
 def test_greedy_runs_choose_in_one_way_from_beginning_to_end() -> None:
     """Of logits where functions may want them, also after the last function: a fused choice may round otherwise."""
     model = LedgerModel(VOCAB)

@@ -119,6 +119,19 @@ def test_processors_that_leave_no_token_end_that_sequence_alone(mode: str, banne
 
 
 @pytest.mark.parametrize("mode", ["consensus", "ar"])
+def test_what_is_no_token_is_counted_nowhere(mode: str) -> None:
+    """It lies between two sequences that go on, so that every step is of it, too."""
+    decoder, prompts = ConsensusDecoder(LedgerModel(poison=5), impl="torch", mode=mode), [[2], [1, 5], [3]]
+    params = [SamplingParams(frequency_penalty=0.7, logit_bias={5: -torch.inf})] * 3
+    with pytest.raises(NonFiniteLogitsError) as caught:
+        decoder.generate([*map(torch.tensor, prompts)], max_new_tokens=12, params=params)
+    sequences = caught.value.output.sequences
+    for b in (0, 2):
+        assert sequences[b].tolist() == prompts[b] + oracle(LedgerModel(), prompts[b], 12, params[b])
+    assert caught.value.failed == [1] and sequences[1].tolist() == prompts[1]
+
+
+@pytest.mark.parametrize("mode", ["consensus", "ar"])
 def test_a_sequence_that_is_stopped_before_it_fails_has_not_failed(mode: str) -> None:
     """Wherever the two lie in a block: AR decoding stops and never comes to the row without a token."""
     prompt = torch.tensor([1, 2])

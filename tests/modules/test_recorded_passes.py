@@ -76,6 +76,17 @@ def test_a_replay_runs_no_module() -> None:
     assert counts == [2, 2, 2, 2, 2]  # recorded, then replayed
 
 
+def test_a_run_looks_once_at_what_may_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, outline = [], recorded_passes._Snapshot._new_outline
+    monkeypatch.setattr(
+        recorded_passes._Snapshot, "_new_outline", lambda snapshot: looks.append(None) or outline(snapshot)
+    )
+    decoder = ConsensusDecoder(make_model(), mode="ar")
+    for run in (1, 2, 3):
+        decoder.generate(PROMPTS[:1], max_new_tokens=20)
+        assert len(looks) == run
+
+
 def test_memory_is_the_cpus_whatever_the_default_device() -> None:
     decoder = ConsensusDecoder(make_model(), mode="ar")
     run = decoder.open(1, 100)
@@ -156,6 +167,16 @@ def test_recordings_are_of_one_cache_and_few(monkeypatch: pytest.MonkeyPatch) ->
         decoder.generate(PROMPTS, max_new_tokens=20, block_size=size)
     assert len(decoder.cache.recorded._passes) == 5
     assert_same_text(decoder, PROMPTS)
+
+
+def test_recordings_that_were_used_lately_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_passes, "MOST", 4)
+    decoder = ConsensusDecoder(make_model(block_size=8))
+    kept = []
+    for size in (2, 3, 2, 4):  # each a pass that drafts and one that verifies
+        decoder.generate(PROMPTS[:1], max_new_tokens=20, block_size=size)
+        kept.append(set(decoder.cache.recorded._passes))
+    assert len(kept[0]) == 2 and len(kept[3]) == 4 and kept[0] < kept[3]
 
 
 def test_a_copy_of_a_decoder_or_a_cache_takes_no_recording_along() -> None:

@@ -80,6 +80,14 @@ def test_sampled_text_has_the_logits_before_temperature_and_penalties() -> None:
     torch.testing.assert_close(hidden, decoder.model.compute_logits(read)[0, 6:-1], atol=1e-4, rtol=1e-4)
 
 
+def test_one_row_of_a_long_prompt_is_kept() -> None:
+    """And not the chunk of hidden states that it was cut out of."""
+    run = ConsensusDecoder(MODELS["plain"], impl="torch").open(1, 64)
+    run.admit(0, prompts_of(9, [40])[0], 3)
+    kept = run.slots[0].prompt_hidden
+    assert kept.untyped_storage().nbytes() == kept.nbytes
+
+
 def test_what_cannot_be_had_is_named() -> None:
     decoder, prompts = ConsensusDecoder(MODELS["plain"]), prompts_of(7, [4])
     run = decoder.open(2, 64)
@@ -107,3 +115,6 @@ def test_what_was_chosen_by_other_products_cannot_be_had_again() -> None:
     decoder.generate(prompts_of(7, [4]), max_new_tokens=3)
     with pytest.raises(RuntimeError, match="chosen with exact=False cannot be had again"):
         decoder.run.logits(0)
+    verified = ConsensusDecoder(MODELS["plain"], exact=False, impl="torch")
+    text = verified.generate(prompts_of(7, [4]), max_new_tokens=3, eos_token_id=[]).sequences[0]
+    assert verified.run.logits(0).argmax(-1).tolist() == text[4:].tolist()

@@ -62,6 +62,7 @@ def test_samples_of_one_prompt_are_prefilled_once_and_have_the_bits_they_have_al
     output = decoder.generate(prompts, max_new_tokens=12, params=params, eos_token_id=[])
     assert len(reads) == 2
     assert all(map(torch.equal, output.sequences, expected))
+    assert decoder.cache.prompt_len.tolist() == [11, 6, 11]  # by which rotary angles may go, copied or read
     for b, of_one in enumerate(alone):
         rows = len(expected[b]) - 1
         for ours, theirs in zip(decoder.cache.layers, of_one.cache.layers):
@@ -76,8 +77,9 @@ def test_samples_of_one_prompt_are_prefilled_once_and_have_the_bits_they_have_al
         run.admit(1, PROMPTS[0], 3, cached=2, like=0)
     with pytest.raises(ValueError, match=r"a slot must be in 0\.\.1, but got True"):
         run.admit(1, PROMPTS[0], 3, like=True)
-    with pytest.raises(ValueError, match="like must be a slot that was admitted with this prompt, but slot 0 was not"):
-        run.admit(1, PROMPTS[1], 3, like=0)
+    for other in (PROMPTS[1], PROMPTS[0].flip(0)):  # of another length, and of the same
+        with pytest.raises(ValueError, match="like must be a slot that was admitted with this prompt, but slot 0 was"):
+            run.admit(1, other, 3, like=0)
 
 
 def test_sequences_admitted_together() -> None:
@@ -103,6 +105,7 @@ def test_sequences_admitted_together() -> None:
     with pytest.raises(ValueError, match="prompts must have at most longest=4 tokens, but one has 11"):
         BatchPrefill(MODEL, 4, 2)([0, 2], PROMPTS[1:3], run.cache, run.state, 5, "torch")
     run.admit_together([2, 0], PROMPTS[1:3], 5, prefill)
+    assert not any(slot.failed for slot in run.slots)
     # what rotary rules that know of lengths go by, in that pass and later
     assert prefill.buffers.prompt_len.tolist() == [3, 11] and run.cache.prompt_len.tolist() == [11, 6, 3]
     drain(run)

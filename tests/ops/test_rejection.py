@@ -23,10 +23,11 @@ from orthrus_triton.ops import (
 )
 from orthrus_triton.ops.gumbel import ACCEPT, CHOICE, DRAFT, gumbel_torch, row_key_torch, uniform_torch
 from orthrus_triton.ops.kept_spans import launch_kept_spans
-from orthrus_triton.ops.logits_filter import mass_of_torch, scaled_torch
+from orthrus_triton.ops.logits_filter import kept_reference, mass_of_torch, scaled_torch
 from orthrus_triton.ops.portable_math import portable_exp_torch
 from orthrus_triton.ops.process_logits import IN_PROMPT
 from orthrus_triton.ops.rejection import _accept_or_replace
+from orthrus_triton.ops.sample_torch import LISTED
 from tests.ops.sampling_cases import DEVICE, make_logits, mixed_sampling, positions_of, sampling_of
 
 
@@ -82,6 +83,14 @@ def test_spans_keep_what_the_filters_keep(scale: float, shift: float, monkeypatc
     assert torch.equal(masses.sum(-1), kept.masses.sum(-1))
     probs = masses.to(torch.float32) / masses.sum(-1, keepdim=True).to(torch.float32)
     assert torch.equal(probs, filtered_probs(logits, how)[:, 0])
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_top_p_keeps_more_tokens_than_are_listed_at_first_where_it_takes_them(spread: float) -> None:
+    logits, how = make_logits(5, 2, 2, 8 * LISTED, scale=spread), sampling_of(2, top_p=[0.9, 0.5])
+    kept = filtered_probs(logits, how) > 0
+    assert torch.equal(kept, kept_reference(logits, how))
+    assert (kept.sum(-1) > LISTED).any() == (spread < 4)
 
 
 def test_every_decision_is_the_rule() -> None:

@@ -16,6 +16,7 @@ from orthrus_triton.modules.run_to_end import WHY_NO_TOKEN
 from orthrus_triton.serving import QueueFullError, Request, Scheduler
 from orthrus_triton.serving.apart import run_apart
 from tests.modules.ledger_model import LedgerModel, oracle
+from tests.modules.test_cuda_graph import StandInGraphs
 from tests.serving.watched import Watched, wait_for
 
 VOCAB = 17
@@ -106,6 +107,30 @@ def test_a_stop_function_that_fails_ends_its_request_alone() -> None:
     assert failed[-1][1:] == ("error", "stop: ZeroDivisionError: division by zero")
     assert got[-1][1:] == ("length", "")
     assert [token for part in got for token in part[0]] == oracle(LedgerModel(VOCAB), [2], 30, SamplingParams())
+    scheduler.close()
+
+
+@pytest.mark.parametrize("which", ["stop", "logits_processor"])
+def test_one_whose_function_fails_gives_its_slot_back(which: str) -> None:
+    """The latter fails while the prompt is read. Who decodes beside it goes on."""
+    scheduler = Scheduler(ConsensusDecoder(LedgerModel(VOCAB), impl="torch", mode="ar"), slots=2, max_len=64)
+    if which == "stop":
+        failing = Watched([1], 50, stop=lambda new: len(new) == 3 and 1 / 0)
+    else:
+        failing = Watched([1], 50, params=SamplingParams(logits_processor=lambda ids, scores: scores[:, :3]))
+    neighbour, next_one = Watched([3], 60), Watched([2], 9)
+    for watched in (neighbour, failing, next_one):
+        scheduler.submit(watched.request)
+    assert failing.wait()[1] == "error" and which in failing.wait()[2]
+    for watched, prompt, count in ((neighbour, [3], 60), (next_one, [2], 9)):
+        assert watched.wait() == (oracle(LedgerModel(VOCAB), prompt, count, SamplingParams()), "length", "")
+    scheduler.close()
+
+
+def test_no_request_waits_for_a_capture() -> None:
+    decoder = StandInGraphs(LedgerModel(VOCAB), impl="torch")
+    scheduler = Scheduler(decoder, slots=2, max_len=64)
+    assert decoder.captures == 1
     scheduler.close()
 
 

@@ -137,6 +137,16 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
         assert stop.safe_length(text) == min(begins, default=len(text))
 
 
+def test_as_many_stop_strings_as_may_be_of_any_length() -> None:
+    strings = [*"abcdefgh" * 7, *"bcdefgh", "b" + "c" * 999]
+    stop, tokens = StopStrings(ByteTokenizer(), strings[-2:]), list(b"b" + b"c" * 999)
+    assert len(strings) == 64 and StopStrings(ByteTokenizer(), strings)([0x61])
+    assert [stop(tokens[: n + 1]) for n in (0, 500, 999)] == [False, False, True]
+    for wrong in ([], ["a"] * 65, [""], ["c" * 1001]):
+        with pytest.raises(ValueError, match="stop_strings must"):
+            StopStrings(ByteTokenizer(), wrong)
+
+
 def test_the_first_of_several_stop_strings_ends_the_text() -> None:
     stream = TextStream(ByteTokenizer(), StopStrings(ByteTokenizer(), ["cd", "ab", "e"]))
     assert stream.push(list(b"xyabcde")) == "xy" and stream.stopped
