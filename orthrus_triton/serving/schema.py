@@ -201,7 +201,9 @@ class ChatRequest(_Common):
 
     @model_validator(mode="after")
     def _one_structure(self) -> ChatRequest:
-        form = self.response_format
+        form, names = self.response_format, [tool.function.name for tool in self.tools or []]
+        if len(set(names)) != len(names):
+            raise ValueError(f"tools must have names of their own, but got {names}")
         if self.must_call and not self.kept_tools:
             raise ValueError("tool_choice must be 'none' or 'auto' without tools, and a tool's name one of tools")
         if self.template_tools and form is not None and form.type != "text":

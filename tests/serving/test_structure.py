@@ -238,6 +238,7 @@ def test_calls_that_must_come_do(server: Running, more: dict[str, Any], names: s
             "response_format: .*objekt",
         ),
         ({"tools": [NOW], "tool_choice": NAME | {"function": {"name": "then"}}}, "tool_choice"),
+        ({"tools": [NOW, NOW]}, r"tools must have names of their own, but got \['now', 'now'\]"),
         ({"tools": [NOW | {"function": {"name": "f", "parameters": {"type": 3}}}]}, "tools.*schema of an object"),
         ({"tools": [BROKEN], "tool_choice": "required"}, "tools: parameters of 'f': .*objekt"),
         (
