@@ -89,6 +89,7 @@ class DecodeRun(RunSlots):
         choosing = self._choosing_now()
         if choosing.hosted:
             return
+        choosing = choosing._replace(rejection=self.choosing.rejection)  # no sequence is there yet that says otherwise
         for size in sorted(self._rule(len(self.slots)).sizes, reverse=True):
             for cycles in (AR_STEPS, 1) if size == AR else (1,):
                 work = self._work(size, cycles, 0, len(self.slots), choosing)
@@ -104,6 +105,8 @@ class DecodeRun(RunSlots):
         """What the next step has to do: functions on the host only while a sequence has one. Where logits are not made
         for another reason, though, they are made for these, in every step: a fused choice may round otherwise."""
         choosing = self.choosing
+        if choosing.rejection and all(slot.greedy for slot in self.slots if not slot.finished):
+            choosing = choosing._replace(rejection=False)  # the same tokens, and drafts that know of each other
         if not choosing.hosted or not (choosing.sampled or choosing.processed):
             return choosing
         hosts = self.state.sampling.hosts

@@ -91,7 +91,7 @@ class RunSlots:
         self.choosing.require(params)
         params.require_vocab(self._decoder.model.vocab_size)
         # failed until the prefill is through: a cache that was half written must not be taken for the prompt's
-        self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
+        self.slots[b] = self._entering(prompt, max_new_tokens, params)
         self._ring.begin()
         self._decoder.choosing = self.choosing  # the last step's may be less
         if hidden is not None:
@@ -132,8 +132,8 @@ class RunSlots:
             self.choosing.require(of_slot)
         prefill.require_room(prompts)
         self._require_current()
-        for b, prompt in zip(slots, prompts):  # failed until the pass is through, as in `admit`
-            self.slots[b] = Slot(prompt, max_new_tokens, finished=False, failed=True, born=self._posted)
+        for b, prompt, of_slot in zip(slots, prompts, params):  # failed until the pass is through, as in `admit`
+            self.slots[b] = self._entering(prompt, max_new_tokens, of_slot)
         if self.choosing.sampled:
             self.state.sampling.start_together(slots, params)
         prefill(slots, prompts, self.cache, self.state, max_new_tokens, self.impl)
@@ -237,6 +237,10 @@ class RunSlots:
     def _post(self, size: int, cycles: int, width: int) -> None:
         self._ring.post(self.state.report, Work(self._posted, size, cycles, width))
         self._posted += 1
+
+    def _entering(self, prompt: torch.Tensor, max_new_tokens: int, params: SamplingParams) -> Slot:
+        greedy = params.temperature == 0
+        return Slot(prompt, max_new_tokens, finished=False, failed=True, greedy=greedy, born=self._posted)
 
     def _hidden_of(self, source: int, prompt: torch.Tensor) -> torch.Tensor:
         """The hidden state by which slot `source` chose its first token after this prompt."""

@@ -23,6 +23,7 @@ class Slot:
     """What the host knows of one sequence: late by the steps in flight, and never wrong.
 
     failed: there was no token to choose; see `NonFiniteLogitsError`.
+    greedy: its tokens are the largest logits.
     prompt_hidden: [1, 1, H], by which the first token was chosen; None where prompts were read together.
     """
 
@@ -31,6 +32,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     finished: bool = True
     failed: bool = False
+    greedy: bool = False
     cycles: Counter[int] = field(default_factory=Counter)
     prompt_hidden: torch.Tensor | None = None
     born: int = 0  # reports posted before this one are about the slot's previous sequence

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orthrus_triton._capture import capture
-from orthrus_triton.modules import ConsensusDecoder
+from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.cuda_graph import StepRunner, weight_addresses
 from orthrus_triton.modules.decode_run import AR_STEPS
 from orthrus_triton.modules.kv_cache import CAPACITY_QUANTUM
@@ -322,3 +322,15 @@ def test_gpu_long_prompt() -> None:
         assert torch.cuda.max_memory_allocated() - before < 2 * 2**30
         del decoder
     assert said[0] == said[1]
+
+
+def test_what_is_captured_at_first_is_for_sequences_that_sample() -> None:
+    """And a run of greedy ones alone, which draft otherwise under rejection, is captured when it comes."""
+    decoder = StandInGraphs(make_model(), impl="torch")
+    run = decoder.open(1, 64, choosing=Choosing(sampled=True, rejection=True), eos_token_id=[])
+    assert decoder.captures == 1
+    for params, captures in ((SamplingParams(temperature=1.0), 1), (SamplingParams(), 2), (SamplingParams(), 2)):
+        run.admit(0, prompts_of(3, [5])[0], 9, params)
+        while not run.done:
+            run.advance()
+        assert decoder.captures == captures

@@ -7,7 +7,7 @@ import torch
 
 from orthrus_triton.models import OrthrusForCausalLM
 from orthrus_triton.models.view import load_view, read_view_config, save_view
-from orthrus_triton.modules import ConsensusDecoder, SamplingParams
+from orthrus_triton.modules import Choosing, ConsensusDecoder, SamplingParams
 from orthrus_triton.modules.draft_chain import CANDIDATES, DraftChain, DraftNoise, _top
 from orthrus_triton.ops import VOID, SamplingTensors, sample_choice
 from orthrus_triton.ops.gumbel import CHOICE, gumbel_torch, row_key_torch
@@ -204,6 +204,26 @@ def test_functions_on_the_host_leave_slots_their_chain(anchor_view: str, how: di
         params = [SamplingParams(**how, seed=3, sequence=b, logits_processor=of) for b, of in enumerate(functions)]
         ConsensusDecoder(model, impl="torch").generate(prompts, max_new_tokens=20, params=params)
     assert len(drafted[0]) > 3 and torch.equal(torch.cat(drafted[0]), torch.cat(drafted[1]))
+
+
+def test_greedy_sequences_alone_keep_the_chain_under_rejection() -> None:
+    base = build_base(base_config("qwen3", eos_token_id=None))
+    model = randomise_view(OrthrusForCausalLM.from_base(base, block_size=5, chain_width=16))
+    prompts, params = [random_ids(length, seed=length)[0] for length in (5, 11)], SamplingParams(temperature=1.0)
+    expected = ConsensusDecoder(model, mode="ar", impl="torch").generate(prompts[:1], max_new_tokens=30)
+    run = ConsensusDecoder(model, impl="torch").open(2, 64, choosing=Choosing(sampled=True, rejection=True))
+    drafts, chain_drafts = [], model.chain_drafts
+    model.chain_drafts = lambda *said: drafts.append(said) or chain_drafts(*said)
+    run.admit(0, prompts[0], 30)
+    run.advance()
+    assert len(drafts) == 1
+    run.admit(1, prompts[1], 4, params)
+    while not run.slots[1].finished:
+        run.advance()
+    assert len(drafts) == 1
+    while not run.done:
+        run.advance()
+    assert len(drafts) > 1 and run.slots[0].tokens == expected.sequences[0][5:].tolist()
 
 
 def test_a_view_file_holds_the_chain(tmp_path) -> None:
