@@ -249,7 +249,9 @@ def test_serve_listens_as_told(folder: Path, tmp_path: Path, monkeypatch: pytest
     pages = ["http://a:1", "https://b"]
     assert (name, guard) == ("mine", {"api_key": "a key", "max_body_bytes": 99, "allow_origins": pages})
     assert len(closed) == 2
-    assert_bad_input(run("serve", folder, "--device", "cpu", "--allow-origin", "a"), "allow_origins must be like https")
+    assert_bad_input(
+        run("serve", folder, "--device", "cpu", "--allow-origin", "a"), "--allow-origin must be like https"
+    )
     assert network.dtype == torch.float16
     assert all(layer.mlp.down_proj.draft_weight is not None for layer in network.model.layers)
     assert f"http://[::1]:{port}/v1" in result.stderr

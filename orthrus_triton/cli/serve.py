@@ -94,7 +94,7 @@ def serve(
         from orthrus_triton.serving.app import create_app, require_origins
         from orthrus_triton.serving.server import Server
 
-        require_origins(allow_origin or ())
+        require_origins(allow_origin or (), "--allow-origin")
         network, tokenizer, _ = load_apart(
             model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts, template=chat_template_kwargs
         )  # fmt: skip

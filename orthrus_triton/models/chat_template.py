@@ -32,7 +32,9 @@ def require_template_options(tokenizer: Any, options: Mapping[str, Any], tools: 
     known = jinja2.meta.find_undeclared_variables(template) - taken - FUNCTIONS
     for name in options:
         if name not in known:
-            raise ValueError(f"{name!r} is no option of this model's chat template, which has {sorted(known)}")
+            raise ValueError(
+                f"{name!r} is no option of this model's chat template, which has {sorted(known) or 'none'}"
+            )
 
 
 def set_template_options(tokenizer: Any, options: Mapping[str, bool | int | float | str]) -> None:

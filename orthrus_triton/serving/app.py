@@ -122,11 +122,11 @@ def create_app(
     return app
 
 
-def require_origins(origins: Sequence[str]) -> None:
+def require_origins(origins: Sequence[str], name: str = "allow_origins") -> None:
     """Raise a ValueError unless all are what browsers call a page's origin, or "*"."""
     for origin in origins:
         if not ORIGIN.fullmatch(origin):
-            raise ValueError(f"allow_origins must be like https://host or http://host:port, or '*', but got {origin!r}")
+            raise ValueError(f"{name} must be like https://host or http://host:port, or '*', but got {origin!r}")
 
 
 async def _say_what_is_invalid(http: HttpRequest, error: RequestValidationError) -> Response:
