@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -84,6 +85,24 @@ def test_a_piped_conversation_is_the_librarys(
     expected = [turn(decoder, tokenizer, messages, said, **sampling) for said in ("hello", "and then?")]
     expected.append(turn(decoder, tokenizer, messages[:1], "hello", **sampling))
     assert result.stdout == "".join(f"{reply}\n" for reply in expected)
+
+
+def test_a_tokenizers_own_beginning_of_a_text_is_left_to_the_template(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.convert_tokens_to_ids("<|system|>"))]
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    said = []
+    for model in (folder, tmp_path / "model"):
+        asked = asked_of_decoders(monkeypatch)
+        assert run("chat", model, "--max-new-tokens", 2, *PLAIN, stdin="one\n").exit_code == 0
+        monkeypatch.undo()
+        said.append(asked[0]["ids"].tolist())
+    assert said[0] == said[1] != tokenizer(tokenizer.decode(said[0][0]))["input_ids"]
 
 
 def test_a_reply_ends_where_the_conversation_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

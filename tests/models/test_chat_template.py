@@ -67,6 +67,16 @@ def test_what_is_no_option_is_named(templated, name: str) -> None:
     assert repr(name) in str(error.value)
 
 
+def test_with_tools_the_options_are_those_of_their_template(templated) -> None:
+    templated.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}{{ plan }}"}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    require_template_options(templated, {"plan": True}, tools)
+    require_template_options(templated, {"tone": "x"})
+    for options, given in (({"plan": True}, None), ({"tone": "x"}, tools)):
+        with pytest.raises(ValueError, match="is no option of this model's chat template"):
+            require_template_options(templated, options, given)
+
+
 @pytest.mark.parametrize("beginning", ["\n", "  ", "\n\n  \n", "{# #}\n", "{%- if tone %}\n", ""])
 def test_what_a_template_begins_with_stays(templated, beginning: str) -> None:
     templated.chat_template = beginning + "  {% for m in messages %}{{ m['content'] }}{% endfor %}{{ tone }}"

@@ -112,6 +112,10 @@ def test_only_some_logits() -> None:
         ({"labels": torch.zeros(B, T), "logits_to_keep": 3}, "labels need the logits of every position"),
         ({"past_key_values": object()}, "past_key_values must be None: whole sequences are read, but got an? object"),
         ({"output_hidden_states": True}, "output_hidden_states must be False or None"),
+        (
+            {"cache_position": torch.arange(T)},
+            "cache_position must be None: whole sequences are read, but got a Tensor",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_named(wrong: dict, message: str) -> None:

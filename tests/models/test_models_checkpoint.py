@@ -277,7 +277,8 @@ def test_a_hub_id_downloads_weights_config_and_tokenizer_and_no_code_or_pickle(
 
     for name in ("config.json", "generation_config.json", "model.safetensors", "model-00001-of-00002.safetensors",
                  "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-                 "merges.txt", "tokenizer.model"):  # fmt: skip
+                 "merges.txt", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+                 "chat_template.jinja", "additional_chat_templates/tool_use.jinja"):  # fmt: skip
         assert wanted(name), name
     for name in ("pytorch_model.bin", "modeling_orthrus.py", "consolidated.00.pth", "original/params.json",
                  "training_args.bin", "model.onnx"):  # fmt: skip

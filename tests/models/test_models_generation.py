@@ -100,6 +100,9 @@ def test_padded_batches_in_and_out(pair) -> None:
     )
     narrow = model.generate(ids.to(torch.uint8), attention_mask=mask, max_new_tokens=12)  # has no room for all ids
     assert narrow.dtype == torch.int64 and narrow.tolist() == expected.tolist()
+    options = {"attention_mask": mask, "max_new_tokens": 12, "eos_token_id": int(expected[0, 8]), "pad_token_id": 9}
+    ended = model.generate(ids, **options)
+    assert ended.tolist() == base.generate(ids, do_sample=False, **options).tolist() and int(ended[0, -1]) == 9
     ar = model.generate(ids, attention_mask=mask, max_new_tokens=12, use_diffusion_mode=False)
     assert ar.tolist() == expected.tolist() and model.last_stats.tokens_per_cycle == 1
 
@@ -319,6 +322,8 @@ def test_logits_of_a_padded_batch_are_transformers_own(pair, options: dict) -> N
         ({"past_key_values": ()}, ValueError, "past_key_values must be None.*reuse_cache=True"),
         ({"cache": ()}, ValueError, "cache must be None.*reuse_cache=True"),
         ({"use_cache": False}, ValueError, "use_cache must be True"),
+        ({"synced_gpus": True}, ValueError, "synced_gpus must be False, but got bool True"),
+        ({"custom_generate": "someone/beams"}, ValueError, "custom_generate must be None, but got str"),
         ({"beam_width": 3}, TypeError, "does not know.*beam_width"),
         ({"max_length": 3}, ValueError, "max_length must exceed the prompt's 4 tokens, but is 3"),
         (

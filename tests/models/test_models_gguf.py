@@ -257,6 +257,16 @@ def test_other_architectures_are_read_by_transformers(tmp_path: Path):
     torch.testing.assert_close(ours(random_ids(9)).logits, base(random_ids(9)).logits, atol=1e-5, rtol=0)
 
 
+def test_a_factor_of_no_stretch_is_none(tmp_path: Path):
+    def none(writer) -> None:
+        writer.add_string("qwen2.rope.scaling.type", "none")
+        writer.add_rope_scaling_factor(4.0)
+
+    base = write_gguf(tmp_path / "model.gguf", "qwen2", none)
+    model, _ = open_gguf(tmp_path / "model.gguf")
+    torch.testing.assert_close(model(random_ids(9)).logits, base(random_ids(9)).logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("stretch", "message"),
     [

@@ -99,7 +99,7 @@ def test_rotary_frequencies_stay_fp32_on_the_way_through_meta_and_bf16():
     torch.testing.assert_close(rotary.inv_freq, base.model.rotary_emb.original_inv_freq, atol=0, rtol=0)
 
 
-def test_logits_are_of_the_weights_as_they_are_now():
+def test_logits_are_of_the_weights_as_they_are_now(with_and_without_c):
     """What a CPU packs of a weight does not see writes through `.data`, nor another tensor at the same address."""
     model = OrthrusForCausalLM.from_base(build_base(base_config("llama")), block_size=4)
     ids = random_ids(9)

@@ -45,7 +45,7 @@ def stand_in(model: OrthrusForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
-@pytest.mark.parametrize("case", ["llama biases, wide heads, tied", "qwen3", "mistral window"])
+@pytest.mark.parametrize("case", ["llama biases, wide heads, tied", "qwen3", "mistral window", "gemma3"])
 @torch.inference_mode()
 def test_the_diffusion_view_reads_the_copies_and_the_ar_view_does_not(
     case: str, anchor_view: str, rounded: bool

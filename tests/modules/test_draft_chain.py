@@ -175,6 +175,7 @@ class Knowing(LedgerModel):
     has_chain = True
 
     def chain_drafts(self, hidden, logits, own, noise, recalled):
+        assert torch.equal(noise.choice, sample_choice(logits, noise.positions, noise.sampling, impl="torch"))
         candidates = torch.arange(self.vocab_size).expand(logits.shape)
         nothing = torch.full(logits.shape[:2], -torch.inf)
         return noise.perturb(logits[:, :, None], candidates, nothing)[:, :, 0].argmax(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -51,6 +53,44 @@ def test_a_draft_without_a_token_ends_it() -> None:
     params = SamplingParams(logits_processor=at_most_two)
     with pytest.raises(ValueError, match="banned every token"):
         ConsensusDecoder(model, impl="torch").generate([torch.tensor([1, 2])], max_new_tokens=9, params=[params])
+
+
+@pytest.mark.parametrize("anchor_rows", [0, 1])
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_a_draft_goes_on_from_what_it_drafts(rule: str, anchor_rows: int) -> None:
+    """By each sequence's own draws: of other texts, what functions leave would fit no draft."""
+    asked, behind = defaultdict(list), []
+
+    class Watching(ConsensusDecoder):
+        def draft(self, cache, state, block_size, impl):
+            return self.watched(state, lambda: (super(Watching, self).draft(cache, state, block_size, impl),))[0]
+
+        def draft_and_judge(self, cache, state, block_size, impl):
+            return self.watched(state, lambda: super(Watching, self).draft_and_judge(cache, state, block_size, impl))
+
+        def watched(self, state, draft) -> tuple[torch.Tensor, ...]:
+            asked.clear()
+            lengths = (2 + state.output_len).tolist()
+            said = draft()
+            for b, texts in asked.items() if len(lengths) == 3 else ():  # all of them, each in its own row
+                block = said[0][b, 1 - anchor_rows :].tolist()
+                for text in texts:
+                    new = text[lengths[b] :]
+                    assert new == block[: len(new)]
+                    behind.append(len(new))
+            return said
+
+    def watch(b: int):
+        return lambda ids, scores: asked[b].append(ids[0].tolist()) or scores
+
+    params = [
+        SamplingParams(temperature=temperature, seed=b, logits_processor=watch(b))
+        for b, temperature in enumerate((1.0, 0.0, 2.0))
+    ]
+    prompts = [torch.tensor([b, 3]) for b in range(3)]
+    decoder = Watching(LedgerModel(VOCAB, anchor_rows=anchor_rows), impl="torch")
+    decoder.generate(prompts, max_new_tokens=12, params=params, sampling=rule)
+    assert max(behind) > 2
 
 
 @pytest.mark.parametrize("mode", ["consensus", "ar"])

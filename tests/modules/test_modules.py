@@ -266,6 +266,23 @@ def test_a_residual_is_added_with_and_without_a_norm(options: dict, anchor_rows:
             attention(hidden, where[0], other.layers[0], view_pass)
 
 
+@pytest.mark.parametrize("view", ["ar", "diffusion"])
+@pytest.mark.parametrize("qk_norm", [True, "whole"])
+@torch.no_grad()
+def test_an_offset_of_norms_is_added_to_their_weights(qk_norm: bool | str, view: str) -> None:
+    torch.manual_seed(0)
+    offset, plain = (DualViewAttention(32, 4, 2, 16, qk_norm=qk_norm, norm_offset=by) for by in (1.0, 0.0))
+    state = {name: torch.randn_like(tensor) for name, tensor in offset.state_dict().items()}
+    offset.load_state_dict(state)
+    plain.load_state_dict({name: tensor + ("norm" in name) for name, tensor in state.items()})
+    cache = SharedKVCache(1, 2, 16, batch_size=1, max_len=9, block_size=4, dtype=torch.float32)
+    view_pass = cache.view_pass(view, 4)
+    rope = RotaryEmbedding.from_theta(16)(view_pass.positions, view_pass.prompt_len)
+    hidden = torch.randn(1, 4, 32)
+    said = [attention(hidden, rope, cache.layers[0], view_pass) for attention in (offset, plain)]
+    torch.testing.assert_close(*said)
+
+
 @torch.no_grad()
 def test_an_anchor_that_the_frozen_view_reads_is_read_with_its_own_weights() -> None:
     """What it says is said: int8 copies are for passes of which nothing is."""

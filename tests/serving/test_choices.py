@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -70,6 +72,7 @@ def test_a_prompt_is_read_once(server: Running, monkeypatch: pytest.MonkeyPatch)
     reply = server.client().completions.create(model="tiny", prompt=prompt, max_tokens=100, n=3, temperature=0)
     assert len({choice.text for choice in reply.choices}) == 1 and reply.usage.prompt_tokens == 300
     assert held[0] < 299 and held[1:] == [299, 299]
+    assert reply.usage.prompt_tokens_details.cached_tokens == held[0]  # what the prompt's first choice found
 
 
 def test_a_structure_is_understood_once_and_kept_to_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,3 +114,30 @@ def test_all_are_free_when_the_client_goes(server: Running) -> None:
         event = next(line for line in reply.iter_lines() if line)
         assert json.loads(event.removeprefix("data: "))["choices"]
     server.wait_until(lambda: server.scheduler.running == server.scheduler.waiting == 0)
+
+
+def test_nobody_goes_on_reading_where_another_choice_failed() -> None:
+    from fastapi import HTTPException
+
+    from orthrus_triton.serving.replies import COMPLETION, reply_events
+
+    class Choice:
+        id, created, reason = "one", 0, None
+
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        async def pieces(self) -> AsyncIterator[str]:
+            if self.index:
+                raise HTTPException(500, "no")
+            await asyncio.Event().wait()
+            yield ""
+
+    async def read() -> list[str]:
+        events = [event async for event in reply_events([Choice(0), Choice(1)], "tiny", COMPLETION, 2, False)]
+        await asyncio.sleep(0.01)
+        assert len(asyncio.all_tasks()) == 1  # this one
+        return events
+
+    (event,) = asyncio.run(read())
+    assert json.loads(event.removeprefix("data: "))["error"]["message"] == "no"

@@ -13,7 +13,7 @@ from orthrus_triton.serving.logprobs import PromptLogprobs
 from orthrus_triton.serving.text_stream import TextStream
 from orthrus_triton.testing import TinyDualViewModel
 from tests.modules.ledger_model import oracle
-from tests.serving.running import VOCAB, Running, openai
+from tests.serving.running import VOCAB, Running, SlowModel, openai
 
 PROMPT = [(5 * n) % 17 for n in range(150)]  # more than two passes of logits
 
@@ -132,7 +132,8 @@ def test_offsets_and_what_joins_on(fast: bool, monkeypatch: pytest.MonkeyPatch) 
     prompt = prompt_module._encode_one(tokenizer, [0, 1, 2, 3], True)
     assert prompt.echo.text == tokenizer.decode([0, 1, 2, 3]) and prompt.echo.offsets[-1] == len(prompt.echo.text) - 1
     ids = [*tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "\U0001f600\u20ac\u20ac".encode()]), 1]
-    assert prompt_module._encode_one(tokenizer, [1, *ids[:-3]], False).tail == ()  # half a character
+    half = prompt_module._encode_one(tokenizer, [1, *ids[:-3]], True)  # of a character
+    assert half.tail == () and half.echo.text.rstrip("\ufffd") == "a\U0001f600\u20ac" != half.echo.text
     tail = prompt_module._encode_one(tokenizer, ids[:-1], False).tail  # which does not begin within one, either
     assert TextStream(tokenizer, context=tail).push(ids[-1:]) == " a"
     assert prompt_module._encode_one(tokenizer, [], True).echo == ("", [])
@@ -159,6 +160,29 @@ def test_a_stop_string_that_begins_with_the_space_between_prompt_and_text(server
             model="tiny", prompt="w1 w2 w5", max_tokens=90, temperature=0, stop=stop, logprobs=0
         )
         assert (reply.usage.completion_tokens, len(reply.choices[0].logprobs.tokens)) == (2, 2)
+
+
+def test_a_chat_template_writes_its_special_tokens_itself() -> None:
+    """A second beginning, which the tokenizer would put before it, is none that the model knows."""
+    from orthrus_triton.serving.schema import ChatRequest
+
+    tokenizer = metaspace()
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    body = ChatRequest(messages=[{"role": "user", "content": "a"}])
+    assert prompt_module.encode_chat(tokenizer, body).ids == tokenizer("a")["input_ids"] == [0, 1]
+
+
+def test_a_prompt_alone_ends_by_its_length_whatever_would_come_next() -> None:
+    (end,) = oracle(SlowModel(VOCAB), [3, 9], 1, SamplingParams())
+    server = Running(eos=[end])
+    try:
+        ask = {"model": "tiny", "prompt": [3, 9], "temperature": 0, "echo": True}
+        reasons = [
+            server.client().completions.create(**ask, max_tokens=tokens).choices[0].finish_reason for tokens in (0, 1)
+        ]
+        assert reasons == ["length", "stop"]
+    finally:
+        server.close()
 
 
 def test_ids_are_looked_at_before_a_tokenizer_fails_over_them(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from orthrus_triton.modules import SamplingParams
 from orthrus_triton.serving.logprobs import LogprobsField, TokenLogprobs, _byte_level, token_logprobs
@@ -77,6 +78,19 @@ def test_parts_of_a_character_have_their_bytes_and_names_of_their_own() -> None:
     assert field["text_offset"] == [0, 1, 1, 1, 2]
     assert field["top_logprobs"][0] == {"bytes:\\xe2": -0.1, "bytes:\\x82": -2.0, "bytes:\\xac": -9.0, "a": -1.0}
     assert field["top_logprobs"][1]["bytes:\\xe2"] == -0.1
+
+
+def test_bytes_are_those_of_gpt_2() -> None:
+    assert _byte_level() == {sign: byte for byte, sign in bytes_to_unicode().items()}
+
+
+def test_a_special_token_has_no_place_in_the_text() -> None:
+    words = Tokenizer(models.WordLevel({"<|mark|>": 0, "ab": 1, "c": 2}, unk_token="ab"))
+    words.decoder = decoders.Fuse()
+    words.add_special_tokens(["<|mark|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=False)
+    field = LogprobsField(tokenizer).of_completion([TokenLogprobs(token, -1.0, []) for token in (1, 0, 2, 1)])
+    assert field["text_offset"] == [0, 2, 2, 3] and field["tokens"][1] == "<|mark|>"
 
 
 def test_names_that_two_tokens_share_are_of_the_likelier() -> None:

@@ -71,6 +71,18 @@ def test_the_first_chunk_of_a_chat_says_whose_it_is(server: Running) -> None:
         assert roles == ["assistant"] + [None] * (len(roles) - 1)
 
 
+def test_an_answer_without_text_has_a_role_all_the_same() -> None:
+    server = Running(eos=oracle(SlowModel(VOCAB), [1], 1, SamplingParams()))
+    try:
+        chunks = server.client().chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "w1"}], temperature=0, stream=True
+        )
+        (choice,) = (chunk.choices[0] for chunk in chunks)
+        assert (choice.delta.role, choice.delta.content, choice.finish_reason) == ("assistant", "", "stop")
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_stop_string_around_a_special_token_ends_the_sequence(streamed: bool) -> None:
     """Special tokens are not in the text, where the stop string then stands."""

@@ -70,6 +70,12 @@ def test_json_of_a_schema_whole_and_streamed_beside_free_text(server: Running) -
         model="tiny", prompt="So?", seed=0, extra_body={"response_format": NAMED}
     )
     check(json.loads(completion.choices[0].text))
+    several = server.client().completions.create(
+        model="tiny", prompt=["So?", "And where to then?"], n=2, seed=0, extra_body={"response_format": NAMED}
+    )
+    assert several.choices[0].text == completion.choices[0].text
+    for choice in several.choices:  # of prompts of several lengths
+        check(json.loads(choice.text))
 
 
 def test_an_object_is_whole_or_cut_at_the_limit(server: Running) -> None:
@@ -177,6 +183,7 @@ def test_calls_among_text_are_of_the_tools(text: str, several: str, one: str, ta
             may = {tokenizer.decode([token]) for token in (scores[-1] == 0).nonzero()[:, 0].tolist()}
             if follows == "any":
                 assert {end, "a", "<", "\n"} < may and ("<tool_call>" in may) == ("<tool_call>" in tags)
+                assert CLOSE not in may and may.isdisjoint({*tokenizer.all_special_tokens} - {end})
             elif follows == "end":
                 assert may == {end}
             else:
@@ -193,6 +200,17 @@ def test_tags_that_are_tokens_are_said_as_such() -> None:
     for n, token in enumerate(tokens):
         scores = keep(torch.tensor([tokens[:n]]), torch.zeros(1, len(tokenizer)))[0]
         assert scores[token] == 0 and (n > 0 or (scores == 0).sum() == 1)
+
+
+def test_a_tag_that_is_a_token_is_not_spelt_out() -> None:
+    """It would be read as one all the same, and nothing would keep the call to its tool."""
+    tokenizer = make_tokenizer()
+    letters = tokenizer(OPEN)["input_ids"]
+    tokenizer.add_tokens([OPEN, CLOSE])
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    keep = grammars.of(grammar_of_calls([Function(**WEATHER["function"])], tokenizer, alone=False, several=True), 0)
+    scores = keep(torch.tensor([letters[:-1]]), torch.zeros(1, len(tokenizer)))[0]
+    assert scores[letters[-2]] == 0 and scores[letters[-1]] == -torch.inf
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from orthrus_triton.modules import SamplingParams
 from orthrus_triton.serving.thoughts import ThoughtReader
 from tests.modules.ledger_model import oracle
-from tests.serving.running import TEMPLATE, VOCAB, Running, SlowModel
+from tests.serving.running import TEMPLATE, VOCAB, Running, SlowModel, make_tokenizer
 
 CASES = [  # what the prompt opened, the text, thoughts, the answer
     (False, "<think>\nfirst\n\nthen </thin k\n</think>\n\nthe answer </think> <think>x</think> ",
@@ -90,3 +90,17 @@ def test_a_structure_leaves_no_room_for_them(server: Running, monkeypatch: pytes
     assert encode_chat(server.tokenizer, ChatRequest(**body)).thoughts().push("a ", last=True) == ("a", "")
     form = {"response_format": {"type": "json_object"}}
     assert encode_chat(server.tokenizer, ChatRequest(**body, **form)).thoughts is None
+
+
+def test_a_template_for_tools_says_for_itself_whether_the_model_thinks() -> None:
+    from orthrus_triton.serving.prompt import encode_chat
+    from orthrus_triton.serving.schema import ChatRequest
+
+    tokenizer = make_tokenizer()
+    thinks, calls = "{% if false %}</think>{% endif %}", "{% if false %}{{ tools }}<tool_call>arguments{% endif %}"
+    body = {"messages": [{"role": "user", "content": "w1"}]}
+    tools = {"tools": [{"type": "function", "function": {"name": "now"}}]}
+    for plain, with_tools in ((thinks, ""), ("", thinks)):
+        tokenizer.chat_template = {"default": TEMPLATE + plain, "tool_use": TEMPLATE + with_tools + calls}
+        found = [encode_chat(tokenizer, ChatRequest(**body, **more)).thoughts is not None for more in ({}, tools)]
+        assert found == [bool(plain), bool(with_tools)]

@@ -51,3 +51,12 @@ def test_a_pass_reads_no_more_prompts_than_there_are_slots(monkeypatch):
     for slots, prompts in ((20, PROMPTS[:3]), (2, PROMPTS)):
         assert len(list(answer_all(decoder_that_stops_at(None), prompts, 2, slots, prefill_batch=10))) == len(prompts)
     assert widths == [3, 2]
+
+
+@pytest.mark.parametrize("prefill_batch", [None, 2])
+def test_answers_of_a_model_that_gives_nan_are_none(prefill_batch):
+    """They would be trained on."""
+    decoder = decoder_that_stops_at(None)
+    decoder.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="model must give finite logits, but gave NaN or infinity for prompt"):
+        list(answer_all(decoder, PROMPTS, 4, 2, prefill_batch=prefill_batch))

@@ -269,9 +269,9 @@ def test_runs_are_not_mixed(model, tokenizer, prompts, tmp_path, monkeypatch):
 
 def test_long_prompts(model, tokenizer, tmp_path):
     long = " ".join(["w30"] * 20)
-    mixed = [Prompt(long, chat=True), Prompt(long, chat=False), Prompt("w31", chat=True)]
+    mixed = [Prompt(long, chat=True), Prompt(long, chat=False), Prompt("w31", chat=True), Prompt(long)]
     manifest = distill(model, tokenizer, mixed, tmp_path, max_new_tokens=2, max_prompt_tokens=3)
-    assert manifest["left_out"] == 1 and manifest["rows"] == 2
+    assert manifest["left_out"] == 2 and manifest["rows"] == 2  # the template is for what does not say, too
     assert [row["prompt_ids"] for row in rows_of(tmp_path)] == [[30] * 3, [88, 31, 89]]
     with pytest.raises(ValueError, match="at most 6 tokens"):
         distill(model, tokenizer, mixed[:1], tmp_path / "none", max_prompt_tokens=6)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from orthrus_triton.cli import app
@@ -163,6 +164,10 @@ def test_encode_follows_the_template():
     tokenizer.chat_template = "{% for m in messages %}w5{% endfor %}"
     assert encode(tokenizer, Prompt("w3")) == encode(tokenizer, Prompt("w3", chat=True)) == [5]
     assert encode(tokenizer, Prompt("w4", chat=False)) == [4]
+    # what a tokenizer puts before a text is the template's matter in a chat
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w3 $A", special_tokens=[("w3", 3)])
+    assert encode(tokenizer, Prompt("w4")) == [5] and encode(tokenizer, Prompt("w4", chat=False)) == [3, 4]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.chat_template = None
     assert encode(tokenizer, Prompt("w4")) == [4]
     with pytest.raises(ValueError, match="chat template"):

@@ -130,6 +130,8 @@ def test_a_tokenizers_own_beginning_of_a_text_is_left_to_the_template(model, tex
     begins.backend_tokenizer.post_processor = TemplateProcessing(single="w86 $A", special_tokens=[("w86", 86)])
     assert begins("w30")["input_ids"] == [86, 30]
     assert [prompt.text for prompt in invent(model, begins, 4, beginnings=BEGINNINGS, **OPTIONS)] == texts[:4]
+    begins.add_special_tokens({"additional_special_tokens": ["w86", "w41"]})
+    assert inventing._ending(begins, "w41 w88") == [41]  # which no message ends with
 
 
 def answers_from(monkeypatch, messages: list[list[int]], backwards: bool = False) -> list[int]:

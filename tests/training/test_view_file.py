@@ -144,6 +144,16 @@ def test_another_base_is_refused(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in view_of(tuned).items())
 
 
+def test_a_base_is_known_by_what_earlier_files_say_of_it():
+    """Another digest, and every view there is would be refused."""
+    state = {"b.weight": torch.arange(9000.0).view(90, 100) / 8, "a.bias": torch.tensor([0.5, -2.0, 3.25])}
+    state["a_diff"] = torch.ones(2)
+    assert [view.fingerprint(state, dtype) for dtype in (torch.float32, torch.bfloat16)] == [
+        "06a399ffe0797cd516f731ca254703f51dd65f9b8fdbeabe946b6335a8c87a00",
+        "5c5c0ed55c715f98443b4277c28d006c640ef2bbcab1ea20ffd5f31ebfdee68f",
+    ]
+
+
 def test_options_must_fit(tmp_path):
     trained = make_model()
     path = tmp_path / "v.safetensors"

@@ -269,7 +269,8 @@ def test_examples_are_a_function_of_seed_and_number():
     assert drawn == {2, 3, 4, 14, 15, 16, 17, 18}  # from the token before an answer to its last but one
     assert {examples[n]["row_id"] for n in range(50)} == {1}
     other = AnchorExamples(rows, 50, 4, weights, seed=6)
-    assert any(other[n]["anchors"].tolist() != examples[n]["anchors"].tolist() for n in range(5))
+    for later in (0, 1):  # nor are they the same ones, one step later
+        assert any(other[n]["anchors"].tolist() != examples[n + later]["anchors"].tolist() for n in range(5))
     # shares are of the domains, however many rows each has; without them, all rows are alike
     uneven = [rows[0], *rows, rows[0], rows[0]]
     for shares, of_prose in (({"code": 3.0, "prose": 1.0}, 1 / 4), ({"code": 1.0, "prose": 3.0}, 3 / 4), (None, 1 / 5)):
