@@ -167,6 +167,10 @@ def test_a_writer_that_dies_leaves_the_old_file(folder, monkeypatch):
     assert sorted(p.name for p in folder.iterdir() if "lock" not in p.name) == [NAME]
 
 
+def test_users_of_one_folder_may_read_each_others_files(folder):
+    assert write(folder, entry(64)).stat().st_mode & 0o044 == 0o044
+
+
 def test_what_could_not_be_read_again_is_not_written(folder):
     before = write(folder, entry(64)).read_bytes()
     for wrong in ({"constants": {"BLOCK": 0}}, {"us": {"rows=1": float("inf")}}, {"key": {"a name": 1}}):

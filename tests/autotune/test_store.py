@@ -165,6 +165,15 @@ def test_what_is_no_key_is_named(dtype, key, said):
         lookup("linear", dtype, "cpu", **key)
 
 
+@pytest.mark.parametrize(
+    ("major", "family"), [(8, "sm80"), (9, "sm90"), (10, "sm100"), (11, "sm100"), (12, "sm80"), (13, "sm80")]
+)
+def test_a_gpu_is_of_the_family_whose_defaults_fit_it(major, family, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert store.device_family.__wrapped__(torch.device("cuda")) == family
+
+
 def test_a_device_may_be_a_name():
     assert lookup("linear", torch.bfloat16, "cpu", **KEY) == lookup("linear", torch.bfloat16, CPU, **KEY)
 

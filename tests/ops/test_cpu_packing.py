@@ -11,7 +11,10 @@ from orthrus_triton import ops
 from orthrus_triton.ops import _cpu_packing
 from orthrus_triton.ops._cpu_packing import forget_changed, has_onednn, packed_weight
 
-pytestmark = pytest.mark.skipif(not has_onednn(torch.float32), reason="this torch has no oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not has_onednn(torch.float32), reason="this torch has no oneDNN"),
+    pytest.mark.usefixtures("with_and_without_c"),  # with them, products of few rows take no packed weight
+]
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if has_onednn(dtype)]
 
 
