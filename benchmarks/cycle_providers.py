@@ -94,16 +94,16 @@ def ours_int8_drafts(load: Workload) -> Cycles:
     return measured
 
 
-def in_int8(model: OrthrusForCausalLM) -> OrthrusForCausalLM:
+def in_int8(model: OrthrusForCausalLM, round_rows: bool = False) -> OrthrusForCausalLM:
     """The model with weights in int8; another one, because there is no way back."""
     quantized = copy.deepcopy(model)
-    quantized.quantize_weights()
+    quantized.quantize_weights(round_rows)
     return quantized
 
 
-def ours_int8_weights(load: Workload, mode: str = "consensus") -> Cycles:
+def ours_int8_weights(load: Workload, mode: str = "consensus", round_rows: bool = False) -> Cycles:
     """Our cycle of the model with weights in int8."""
-    measured = ours(replace(load, model=in_int8(load.model)), mode)
+    measured = ours(replace(load, model=in_int8(load.model, round_rows)), mode)
     measured.views = tuple(f"{view}-int8" for view in measured.views)
     return measured
 
@@ -199,6 +199,8 @@ PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours-int8-drafts": ours_int8_drafts,
     "ours-int8-weights": ours_int8_weights,
     "ours-ar-int8-weights": lambda load: ours_int8_weights(load, "ar"),
+    "ours-int8-rows": lambda load: ours_int8_weights(load, round_rows=True),
+    "ours-ar-int8-rows": lambda load: ours_int8_weights(load, "ar", round_rows=True),
     "ours-sampled": lambda load: ours(load, params=SAMPLED),
     "ours-rejection": lambda load: ours(load, params=SAMPLED, rule="rejection"),
     "ours-ar-sampled": lambda load: ours(load, "ar", SAMPLED),
@@ -227,10 +229,11 @@ def problems(load: Workload, names: Sequence[str], tokens: int = 16) -> list[str
         with int8_drafts(model):
             got["consensus with int8 drafts"] = text("consensus")
     found += [f"mode {name} does not emit the tokens of AR mode" for name, one in got.items() if one != said]
-    if any(name.endswith("int8-weights") for name in names):
-        quantized = in_int8(model)
-        if text("consensus", quantized) != text("ar", quantized):
-            found.append("with weights in int8, mode consensus does not emit the tokens of AR mode")
+    for kind in ("weights", "rows"):
+        if any(name.endswith(f"int8-{kind}") for name in names):
+            quantized = in_int8(model, kind == "rows")
+            if text("consensus", quantized) != text("ar", quantized):
+                found.append(f"with {kind} in int8, mode consensus does not emit the tokens of AR mode")
     ids = prompts[:1, :64]
     if "hf" in names or "hf-compiled" in names:
         theirs = shapes.transformers_model(model)(ids, logits_to_keep=8).logits

@@ -1,5 +1,5 @@
 """What rounding the weights changes: a text's next-token distributions by the model in fp32, by the model in its dtype,
-and by that with its weights in int8. `python -m benchmarks.int8_weights --prompts FILE`."""
+and by that with its weights in int8, and rows, too. `python -m benchmarks.int8_weights --prompts FILE`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer, which is the text that is read.")] = 128,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures.")] = None,
 ) -> None:
-    """Answer every prompt with the model in its dtype, and read the answers with all three.
+    """Answer every prompt with the model in its dtype, and read the answers with all of them.
 
     kl_nats is the mean divergence from the model in fp32, perplexity that of the answers.
     """
@@ -69,7 +69,9 @@ def main(
         report = Report(f"int8_weights_{DTYPE_NAMES[of]}", device, out)
         rounded, tokenizer, _ = load_model(model, of, device)
         exact, _, _ = load_model(model, torch.float32, device)
-        others = {"as it is": rounded, "weights in int8": in_int8(rounded)}
+        others = {
+            "as it is": rounded, "weights in int8": in_int8(rounded), "weights and rows in int8": in_int8(rounded, True)
+        }  # fmt: skip
     distances = {name: Distance() for name in others}
     decoder = ConsensusDecoder(rounded)
     with typer.progressbar(questions, label="prompts") as shown:

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import int8_weights
+from orthrus_triton.ops.cpu.kernels import has_integer_product
 
 
 def test_a_distance_is_what_it_says() -> None:
@@ -35,10 +36,12 @@ def test_int8_is_farther_than_the_dtype(model_folder: Path, tmp_path: Path) -> N
     assert result.exit_code == 0, (result.output, result.exception)
     (path,) = tmp_path.rglob("int8_weights_fp32.csv")
     with path.open() as file:
-        same, quantized = csv.DictReader(file)
+        same, quantized, rounded = csv.DictReader(file)
     assert (same["weights"], same["same_likeliest"], float(same["kl_nats"])) == ("as it is", "100.00%", 0)
     assert 2 <= int(same["tokens"]) == int(quantized["tokens"]) <= 40
     assert quantized["weights"] == "weights in int8" and float(quantized["kl_nats"]) > 0
+    assert rounded["weights"] == "weights and rows in int8" and float(rounded["kl_nats"]) > 0
+    assert (rounded["perplexity"] == quantized["perplexity"]) != has_integer_product()
     assert same["perplexity"] != quantized["perplexity"] and path.with_suffix(".md").read_text() in result.output
 
 

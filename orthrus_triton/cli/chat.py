@@ -13,6 +13,7 @@ from orthrus_triton.cli.chat_view import BONUS, DRAFTED, ColourView, PlainView
 from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
+    Int8RowsOption,
     Int8WeightsOption,
     MinPOption,
     SeedOption,
@@ -54,6 +55,7 @@ def chat(
         Literal["consensus", "ar"], typer.Option(help="Draft and verify, or plain autoregressive decoding.")
     ] = "consensus",
     int8_weights: Int8WeightsOption = False,
+    int8_rows: Int8RowsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     plain: Annotated[bool, typer.Option("--plain", help="Text only; the default when stdout is no terminal.")] = False,
@@ -75,7 +77,12 @@ def chat(
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         network, tokenizer, name = load_model(
-            model, resolve_dtype(dtype, where), where, int8_weights=int8_weights, template=chat_template_kwargs
+            model,
+            resolve_dtype(dtype, where),
+            where,
+            int8_weights=int8_weights,
+            int8_rows=int8_rows,
+            template=chat_template_kwargs,
         )
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("MODEL must have a chat template: use orthrus-triton generate --raw")

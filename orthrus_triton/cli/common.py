@@ -89,6 +89,14 @@ Int8WeightsOption = Annotated[
         help="Keep the layers' matrices in int8: half the memory, and text of that model, as exact with respect to it.",
     ),
 ]  # fmt: skip
+Int8RowsOption = Annotated[
+    bool,
+    typer.Option(
+        "--int8-rows",
+        help="With weights in int8, round what they are multiplied with, too, on CPUs that are faster so: text of a "
+        "model a little further from the one before.",
+    ),
+]  # fmt: skip
 
 # one sequence's sampling, as SamplingParams has it
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -63,7 +63,7 @@ def doctor() -> None:
 def _c_kernels() -> str:
     import torch
 
-    from orthrus_triton.ops.cpu.kernels import has_draft_product, has_product
+    from orthrus_triton.ops.cpu.kernels import has_integer_product, has_product
     from orthrus_triton.ops.cpu.library import c_library
 
     if c_library() is not None:
@@ -72,7 +72,7 @@ def _c_kernels() -> str:
         )
         has_bf16 = has_product(torch.empty(0, dtype=torch.bfloat16))
         notes = ["products of bf16 are oneDNN's"] * (not has_bf16)
-        notes += ["drafts with int8 weights are multiplied in integers"] * has_draft_product()
+        notes += ["integers are multiplied as such"] * has_integer_product()
         return "; ".join((f"compiled for this CPU: {kernels}", *notes))
     return "none (they need Linux and a C compiler such as gcc): decoding on this CPU takes about twice as long"
 

@@ -19,6 +19,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     ImplOption,
     Int8DraftsOption,
+    Int8RowsOption,
     Int8WeightsOption,
     TemplateOption,
     busy,
@@ -59,6 +60,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Take the first N prompts of each file only.")] = None,
     block_size: BlockSizeOption = None,
     int8_weights: Int8WeightsOption = False,
+    int8_rows: Int8RowsOption = False,
     chat_template_kwargs: TemplateOption = None,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
@@ -98,7 +100,7 @@ def evaluate(
         if model is not None and view != "shipped":
             raise ValueError("--view is of the demo model, but --model was given: it has its own")
         network, tokenizer, name = load_model(
-            model, precision, where, view=view, int8_weights=int8_weights, int8_drafts=int8_drafts,
+            model, precision, where, view=view, int8_weights=int8_weights, int8_rows=int8_rows, int8_drafts=int8_drafts,
             template=chat_template_kwargs,
         )  # fmt: skip
         from orthrus_triton.training.evaluate import evaluate as measure
@@ -115,6 +117,7 @@ def evaluate(
         report = {
             "model": name,
             "int8_weights": network.has_int8_weights,
+            "int8_rows": network.rounds_rows,
             "int8_drafts": int8_drafts,
             **_setting(where, precision, runs, prompts or []),
             **report,

@@ -16,6 +16,7 @@ from orthrus_triton.cli.common import (
     FastBlockOption,
     ImplOption,
     Int8DraftsOption,
+    Int8RowsOption,
     Int8WeightsOption,
     MinPOption,
     SeedOption,
@@ -56,6 +57,7 @@ def generate(
     seed: SeedOption = 0,
     block_size: FastBlockOption = None,
     int8_weights: Int8WeightsOption = False,
+    int8_rows: Int8RowsOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -98,7 +100,8 @@ def generate(
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         schema = None if json_schema is None else _read_schema(json_schema)
         network, tokenizer, _ = load_model(
-            model, precision, where, int8_weights=int8_weights, int8_drafts=int8_drafts and mode == "consensus"
+            model, precision, where, int8_weights=int8_weights, int8_rows=int8_rows,
+            int8_drafts=int8_drafts and mode == "consensus",
         )  # fmt: skip
         input_ids = encode_prompt(tokenizer, prompt, chat, system, chat_template_kwargs)
         if schema is not None:
@@ -125,6 +128,7 @@ def generate(
             "block_size": (block_size or decoder.block_size) if mode == "consensus" else 1,
             "dtype": str(precision).removeprefix("torch."),
             "int8_weights": network.has_int8_weights,
+            "int8_rows": network.rounds_rows,
             "device": str(where),
             "impl": runs,
         }

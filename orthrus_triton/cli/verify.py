@@ -16,6 +16,7 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    Int8RowsOption,
     Int8WeightsOption,
     TemplateOption,
     one_line_errors,
@@ -54,6 +55,7 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
     block_size: BlockSizeOption = None,
     int8_weights: Int8WeightsOption = False,
+    int8_rows: Int8RowsOption = False,
     chat_template_kwargs: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -91,7 +93,7 @@ def verify(
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
         network, tokenizer, name = load_model(
-            model, precision, where, int8_weights=int8_weights, template=chat_template_kwargs
+            model, precision, where, int8_weights=int8_weights, int8_rows=int8_rows, template=chat_template_kwargs
         )
         ids = {question.line: torch.tensor(encode(tokenizer, question)) for question in questions}
         found, tokens = _compare(network, ids, max_new_tokens, block_size, impl, batch_size)

@@ -49,7 +49,7 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("_diff" in name)
         if config.int8_weights:
-            self.quantize_weights()
+            self.quantize_weights(config.int8_rows)
         self.post_init()
 
     @property
@@ -234,6 +234,7 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
         config.dtype, config.architectures = self.dtype, [type(self).__name__]
         weights = self.state_dict() if state_dict is None else state_dict
         config.int8_weights = any(tensor.dtype == torch.int8 for tensor in weights.values())
+        config.int8_rows = config.int8_weights and self.rounds_rows
         with checkpoint.atomic_folder(folder) as staging:
             checkpoint.write_weights(staging, weights, max_shard_size)
             config.to_json_file(staging / "config.json")

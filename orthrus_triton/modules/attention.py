@@ -212,10 +212,8 @@ class DualViewAttention(nn.Module):
         options = {"norm_offset": self.norm_offset, "impl": impl}
         if impl == view_pass.linear_impl and not (drafting and self.view_rank is not None):
             projection = self.qkv_proj_diff if drafting else self.qkv_proj
-            weight, scale = projection.factors(drafting)
-            return ops.qkv_rope_cache(
-                hidden, weight, projection.bias, *where, **options, weight_scale=scale, draft=drafting
-            )  # fmt: skip
+            weight, how = projection.factor(drafting)
+            return ops.qkv_rope_cache(hidden, weight, projection.bias, *where, **options, **how)
         return ops.rope_cache(self._project_qkv(hidden, drafting, view_pass.linear_impl), *where, **options)
 
     def _angles(self, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -69,8 +69,8 @@ class GatedMLP(nn.Module):
         if self.activation == "gelu_pytorch_tanh":
             activated = ops.geglu(gate_up(x, impl=linear_impl, draft=draft), impl=impl)
         elif impl == linear_impl:
-            weight, scale = gate_up.factors(draft)
-            activated = ops.linear_swiglu(x, weight, gate_up.bias, impl=impl, weight_scale=scale, draft=draft)
+            weight, how = gate_up.factor(draft)
+            activated = ops.linear_swiglu(x, weight, gate_up.bias, impl=impl, **how)
         else:  # a product that is not ours has no epilogue to put it in
             activated = ops.swiglu(gate_up(x, impl=linear_impl, draft=draft), impl=impl)
         if next_norm is None:

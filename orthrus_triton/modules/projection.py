@@ -28,7 +28,8 @@ def require_residual(residual: torch.Tensor | None, next_norm: RMSNorm | None) -
 class Linear(nn.Module):
     """`orthrus_triton.ops.linear` with nn.Linear's parameters and names.
 
-    `quantize` turns the weight to int8, for good; the state dict then has `weight_scale`, too.
+    `quantize` turns the weight to int8, for good; the state dict then has `weight_scale`, too. With `rounds_rows`, CPUs
+    that multiply integers faster then round what it is multiplied with to int8 as well.
 
     Args:
         in_features, out_features: weight is [out_features, in_features].
@@ -40,6 +41,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.rounds_rows = False
         self.register_buffer("weight_scale", None)
         self.register_buffer("draft_weight", None, persistent=False)
         self.register_buffer("draft_scale", None, persistent=False)
@@ -57,8 +59,9 @@ class Linear(nn.Module):
         """Whether the weight is in int8, with a scale for each of its rows."""
         return self.weight_scale is not None
 
-    def quantize(self) -> None:
+    def quantize(self, rounds_rows: bool = False) -> None:
         """Keep the weight in int8 alone (`orthrus_triton.ops.quantize_rows`)."""
+        self.rounds_rows = rounds_rows
         if self.is_quantized:
             return
         with torch.inference_mode(False):  # what is made in it cannot be loaded into later
@@ -97,12 +100,12 @@ class Linear(nn.Module):
         )
         self.drop_draft_copy()  # it is of other weights
 
-    def factors(self, draft: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight to multiply with, and the scale of its rows if it is in int8: the copy for a `draft`, if there is
-        one."""
+    def factor(self, draft: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor | bool | None]]:
+        """The weight to multiply with, which for a `draft` is the copy, if there is one, and what ops have to know of
+        it: `weight_scale` and `round_rows`."""
         if draft and self.draft_weight is not None:
-            return self.draft_weight, self.draft_scale
-        return self.weight, self.weight_scale
+            return self.draft_weight, {"weight_scale": self.draft_scale, "round_rows": True}
+        return self.weight, {"weight_scale": self.weight_scale, "round_rows": draft or self.rounds_rows}
 
     def forward(
         self,
@@ -114,10 +117,8 @@ class Linear(nn.Module):
         draft: bool = False,
     ) -> torch.Tensor:
         """x [..., in] -> [..., out], plus `residual` [..., out]."""
-        weight, scale = self.factors(draft)
-        return ops.linear(
-            x, weight, self.bias, residual, out_dtype=out_dtype, impl=impl, weight_scale=scale, draft=draft
-        )  # fmt: skip
+        weight, how = self.factor(draft)
+        return ops.linear(x, weight, self.bias, residual, out_dtype=out_dtype, impl=impl, **how)
 
     def add_and_norm(
         self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm, *, impl: str = "auto", linear_impl: str = "auto",
@@ -126,10 +127,9 @@ class Linear(nn.Module):
         """(norm of the sum, sum) of this projection of x [..., in] and `residual` [..., out]; in one op where both the
         product (`linear_impl`) and the rest (`impl`) are ours."""
         if impl == linear_impl:
-            weight, scale = self.factors(draft)
+            weight, how = self.factor(draft)
             return ops.linear_norm(
-                x, weight, self.bias, residual, norm.weight, norm.eps, norm_offset=norm.offset, impl=impl,
-                weight_scale=scale, draft=draft,
+                x, weight, self.bias, residual, norm.weight, norm.eps, norm_offset=norm.offset, impl=impl, **how
             )  # fmt: skip
         return norm(self(x, impl=linear_impl, draft=draft), residual, impl=impl)
 

@@ -19,15 +19,15 @@ MAX_ROWS = 128  # of one product
 
 def tiled_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """x [..., K], weight [N, K], bias [N] -> [..., N]: every row has the bits that it would have alone. With
-    `weight_scale` [N], the weight is in int8, and x may be rounded to it for a `draft`.
+    `weight_scale` [N], the weight is in int8, and with `round_rows` x may be rounded to it.
 
     Rows are filled up to whole tiles. A product of one tile has one shape, and so one kernel, for every number of rows;
     see `row_tile`. Taller ones read the weight once for all their rows; see `has_tile_bits`.
     """
-    if (out := linear_cpu(x, weight, bias, weight_scale, draft)) is not None:
+    if (out := linear_cpu(x, weight, bias, weight_scale, round_rows)) is not None:
         return out
     if weight_scale is not None:
         weight = dequantize_rows(weight, weight_scale, x.dtype)
@@ -42,11 +42,12 @@ def tiled_product(
 
 
 def library_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None,
+    round_rows: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """All rows in one call of the fastest library there is; x [..., K] -> [..., N]. No library multiplies int8."""
     if weight_scale is not None:
-        if (out := linear_cpu(x, weight, bias, weight_scale)) is not None:
+        if (out := linear_cpu(x, weight, bias, weight_scale, round_rows)) is not None:
             return out
         weight = dequantize_rows(weight, weight_scale, x.dtype)
     if has_product(x, x.shape[:-1].numel()) and (out := linear_cpu(x, weight, bias)) is not None:

@@ -31,7 +31,7 @@ def linear(
     impl: str = "auto",
     config: KernelConfig | None = None,
     weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> torch.Tensor:
     """`x @ weight.T + bias`, accumulated in fp32, plus `residual` in the output's dtype.
 
@@ -47,8 +47,8 @@ def linear(
         config: kernel configuration, by default the one looked up for this weight shape. Only with impl="triton".
         weight_scale: [N] float, for a `weight` of int8 whose row n counts `weight_scale[n]` (`quantize_rows`). Every
             integer is multiplied as it is, and sums are scaled.
-        draft: whether only a draft reads the result, which then need not be as close: with a `weight` of int8, CPUs
-            that are faster so round x to int8, too, with one scale per row.
+        round_rows: with a `weight` of int8, CPUs that multiply integers faster round x to int8, too, in groups of up to
+            64 numbers of a row with one scale each: for drafts, and for models that shall be fast rather than close.
 
     Returns:
         [..., N].
@@ -66,10 +66,10 @@ def linear(
     if config is not None:
         return launch_linear(x, weight, bias, residual, out_dtype, config, weight_scale)
     if impl == "library" and runs_directly("torch", x):
-        return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
+        return linear_library(x, weight, bias, residual, out_dtype, weight_scale, round_rows)
     if runs_directly(impl, x):
-        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale, draft)
-    return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl, weight_scale, draft)
+        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale, round_rows)
+    return torch.ops.orthrus_triton.linear(x, weight, bias, residual, out_dtype, impl, weight_scale, round_rows)
 
 
 def check_product(
@@ -238,9 +238,10 @@ def linear_library(
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
     weight_scale: torch.Tensor | None = None,
+    round_rows: bool = False,
 ) -> torch.Tensor:
     """The vendor's product over all rows at once, on any device."""
-    out = library_product(x, weight, bias, weight_scale).to(out_dtype)
+    out = library_product(x, weight, bias, weight_scale, round_rows).to(out_dtype)
     return out if residual is None else out + residual
 
 
@@ -252,12 +253,12 @@ def linear_torch(
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
     weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> torch.Tensor:
     """Any device. On the CPU a row's bits are those it would have alone (`tiled_product`)."""
     if x.device.type != "cpu":
         return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
-    out = tiled_product(x, weight, bias, weight_scale, draft)
+    out = tiled_product(x, weight, bias, weight_scale, round_rows)
     if out.dtype != out_dtype:
         out = out.to(out_dtype)
     return out if residual is None else out + residual
@@ -276,19 +277,19 @@ def linear_reference(
     "orthrus_triton::linear",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, ScalarType out_dtype, str impl, "
-    "Tensor? weight_scale=None, bool draft=False) -> Tensor",
+    "Tensor? weight_scale=None, bool round_rows=False) -> Tensor",
 )
-def _linear_op(x, weight, bias, residual, out_dtype, impl, weight_scale=None, draft=False):
+def _linear_op(x, weight, bias, residual, out_dtype, impl, weight_scale=None, round_rows=False):
     if impl == "triton":
         return launch_linear(x, weight, bias, residual, out_dtype, weight_scale=weight_scale)
     if impl == "torch":
-        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale, draft)
+        return linear_torch(x, weight, bias, residual, out_dtype, weight_scale, round_rows)
     if impl == "library":
-        return linear_library(x, weight, bias, residual, out_dtype, weight_scale)
+        return linear_library(x, weight, bias, residual, out_dtype, weight_scale, round_rows)
     out = linear_reference(x, weight, bias, weight_scale).to(out_dtype)
     return out if residual is None else out + residual
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, residual, out_dtype, impl, weight_scale=None, draft=False):
+def _(x, weight, bias, residual, out_dtype, impl, weight_scale=None, round_rows=False):
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)

@@ -32,7 +32,7 @@ def linear_norm(
     impl: str = "auto",
     config: KernelConfig | None = None,
     weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`h = x @ weight.T + bias + residual`, as `linear` rounds it, and its root-mean-square norm.
 
@@ -49,7 +49,7 @@ def linear_norm(
         norm_offset: as in `rms_norm`.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
-        weight_scale, draft: [N] float, for a `weight` of int8, and who reads the result, as in `linear`.
+        weight_scale, round_rows: [N] float, for a `weight` of int8, and what becomes of x then, as in `linear`.
 
     Returns:
         (norm [..., N], h [..., N]); h is the next residual.
@@ -68,8 +68,8 @@ def linear_norm(
     if config is not None:
         return launch_linear_norm(x, weight, bias, residual, *norm, config, weight_scale)
     if runs_directly(impl, x):
-        return linear_norm_torch(x, weight, bias, residual, *norm, weight_scale, draft)
-    return torch.ops.orthrus_triton.linear_norm(x, weight, bias, residual, *norm, impl, weight_scale, draft)
+        return linear_norm_torch(x, weight, bias, residual, *norm, weight_scale, round_rows)
+    return torch.ops.orthrus_triton.linear_norm(x, weight, bias, residual, *norm, impl, weight_scale, round_rows)
 
 
 @triton.jit(do_not_specialize=["M", "run", "apart"])
@@ -136,10 +136,10 @@ def linear_norm_torch(
     eps: float,
     norm_offset: float,
     weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Any device."""
-    product = linear_torch(x, weight, bias, None, x.dtype, weight_scale, draft)
+    product = linear_torch(x, weight, bias, None, x.dtype, weight_scale, round_rows)
     return add_rms_norm_torch(product, residual, norm_weight, eps, norm_offset)
 
 
@@ -147,18 +147,20 @@ def linear_norm_torch(
     "orthrus_triton::linear_norm",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, float eps, "
-    "float norm_offset, str impl, Tensor? weight_scale=None, bool draft=False) -> (Tensor, Tensor)",
+    "float norm_offset, str impl, Tensor? weight_scale=None, bool round_rows=False) -> (Tensor, Tensor)",
 )
-def _linear_norm_op(x, weight, bias, residual, norm_weight, eps, norm_offset, impl, weight_scale=None, draft=False):
+def _linear_norm_op(
+    x, weight, bias, residual, norm_weight, eps, norm_offset, impl, weight_scale=None, round_rows=False
+):
     norm = (norm_weight, eps, norm_offset)
     if impl == "triton":
         return launch_linear_norm(x, weight, bias, residual, *norm, weight_scale=weight_scale)
     if impl == "torch":
-        return linear_norm_torch(x, weight, bias, residual, *norm, weight_scale, draft)
+        return linear_norm_torch(x, weight, bias, residual, *norm, weight_scale, round_rows)
     hidden = linear_reference(x, weight, bias, weight_scale).to(x.dtype) + residual
     return rms_norm_reference(hidden, *norm).to(x.dtype), hidden
 
 
 @_linear_norm_op.register_fake
-def _(x, weight, bias, residual, norm_weight, eps, norm_offset, impl, weight_scale=None, draft=False):
+def _(x, weight, bias, residual, norm_weight, eps, norm_offset, impl, weight_scale=None, round_rows=False):
     return x.new_empty(residual.shape), x.new_empty(residual.shape)

@@ -29,7 +29,7 @@ def linear_swiglu(
     impl: str = "auto",
     config: KernelConfig | None = None,
     weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> torch.Tensor:
     """`silu(x @ gate.T) * (x @ up.T)`, both products rounded to the dtype of `x` first, as if unfused.
 
@@ -39,7 +39,7 @@ def linear_swiglu(
         bias: [2 * I] or None, the dtype of `x`.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
-        weight_scale, draft: [2 * I] float, for a `weight` of int8, and who reads the result, as in `linear`.
+        weight_scale, round_rows: [2 * I] float, for a `weight` of int8, and what becomes of x then, as in `linear`.
 
     Returns:
         [..., I].
@@ -55,8 +55,8 @@ def linear_swiglu(
     if config is not None:
         return launch_linear_swiglu(x, weight, bias, config, weight_scale)
     if runs_directly(impl, x):
-        return linear_swiglu_torch(x, weight, bias, weight_scale, draft)
-    return torch.ops.orthrus_triton.linear_swiglu(x, weight, bias, impl, weight_scale, draft)
+        return linear_swiglu_torch(x, weight, bias, weight_scale, round_rows)
+    return torch.ops.orthrus_triton.linear_swiglu(x, weight, bias, impl, weight_scale, round_rows)
 
 
 @triton.jit
@@ -148,26 +148,27 @@ def launch_linear_swiglu(
 
 def linear_swiglu_torch(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Any device."""
-    gate_up = linear_torch(x, weight, bias, None, x.dtype, weight_scale, draft)
+    gate_up = linear_torch(x, weight, bias, None, x.dtype, weight_scale, round_rows)
     return swiglu_formula(gate_up, accumulate_dtype(x.dtype))
 
 
 @torch.library.custom_op(
     "orthrus_triton::linear_swiglu",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, str impl, Tensor? weight_scale=None, bool draft=False) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, str impl, Tensor? weight_scale=None, bool round_rows=False) "
+    "-> Tensor",
 )
-def _linear_swiglu_op(x, weight, bias, impl, weight_scale=None, draft=False):
+def _linear_swiglu_op(x, weight, bias, impl, weight_scale=None, round_rows=False):
     if impl == "triton":
         return launch_linear_swiglu(x, weight, bias, weight_scale=weight_scale)
     if impl == "torch":
-        return linear_swiglu_torch(x, weight, bias, weight_scale, draft)
+        return linear_swiglu_torch(x, weight, bias, weight_scale, round_rows)
     return swiglu_formula(linear_reference(x, weight, bias, weight_scale), torch.float64).to(x.dtype)
 
 
 @_linear_swiglu_op.register_fake
-def _(x, weight, bias, impl, weight_scale=None, draft=False):
+def _(x, weight, bias, impl, weight_scale=None, round_rows=False):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)

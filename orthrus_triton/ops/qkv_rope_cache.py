@@ -29,7 +29,7 @@ def qkv_rope_cache(
     impl: str = "auto",
     config: KernelConfig | None = None,
     weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> torch.Tensor:
     """`rope_cache(linear(x, weight, bias), cos, sin, k_out, ...)`.
 
@@ -40,8 +40,8 @@ def qkv_rope_cache(
         cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset: as in `rope_cache`.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
-        weight_scale, draft: [(HQ + 2 * HKV) * D] float, for a `weight` of int8, and who reads the result, as in
-            `linear`.
+        weight_scale, round_rows: [(HQ + 2 * HKV) * D] float, for a `weight` of int8, and what becomes of x then, as
+            in `linear`.
 
     Returns:
         q: [B, T, HQ, D].
@@ -57,9 +57,9 @@ def qkv_rope_cache(
     if config is not None:
         return launch_qkv_rope_cache(x, weight, bias, *rope, config, weight_scale)
     if runs_directly(impl, x):
-        qkv = linear_torch(x, weight, bias, None, x.dtype, weight_scale, draft)
+        qkv = linear_torch(x, weight, bias, None, x.dtype, weight_scale, round_rows)
         return rope_cache_torch(qkv, *rope, accumulate_dtype(x.dtype), x.dtype, keep=True)
-    return torch.ops.orthrus_triton.qkv_rope_cache(x, weight, bias, *rope, impl, weight_scale, draft)
+    return torch.ops.orthrus_triton.qkv_rope_cache(x, weight, bias, *rope, impl, weight_scale, round_rows)
 
 
 def launch_qkv_rope_cache(
@@ -80,17 +80,17 @@ def launch_qkv_rope_cache(
     mutates_args=("k_out", "v_out"),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? cos, Tensor? sin, Tensor(a!) k_out, Tensor(b!) v_out, "
     "Tensor slots, Tensor? q_norm, Tensor? k_norm, float eps, float norm_offset, str impl, "
-    "Tensor? weight_scale=None, bool draft=False) -> Tensor",
+    "Tensor? weight_scale=None, bool round_rows=False) -> Tensor",
 )
 def _qkv_rope_cache_op(
     x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, impl, weight_scale=None,
-    draft=False,
+    round_rows=False,
 ):  # fmt: skip
     rope = (cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset)
     if impl == "triton":
         return launch_qkv_rope_cache(x, weight, bias, *rope, weight_scale=weight_scale)
     if impl == "torch":
-        qkv = linear_torch(x, weight, bias, None, x.dtype, weight_scale, draft)
+        qkv = linear_torch(x, weight, bias, None, x.dtype, weight_scale, round_rows)
         return rope_cache_torch(qkv, *rope, accumulate_dtype(x.dtype), x.dtype).contiguous()
     qkv = linear_reference(x, weight, bias, weight_scale).to(x.dtype)
     return rope_cache_torch(qkv, *rope, torch.float64, torch.float64).contiguous()
@@ -99,7 +99,7 @@ def _qkv_rope_cache_op(
 @_qkv_rope_cache_op.register_fake
 def _(
     x, weight, bias, cos, sin, k_out, v_out, slots, q_norm, k_norm, eps, norm_offset, impl, weight_scale=None,
-    draft=False,
+    round_rows=False,
 ):  # fmt: skip
     HKV, D = k_out.shape[1], k_out.shape[3]
     return x.new_empty(*x.shape[:-1], weight.shape[0] // D - 2 * HKV, D)

@@ -70,6 +70,7 @@ def test_an_anchor_that_the_frozen_view_reads_is_no_draft(dtype: torch.dtype) ->
 
 
 @pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize("round_rows", [False, True])
 @pytest.mark.parametrize(
     ("case", "dtype", "anchor_view", "options"),
     [
@@ -79,8 +80,8 @@ def test_an_anchor_that_the_frozen_view_reads_is_no_draft(dtype: torch.dtype) ->
         ("olmo2", torch.bfloat16, "ar", {}), ("qwen2", torch.bfloat16, "diffusion", {"view_rank": 2}),
     ],
 )  # fmt: skip
-def test_consensus_is_ar_to_the_bits_of_the_cache(case: str, dtype: torch.dtype, anchor_view: str, options) -> None:
-    assert_consensus_is_ar(dual_view(case, dtype, anchor_view, **options), (5, 11), 32, "torch")
+def test_consensus_is_ar_to_the_bits_of_the_cache(case, dtype, anchor_view, options, round_rows: bool) -> None:
+    assert_consensus_is_ar(dual_view(case, dtype, anchor_view, **options), (5, 11), 32, "torch", round_rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -98,8 +99,10 @@ def test_consensus_is_ar_beside_many_others(dtype: torch.dtype) -> None:
     assert_consensus_is_ar(dual_view("qwen3", dtype, "ar").to(DEVICE), lengths, 64, "triton")
 
 
-def assert_consensus_is_ar(model: OrthrusForCausalLM, lengths: tuple[int, ...], tokens: int, impl: str) -> None:
-    model.quantize_weights()
+def assert_consensus_is_ar(
+    model: OrthrusForCausalLM, lengths: tuple[int, ...], tokens: int, impl: str, round_rows: bool = False
+) -> None:
+    model.quantize_weights(round_rows)
     prompts = [random_ids(length, seed=length)[0].to(DEVICE) for length in lengths]
     decoders = [ConsensusDecoder(model, mode=mode, impl=impl) for mode in ("consensus", "ar")]
     ours, theirs = (decoder.generate(prompts, max_new_tokens=tokens).sequences for decoder in decoders)

@@ -21,7 +21,6 @@ MAX_HEAD_DIM, MAX_ROWS = 256, 128  # what the kernels' workspaces hold: MAX_HEAD
 FEW_ROWS = 16  # no task of attention is split to fewer
 FP32_ROWS = 8  # of a product of fp32, up to which no library is faster
 COLUMNS = 1024  # of a product, that a task takes at most
-DRAFT_DEPTH = 1 << 16  # up to which sums of products of integers are themselves integers of four bytes
 LOG2_E = 1.4426950408889634
 
 
@@ -67,19 +66,18 @@ def has_product(like: torch.Tensor, rows: int = 1) -> bool:
     return _product(c_library(), like.dtype)[0] is not None
 
 
-def has_draft_product() -> bool:
-    """Whether `linear_cpu` multiplies drafts in integers: this CPU has instructions for it."""
+def has_integer_product() -> bool:
+    """Whether `linear_cpu` can multiply in integers: this CPU has instructions for it."""
     return _product(c_library(), torch.float32, True, True) != _product(c_library(), torch.float32, True)
 
 
 def linear_cpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None = None,
-    draft: bool = False,
+    round_rows: bool = False,
 ) -> torch.Tensor | None:  # fmt: skip
     """`linear`. A row has the same bits whatever other rows there are, and whatever the number of threads."""
     of_int8 = weight_scale is not None
-    draft = draft and of_int8 and 0 < weight.shape[1] <= DRAFT_DEPTH
-    kernel, has_room = _product(library_for(x, weight, bias, weight_scale), x.dtype, of_int8, draft)
+    kernel, has_room = _product(library_for(x, weight, bias, weight_scale), x.dtype, of_int8, round_rows)
     if kernel is None or weight.dtype != (torch.int8 if of_int8 else x.dtype) or not weight.is_contiguous():
         return None
     N, K = weight.shape
@@ -97,12 +95,12 @@ def linear_cpu(
 
 @cache
 def _product(
-    library: ctypes.CDLL | None, dtype: torch.dtype, of_int8: bool = False, draft: bool = False
+    library: ctypes.CDLL | None, dtype: torch.dtype, of_int8: bool = False, round_rows: bool = False
 ) -> tuple[Callable | None, bool]:  # fmt: skip
     """The product of rows of this dtype, if there is one, and whether it needs room for them in another
     one."""
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    kinds = (*["_draft"] * draft, "_int8_wide") if of_int8 else ("", "_wide")
+    kinds = (*["_int8_integers"] * round_rows, "_int8_wide") if of_int8 else ("", "_wide")
     for kind in kinds:
         if hasattr(library, f"orthrus_linear_{name}{kind}"):
             return getattr(library, f"orthrus_linear_{name}{kind}"), bool(kind)

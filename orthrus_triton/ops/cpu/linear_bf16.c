@@ -27,7 +27,7 @@ void orthrus_linear_bf16(
     const uint16_t *x, const uint16_t *weight, const uint16_t *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
     int64_t columns, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
-    multiply(x, K, 0, weight, 0, bias, out, M, N, K, columns);
+    multiply(x, K, weight, 0, bias, out, M, N, K, columns);
 }
 
 #else

@@ -24,5 +24,5 @@ void orthrus_linear_fp32(
     const float *x, const float *weight, const float *bias, float *out, int64_t M, int64_t N, int64_t K,
     int64_t columns, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
-    multiply(x, K, 0, weight, 0, bias, out, M, N, K, columns);
+    multiply(x, K, weight, 0, bias, out, M, N, K, columns);
 }

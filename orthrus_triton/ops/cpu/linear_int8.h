@@ -28,6 +28,6 @@ static void linear_int8(
             to_floats(wide + m * stride, x + m * K, K, DTYPE);
             memset(wide + m * stride + K, 0, (stride - K) * sizeof *wide);
         }
-        multiply(wide, stride, 0, values, scale, bias, out, M, N, K, columns);
+        multiply(wide, stride, values, scale, bias, out, M, N, K, columns);
     }
 }

@@ -33,6 +33,6 @@ static void linear_wide(
                         to + part * LANES,
                         k + DEPTH <= K ? load_weights(from, part) : load_last_weights(from, K - k, part));
             }
-        multiply(wide, stride, 0, weight, 0, bias, out, M, N, K, columns);
+        multiply(wide, stride, weight, 0, bias, out, M, N, K, columns);
     }
 }

@@ -1,8 +1,8 @@
 /* x @ weight.T, for a file that says before how its numbers are multiplied: `row_number`, `weight_number`, how DEPTH of
  * them are loaded as `factors`, in PARTS vectors, `add_product`; and of which DTYPE, and so which `out_number`, bias
  * and results are, perhaps how they are rounded. Lanes run along K, and every result is summed in one order: along K,
- * lane by lane, then over the lanes. So no row depends on others, or on their number. Sums are of floats
- * or, where a file says so, of INTEGERS. */
+ * lane by lane, then over the lanes. So no row depends on others, or on their number. Where a file says that factors
+ * are INTEGERS, so are sums over a SPAN of a row, which lies behind a HEADER. */
 
 #define TALL 4 /* a square of products has TALL rows and WIDE columns, */
 #if LANES == 8
@@ -17,33 +17,21 @@
 #ifndef round_line
 #define round_line(to, from) from_floats(to, from, GROUP, DTYPE)
 #endif
-#ifndef INTEGERS
-typedef floats sums;
-#else
+#ifdef INTEGERS
 typedef ints sums;
+#else
+typedef floats sums;
 #endif
-
-/* Of each result of TALL rows, where rows are integers: what is too much of it, and its factor. */
-typedef struct {
-    int32_t excess[GROUP];
-    float scale[GROUP];
-} about_rows;
 
 /* Sums over the lanes of each of GROUP vectors, of which number PLACE(i) is product i's: pairs are added, half to half,
  * to one vector each, until one is left. */
 #if LANES == 4
 #define PLACE(i) (i)
-#ifndef INTEGERS
-#define PAIRS(a, b) ((sums)vpaddq_f32((float32x4_t)(a), (float32x4_t)(b)))
-#else
-#define PAIRS(a, b) ((sums)vpaddq_s32((int32x4_t)(a), (int32x4_t)(b)))
-#endif
-static inline void sum_up(void *result, const sums *of) {
+#define PAIRS(a, b) vpaddq_f32((float32x4_t)(a), (float32x4_t)(b))
+static inline void sum_up(float *result, const floats *of) {
 #pragma GCC unroll 4
-    for (int i = 0; i < GROUP; i += 4) {
-        const sums four = PAIRS(PAIRS(of[i], of[i + 1]), PAIRS(of[i + 2], of[i + 3]));
-        memcpy((int32_t *)result + i, &four, sizeof four);
-    }
+    for (int i = 0; i < GROUP; i += 4)
+        store(result + i, (floats)PAIRS(PAIRS(of[i], of[i + 1]), PAIRS(of[i + 2], of[i + 3])));
 }
 #else
 #define PLACE(i) ((i) % 4 * (GROUP / 4) + (i) / 4)
@@ -55,8 +43,8 @@ typedef __m256 lanes;
 #define SHUFFLE _mm256_shuffle_ps
 #endif
 #define BOTH(shuffle, low, high, i) \
-    (lanes)((sums)shuffle(of[2 * i], of[2 * i + 1], low) + (sums)shuffle(of[2 * i], of[2 * i + 1], high))
-static inline void sum_up(void *result, const sums *vectors) {
+    (lanes)((floats)shuffle(of[2 * i], of[2 * i + 1], low) + (floats)shuffle(of[2 * i], of[2 * i + 1], high))
+static inline void sum_up(float *result, const floats *vectors) {
     lanes of[GROUP];
     memcpy(of, vectors, sizeof of);
 #if LANES == 16
@@ -85,18 +73,11 @@ static inline __attribute__((always_inline)) void add_products(
     }
 }
 
-/* The products of `height` rows of x and `width` rows of the weight, the result at row * width + column; what lies
- * beyond `rows` or `columns` repeats the last one. Each DEPTH numbers it asks for `lines` times as many of `next`. */
-static inline __attribute__((always_inline)) void products(
-    void *result, const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns,
-    int64_t K, const int height, const int width, const int lines, const weight_number *next) {
-    const row_number *row[TALL];
-    const weight_number *column[LINE];
-    sums sum[GROUP];
-    for (int m = 0; m < height; m++) row[m] = x + least(m, rows - 1) * x_stride;
-    for (int n = 0; n < width; n++) column[n] = weight + least(n, columns - 1) * K;
-#pragma GCC unroll 16
-    for (int i = 0; i < GROUP; i++) sum[i] = (sums){0};
+/* K products of each of `height` rows and each of `width` columns, to their sums. Each DEPTH numbers it asks for `lines`
+ * times as many of `next`. */
+static inline __attribute__((always_inline)) void add_all_products(
+    sums *sum, const row_number *const *row, const weight_number *const *column, int64_t K, const int height,
+    const int width, const int lines, const weight_number *next) {
     int64_t k = 0;
     for (; k + DEPTH <= K; k += DEPTH) {
 #pragma GCC unroll 16
@@ -121,22 +102,53 @@ static inline __attribute__((always_inline)) void products(
                 add_products(sum, numbers, load_last_weights(column[n] + k, K - k, part), n, height, width);
         }
     }
-    sum_up(result, sum);
+}
+
+/* The products of `height` rows of x and `width` rows of the weight, the result at row * width + column; what lies
+ * beyond `rows` or `columns` repeats the last one. */
+static inline __attribute__((always_inline)) void products(
+    float *result, const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns,
+    int64_t K, const int height, const int width, const int lines, const weight_number *next) {
+    const row_number *row[TALL];
+    const weight_number *column[LINE];
+    floats total[GROUP];
+    for (int m = 0; m < height; m++) row[m] = x + least(m, rows - 1) * x_stride;
+    for (int n = 0; n < width; n++) column[n] = weight + least(n, columns - 1) * K;
+#pragma GCC unroll 16
+    for (int i = 0; i < GROUP; i++) total[i] = (floats){0};
+#ifndef INTEGERS
+    add_all_products(total, row, column, K, height, width, lines, next);
+#else
+    for (int64_t k = 0; k < K; k += SPAN) {
+        sums sum[GROUP];
+        floats scale[TALL];
+#pragma GCC unroll 4
+        for (int m = 0; m < height; m++) {
+            scale[m] = load((const float *)(row[m] + sizeof(ints)));
+            for (int n = 0; n < width; n++) sum[PLACE(m * width + n)] = load_rows(row[m]);
+            row[m] += HEADER;
+        }
+        add_all_products(sum, row, column, least(SPAN, K - k), height, width, lines, next + k * lines);
+#pragma GCC unroll 16
+        for (int i = 0; i < height * width; i++) {
+            floats *of = total + PLACE(i);
+            *of = fused(__builtin_convertvector(sum[PLACE(i)], floats), scale[i / width], *of);
+        }
+        for (int m = 0; m < height; m++) row[m] += SPAN;
+        for (int n = 0; n < width; n++) column[n] += SPAN;
+    }
+#endif
+    sum_up(result, total);
 }
 
 /* `products`, times scale, plus bias, where there is one, to `out` of rows that are N apart. */
 static inline __attribute__((always_inline)) void store_products(
-    const row_number *x, int64_t rows, int64_t x_stride, const about_rows *about, const weight_number *weight,
-    int64_t columns, int64_t K, const float *scale, const out_number *bias, out_number *out, int64_t N,
-    const int height, const int width, const int lines, const weight_number *next) {
+    const row_number *x, int64_t rows, int64_t x_stride, const weight_number *weight, int64_t columns, int64_t K,
+    const float *scale, const out_number *bias, out_number *out, int64_t N, const int height, const int width,
+    const int lines, const weight_number *next) {
     float result[GROUP], factor[GROUP] = {0}, constant[GROUP] = {0};
     out_number rounded[GROUP];
     products(result, x, rows, x_stride, weight, columns, K, height, width, lines, next);
-    if (about) {
-        int32_t sum[GROUP];
-        memcpy(sum, result, sizeof sum);
-        for (int i = 0; i < GROUP; i++) result[i] = (float)(sum[i] - about->excess[i]) * about->scale[i];
-    }
     if (scale) {
         if (width <= columns) memcpy(factor, scale, width * sizeof *scale);
         else memcpy(factor, scale, columns * sizeof *scale);
@@ -158,12 +170,11 @@ static inline __attribute__((always_inline)) void store_products(
  * of this one, by the more of them the more rows there are: it should be there by then. Every line of one row alone
  * asks for the next one. */
 static void multiply_panel(
-    const row_number *x, int64_t x_stride, const about_rows *about, const weight_number *weight, const float *scale,
-    const out_number *bias, out_number *out, int64_t M, int64_t N, int64_t K, int64_t first, int64_t last) {
+    const row_number *x, int64_t x_stride, const weight_number *weight, const float *scale, const out_number *bias,
+    out_number *out, int64_t M, int64_t N, int64_t K, int64_t first, int64_t last) {
 #define STORE(m, n, height, width, lines, next) \
-    store_products(x + (m) * x_stride, M - (m), x_stride, about ? about + (m) / TALL : 0, weight + (n) * K, \
-                   last - (n), K, scale ? scale + (n) : 0, bias ? bias + (n) : 0, out + (m) * N + (n), N, height, \
-                   width, lines, next)
+    store_products(x + (m) * x_stride, M - (m), x_stride, weight + (n) * K, last - (n), K, scale ? scale + (n) : 0, \
+                   bias ? bias + (n) : 0, out + (m) * N + (n), N, height, width, lines, next)
     if (M == 1) {
         for (int64_t n = first; n < last; n += LINE) STORE(0, n, 1, LINE, LINE, weight + (n + LINE) * K);
         return;
@@ -184,12 +195,12 @@ static void multiply_panel(
 
 /* All rows, in tasks of `columns`, a multiple of GROUP. Inside a parallel region. */
 static void multiply(
-    const row_number *x, int64_t x_stride, const about_rows *about, const weight_number *weight, const float *scale,
-    const out_number *bias, out_number *out, int64_t M, int64_t N, int64_t K, int64_t columns) {
+    const row_number *x, int64_t x_stride, const weight_number *weight, const float *scale, const out_number *bias,
+    out_number *out, int64_t M, int64_t N, int64_t K, int64_t columns) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < N; first += columns)
         for (int64_t m = 0; m < M; m += PANEL)
             multiply_panel(
-                x + m * x_stride, x_stride, about ? about + m / TALL : 0, weight, scale, bias, out + m * N,
-                least(PANEL, M - m), N, K, first, least(first + columns, N));
+                x + m * x_stride, x_stride, weight, scale, bias, out + m * N, least(PANEL, M - m), N, K, first,
+                least(first + columns, N));
 }
