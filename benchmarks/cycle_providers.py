@@ -94,10 +94,10 @@ def ours_int8_drafts(load: Workload) -> Cycles:
     return measured
 
 
-def in_int8(model: OrthrusForCausalLM, round_rows: bool = False) -> OrthrusForCausalLM:
+def in_int8(model: OrthrusForCausalLM, round_rows: bool = False, head: bool = False) -> OrthrusForCausalLM:
     """The model with weights in int8; another one, because there is no way back."""
     quantized = copy.deepcopy(model)
-    quantized.quantize_weights(round_rows)
+    quantized.quantize_weights(round_rows, head)
     return quantized
 
 

@@ -1,5 +1,5 @@
 """What rounding the weights changes: a text's next-token distributions by the model in fp32, by the model in its dtype,
-and by that with its weights in int8, and rows, too. `python -m benchmarks.int8_weights --prompts FILE`."""
+and by that with its weights, rows and LM head in int8. `python -m benchmarks.int8_weights --prompts FILE`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def main(
         rounded, tokenizer, _ = load_model(model, of, device)
         exact, _, _ = load_model(model, torch.float32, device)
         others = {
-            "as it is": rounded, "weights in int8": in_int8(rounded), "weights and rows in int8": in_int8(rounded, True)
+            "as it is": rounded, "weights in int8": in_int8(rounded), "rows, too": in_int8(rounded, True),
+            "rows and LM head, too": in_int8(rounded, True, True),
         }  # fmt: skip
     distances = {name: Distance() for name in others}
     decoder = ConsensusDecoder(rounded)

@@ -67,17 +67,13 @@ def assert_bad_input(result, *fragments: str) -> None:
 
 
 def expected_text(
-    folder: Path,
-    prompt: str,
-    tokens: int,
-    params: SamplingParams = SamplingParams(),
-    int8_weights: bool = False,
-    int8_rows: bool = False,
-) -> str:
+    folder: Path, prompt: str, tokens: int, params: SamplingParams = SamplingParams(), int8_weights: bool = False,
+    **also: bool,
+) -> str:  # fmt: skip
     """Plain AR decoding through the library, as text."""
     model = OrthrusForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if int8_weights:
-        model.quantize_weights(int8_rows)
+        model.quantize_weights(**also)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     decoder = ConsensusDecoder(model, mode="ar")

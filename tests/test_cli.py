@@ -93,15 +93,17 @@ def test_int8_weights_are_another_model_of_which_text_is_as_exact(model_folder, 
         assert text == expected_text(model_folder, "the text", 24, int8_weights=True)
         assert text != expected_text(model_folder, "the text", 24) and json.loads(report)["int8_weights"] is True
         model = OrthrusForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-        for round_rows in (False, True):
-            model.quantize_weights(round_rows)
+        for also in ({}, {"round_rows": True}, {"round_rows": True, "head": True}):
+            model.quantize_weights(**also)
             model.save_pretrained(tmp_path / "int8", AutoTokenizer.from_pretrained(model_folder))
-            expected = expected_text(model_folder, "the text", 24, int8_weights=True, int8_rows=round_rows)
-            for named in ([tmp_path / "int8", "the text"], [model_folder, "the text", *["--int8-rows"] * round_rows]):
+            expected = expected_text(model_folder, "the text", 24, int8_weights=True, **also)
+            flags = [name for name, key in (("--int8-rows", "round_rows"), ("--int8-head", "head")) if key in also]
+            for named in ([tmp_path / "int8", "the text"], [model_folder, "the text", *flags]):
                 saved = run(command, *named, *options, "--stats", "json")
                 assert saved.stdout.startswith(expected), saved.output
                 report = json.loads(saved.stdout.splitlines()[-1])
-                assert report["int8_weights"] is True and report["int8_rows"] is round_rows
+                said = [report[f"int8_{part}"] for part in ("weights", "rows", "head")]
+                assert said == [True, "round_rows" in also, "head" in also]
         return
     (tmp_path / "code.txt").write_text("the text\n")
     result = run(command, "--model", model_folder, "--prompts", tmp_path / "code.txt", "--json", *options)

@@ -13,6 +13,7 @@ from orthrus_triton.cli.chat_view import BONUS, DRAFTED, ColourView, PlainView
 from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
+    Int8HeadOption,
     Int8RowsOption,
     Int8WeightsOption,
     MinPOption,
@@ -56,6 +57,7 @@ def chat(
     ] = "consensus",
     int8_weights: Int8WeightsOption = False,
     int8_rows: Int8RowsOption = False,
+    int8_head: Int8HeadOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     plain: Annotated[bool, typer.Option("--plain", help="Text only; the default when stdout is no terminal.")] = False,
@@ -77,13 +79,9 @@ def chat(
         # out-of-range options are named before a model is loaded
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         network, tokenizer, name = load_model(
-            model,
-            resolve_dtype(dtype, where),
-            where,
-            int8_weights=int8_weights,
-            int8_rows=int8_rows,
-            template=chat_template_kwargs,
-        )
+            model, resolve_dtype(dtype, where), where, int8_weights=int8_weights, int8_rows=int8_rows,
+            int8_head=int8_head, template=chat_template_kwargs,
+        )  # fmt: skip
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("MODEL must have a chat template: use orthrus-triton generate --raw")
         decoder = ConsensusDecoder(network, mode=mode, block_size=fast_block(None, where), max_cache_len=max_len)

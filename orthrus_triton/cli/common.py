@@ -97,6 +97,10 @@ Int8RowsOption = Annotated[
         "model a little further from the one before.",
     ),
 ]  # fmt: skip
+Int8HeadOption = Annotated[
+    bool,
+    typer.Option("--int8-head", help="With weights in int8, keep the LM head in int8, too: for small models."),
+]
 
 # one sequence's sampling, as SamplingParams has it
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -19,6 +19,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     ImplOption,
     Int8DraftsOption,
+    Int8HeadOption,
     Int8RowsOption,
     Int8WeightsOption,
     TemplateOption,
@@ -61,6 +62,7 @@ def evaluate(
     block_size: BlockSizeOption = None,
     int8_weights: Int8WeightsOption = False,
     int8_rows: Int8RowsOption = False,
+    int8_head: Int8HeadOption = False,
     chat_template_kwargs: TemplateOption = None,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
@@ -100,8 +102,8 @@ def evaluate(
         if model is not None and view != "shipped":
             raise ValueError("--view is of the demo model, but --model was given: it has its own")
         network, tokenizer, name = load_model(
-            model, precision, where, view=view, int8_weights=int8_weights, int8_rows=int8_rows, int8_drafts=int8_drafts,
-            template=chat_template_kwargs,
+            model, precision, where, view=view, int8_weights=int8_weights, int8_rows=int8_rows, int8_head=int8_head,
+            int8_drafts=int8_drafts, template=chat_template_kwargs,
         )  # fmt: skip
         from orthrus_triton.training.evaluate import evaluate as measure
         from orthrus_triton.training.prompts import encode
@@ -118,6 +120,7 @@ def evaluate(
             "model": name,
             "int8_weights": network.has_int8_weights,
             "int8_rows": network.rounds_rows,
+            "int8_head": network.has_int8_head,
             "int8_drafts": int8_drafts,
             **_setting(where, precision, runs, prompts or []),
             **report,

@@ -16,6 +16,7 @@ from orthrus_triton.cli.common import (
     FastBlockOption,
     ImplOption,
     Int8DraftsOption,
+    Int8HeadOption,
     Int8RowsOption,
     Int8WeightsOption,
     MinPOption,
@@ -58,6 +59,7 @@ def generate(
     block_size: FastBlockOption = None,
     int8_weights: Int8WeightsOption = False,
     int8_rows: Int8RowsOption = False,
+    int8_head: Int8HeadOption = False,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -100,7 +102,7 @@ def generate(
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         schema = None if json_schema is None else _read_schema(json_schema)
         network, tokenizer, _ = load_model(
-            model, precision, where, int8_weights=int8_weights, int8_rows=int8_rows,
+            model, precision, where, int8_weights=int8_weights, int8_rows=int8_rows, int8_head=int8_head,
             int8_drafts=int8_drafts and mode == "consensus",
         )  # fmt: skip
         input_ids = encode_prompt(tokenizer, prompt, chat, system, chat_template_kwargs)
@@ -129,6 +131,7 @@ def generate(
             "dtype": str(precision).removeprefix("torch."),
             "int8_weights": network.has_int8_weights,
             "int8_rows": network.rounds_rows,
+            "int8_head": network.has_int8_head,
             "device": str(where),
             "impl": runs,
         }

@@ -45,26 +45,27 @@ def load_demo(
 
 def load_model(
     name: str | None, dtype: torch.dtype, device: torch.device, *, view: str = "shipped", int8_weights: bool = False,
-    int8_rows: bool = False, int8_drafts: bool = False, template: dict[str, Any] | None = None,
+    int8_rows: bool = False, int8_head: bool = False, int8_drafts: bool = False, template: dict[str, Any] | None = None,
 ) -> tuple[OrthrusForCausalLM, Any, str]:  # fmt: skip
     """Model, tokenizer and a name for reports; the demo model with `view` where `name` is None. With `int8_weights`,
-    its layers' matrices are in int8, with `int8_rows` also what CPUs multiply them with; with `int8_drafts`, its drafts
-    come from int8 copies of them; `template` are options of the chat template.
+    its layers' matrices are in int8, with `int8_head` also the LM head, with `int8_rows` also what CPUs multiply them
+    with; with `int8_drafts`, its drafts come from int8 copies; `template` are options of the chat template.
 
     Raises:
         ValueError, OSError: it cannot be had; see `OrthrusForCausalLM.from_pretrained`.
     """
     import torch
 
-    int8_weights = int8_weights or int8_rows
+    int8_weights = int8_weights or int8_rows or int8_head
     first = torch.device("cpu") if int8_weights else device  # a GPU's memory may hold no more than the int8 weights
     model, tokenizer, name = load_demo(view, dtype, first) if name is None else _load_folder(name, dtype, first)
     if int8_weights:
         with busy("Turning weights to int8"):
-            model.quantize_weights(int8_rows or model.rounds_rows)
+            model.quantize_weights(int8_rows or model.rounds_rows, int8_head)
             model.to(device)
     if model.has_int8_weights:
-        name = f"{name}, weights {'and rows ' * model.rounds_rows}in int8"
+        parts = ["weights", *["LM head"] * model.has_int8_head, *["rows"] * model.rounds_rows]
+        name = f"{name}, {' and '.join(parts)} in int8"
     if int8_drafts:
         model.quantize_drafts()
     if template:

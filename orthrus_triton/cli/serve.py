@@ -14,6 +14,7 @@ from orthrus_triton.cli.common import (
     DtypeOption,
     FastBlockOption,
     Int8DraftsOption,
+    Int8HeadOption,
     Int8RowsOption,
     Int8WeightsOption,
     TemplateOption,
@@ -66,6 +67,7 @@ def serve(
     block_size: FastBlockOption = None,
     int8_weights: Int8WeightsOption = False,
     int8_rows: Int8RowsOption = False,
+    int8_head: Int8HeadOption = False,
     chat_template_kwargs: TemplateOption = None,
     int8_drafts: Int8DraftsOption = False,
     dtype: DtypeOption = "auto",
@@ -98,8 +100,8 @@ def serve(
 
         require_origins(allow_origin or (), "--allow-origin")
         network, tokenizer, _ = load_apart(
-            model, precision, where, int8_weights=int8_weights, int8_rows=int8_rows, int8_drafts=int8_drafts,
-            template=chat_template_kwargs,
+            model, precision, where, int8_weights=int8_weights, int8_rows=int8_rows, int8_head=int8_head,
+            int8_drafts=int8_drafts, template=chat_template_kwargs,
         )  # fmt: skip
         chunk = CPU_CHUNK if where.type == "cpu" else None
         decoder = ConsensusDecoder(

@@ -16,6 +16,7 @@ from orthrus_triton.cli.common import (
     DeviceOption,
     DtypeOption,
     ImplOption,
+    Int8HeadOption,
     Int8RowsOption,
     Int8WeightsOption,
     TemplateOption,
@@ -56,6 +57,7 @@ def verify(
     block_size: BlockSizeOption = None,
     int8_weights: Int8WeightsOption = False,
     int8_rows: Int8RowsOption = False,
+    int8_head: Int8HeadOption = False,
     chat_template_kwargs: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -93,8 +95,9 @@ def verify(
         precision = resolve_dtype(dtype, where)
         runs = require_impl(impl, where)
         network, tokenizer, name = load_model(
-            model, precision, where, int8_weights=int8_weights, int8_rows=int8_rows, template=chat_template_kwargs
-        )
+            model, precision, where, int8_weights=int8_weights, int8_rows=int8_rows, int8_head=int8_head,
+            template=chat_template_kwargs,
+        )  # fmt: skip
         ids = {question.line: torch.tensor(encode(tokenizer, question)) for question in questions}
         found, tokens = _compare(network, ids, max_new_tokens, block_size, impl, batch_size)
     result = {

@@ -21,7 +21,7 @@ VIEW_FIELDS = (
     "anchor_view",
     "chain_width",
 )
-OWN_FIELDS = (*VIEW_FIELDS, "int8_weights", "int8_rows")  # no base has
+OWN_FIELDS = (*VIEW_FIELDS, "int8_weights", "int8_rows", "int8_head")  # no base has
 # of the file rather than of the model: written anew on saving, and auto_map names code that we neither ship nor run
 FILE_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version")
 
@@ -54,6 +54,7 @@ class OrthrusConfig(PreTrainedConfig):
         chain_width: None, or the width of a `DraftChain`, which lets each mask know what the row before it drafted.
         int8_weights: the layers' matrices are in int8; see `OrthrusForCausalLM.quantize_weights`.
         int8_rows: and CPUs may round what they multiply them with.
+        int8_head: so is the LM head.
 
     Raises:
         ValueError: a field that is out of range or that no kernel here implements; it names the field.
@@ -72,6 +73,7 @@ class OrthrusConfig(PreTrainedConfig):
     chain_width: int | None = None
     int8_weights: bool = False
     int8_rows: bool = False
+    int8_head: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.base_model_type not in FAMILIES:
@@ -201,7 +203,7 @@ class OrthrusConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, but got {value!r}")
-        for name in ("mask_embedding", "int8_weights", "int8_rows"):
+        for name in ("mask_embedding", "int8_weights", "int8_rows", "int8_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, but got {getattr(self, name)!r}")
         if self.anchor_view not in ("diffusion", "ar"):

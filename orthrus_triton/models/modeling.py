@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -49,7 +50,7 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("_diff" in name)
         if config.int8_weights:
-            self.quantize_weights(config.int8_rows)
+            self.quantize_weights(config.int8_rows, config.int8_head)
         self.post_init()
 
     @property
@@ -107,11 +108,13 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
 
     def compute_logits(self, hidden: torch.Tensor, linear_impl: str = "auto") -> torch.Tensor:
         """hidden [B, T, H] -> logits [B, T, V], fp32."""
-        return ops.linear(hidden, self._head_weight, out_dtype=torch.float32, impl=linear_impl)
+        weight, how = self._head
+        return ops.linear(hidden, weight, out_dtype=torch.float32, impl=linear_impl, **how)
 
     def choose(self, hidden: torch.Tensor, impl: str = "auto") -> torch.Tensor:
         """hidden [B, T, H] -> greedy tokens [B, T], the logits' own without writing them to memory."""
-        return ops.lm_head_choice(hidden, self._head_weight, impl=impl)
+        weight, how = self._head
+        return ops.lm_head_choice(hidden, weight, impl=impl, **how)
 
     def chain_drafts(
         self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, noise: DraftNoise | None = None,
@@ -119,7 +122,7 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
     ) -> torch.Tensor:  # fmt: skip
         """Drafts [B, T] of T masks that know of each other; see `DraftChain.choose`."""
         chain, embedding = self.model.draft_chain_diff, self.model.embed_tokens.weight
-        return chain.choose(hidden, logits, own, embedding, self._head_weight, noise, recalled)
+        return chain.choose(hidden, logits, own, embedding, self._head_rows, noise, recalled)
 
     @property
     def has_chain(self) -> bool:
@@ -127,8 +130,15 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
         return self.model.draft_chain_diff is not None
 
     @property
-    def _head_weight(self) -> torch.Tensor:
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+    def _head(self) -> tuple[torch.Tensor, dict[str, torch.Tensor | bool | None]]:
+        """As `Linear.factor`."""
+        return (self.model.embed_tokens.weight, {}) if self.lm_head is None else self.lm_head.factor(draft=False)
+
+    def _head_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The LM head's rows [..., H] of tokens [...]."""
+        weight, how = self._head
+        rows, scale = F.embedding(ids, weight), how.get("weight_scale")
+        return rows if scale is None else (rows * scale[ids][..., None]).to(self.dtype)
 
     @classmethod
     def from_base(
@@ -235,6 +245,7 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
         weights = self.state_dict() if state_dict is None else state_dict
         config.int8_weights = any(tensor.dtype == torch.int8 for tensor in weights.values())
         config.int8_rows = config.int8_weights and self.rounds_rows
+        config.int8_head, config.tie_word_embeddings = self.has_int8_head, self.lm_head is None
         with checkpoint.atomic_folder(folder) as staging:
             checkpoint.write_weights(staging, weights, max_shard_size)
             config.to_json_file(staging / "config.json")

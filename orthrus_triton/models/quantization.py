@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from orthrus_triton.models.backbone import OrthrusModel
 from orthrus_triton.models.config import OrthrusConfig
 from orthrus_triton.modules.projection import Linear, LowRankDelta
@@ -12,6 +14,7 @@ class QuantizationMixin:
 
     model: OrthrusModel
     config: OrthrusConfig
+    lm_head: Linear | None
     anchor_rows: int
 
     @property
@@ -20,24 +23,30 @@ class QuantizationMixin:
         return any(isinstance(module, Linear) and module.is_quantized for module in self.modules())
 
     @property
+    def has_int8_head(self) -> bool:
+        """Whether the LM head is in int8, too."""
+        return self.lm_head is not None and self.lm_head.is_quantized
+
+    @property
     def rounds_rows(self) -> bool:
         """Whether CPUs may round what they multiply with weights in int8; see `quantize_weights`."""
         return any(isinstance(module, Linear) and module.rounds_rows for module in self.modules())
 
-    def quantize_weights(self, round_rows: bool = False) -> None:
+    def quantize_weights(self, round_rows: bool = False, head: bool = False) -> None:
         """Keep the layers' matrices in int8 alone, one scale per row, in both views: about half the memory, and half
         the bytes of every pass.
 
         From here on this is the frozen model: `mode="consensus"` and `mode="ar"` agree with each other to the bit as
-        before, but no longer with the model in its own dtype. Embedding, LM head, norms and biases, the chain and what
-        is a low-rank view's own stay as they are. There is no way back: load a view and train before. What
+        before, but no longer with the model in its own dtype. Embedding, norms and biases, the chain and what is a
+        low-rank view's own stay as they are. There is no way back: load a view and train before. What
         `save_pretrained` then writes takes half the room, too. Call it before a decoder's run is opened, not within.
 
         Args:
             round_rows: whether CPUs that multiply integers faster also round to int8 what they multiply these weights
                 with, in groups of up to 64 numbers with one scale each: less time, and text of a model that is a little
-                further from the one before. Other devices take no notice. Of weights that are in int8 already, this
-                alone is changed.
+                further from the one before. Other devices take no notice. It may be changed later.
+            head: keep the LM head in int8, too, which small models spend much of their time with. One that was tied to
+                the embedding is one of its own then.
 
         Raises:
             ValueError: a weight is not finite; then nothing is changed.
@@ -48,10 +57,17 @@ class QuantizationMixin:
             name: module for name, module in self.model.layers.named_modules()
             if isinstance(module, Linear) and module not in of_deltas
         }  # fmt: skip
-        for name, module in matrices.items():
-            if not module.weight.is_meta and not module.weight.isfinite().all():
-                raise ValueError(f"weights must be finite to be kept in int8, but those of layers.{name} are not")
-        for module in matrices.values():
+        embedding = self.model.embed_tokens.weight
+        of_head = {"the LM head": embedding if self.lm_head is None else self.lm_head.weight} if head else {}
+        weights = {f"layers.{name}": module.weight for name, module in matrices.items()} | of_head
+        for name, weight in weights.items():
+            if not weight.is_meta and not weight.isfinite().all():
+                raise ValueError(f"weights must be finite to be kept in int8, but those of {name} are not")
+        if head and self.lm_head is None:
+            with torch.device("meta"):
+                self.lm_head = Linear(embedding.shape[1], embedding.shape[0])
+            self.lm_head.weight = embedding
+        for module in (*matrices.values(), *[self.lm_head] * (head or self.has_int8_head)):
             module.quantize(round_rows)
 
     def require_float_weights(self, action: str) -> None:

@@ -4,6 +4,7 @@ Only drafts depend on it, so plain torch will do: verify says what is said."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -105,7 +106,8 @@ class DraftChain(nn.Module):
 
     def choose(
         self, hidden: torch.Tensor, logits: torch.Tensor, own: torch.Tensor, embedding: torch.Tensor,
-        head: torch.Tensor, noise: DraftNoise | None = None, recalled: Recalled | None = None,
+        head_rows: Callable[[torch.Tensor], torch.Tensor], noise: DraftNoise | None = None,
+        recalled: Recalled | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Draft row by row, each row knowing what the one before it drafted.
 
@@ -116,7 +118,8 @@ class DraftChain(nn.Module):
             hidden: [B, T, H], final hidden states of T masks in a row.
             logits: [B, T, V], what they say by themselves.
             own: [B], the token at the first mask's own position.
-            embedding, head: [V, H].
+            embedding: [V, H].
+            head_rows: from tokens [...] to the LM head's rows [..., H].
             noise: None for a greedy draft.
             recalled: T tokens that followed `own` before; each gains its bonus behind the one before it.
 
@@ -136,7 +139,7 @@ class DraftChain(nn.Module):
         # [B, T, C before, H]
         correction = self.correction(hidden[:, :, None], F.embedding(before, embedding))
         # [B, T, C before, C]
-        scores = scores[:, :, None] + (correction @ F.embedding(candidates, head).transpose(-1, -2)).float()
+        scores = scores[:, :, None] + (correction @ head_rows(candidates).transpose(-1, -2)).float()
         if recalled is not None:
             scores = scores + recalled.of_pairs(own, before, candidates)
         if noise is not None:

@@ -15,8 +15,9 @@ from orthrus_triton.ops.sample import greedy_choice_reference, greedy_choice_tor
 
 
 def lm_head_choice(
-    hidden: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto", config: KernelConfig | None = None
-) -> torch.Tensor:
+    hidden: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto", config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None, round_rows: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """`greedy_choice(linear(hidden, weight, out_dtype=torch.float32))` without the logits.
 
     Args:
@@ -24,6 +25,7 @@ def lm_head_choice(
         weight: [V, H], the dtype of `hidden`, contiguous.
         impl: "auto", "triton", "torch" or "reference".
         config: kernel configuration, by default the one `linear` takes for this weight shape. Only with impl="triton".
+        weight_scale, round_rows: [V] float, for a `weight` of int8, and what becomes of `hidden` then, as in `linear`.
 
     Returns:
         [...] int64: the id of the largest fp32 logit, the lowest among equals. A NaN never wins; a row of NaN and -inf
@@ -32,12 +34,12 @@ def lm_head_choice(
     Raises:
         ValueError: shapes or dtypes that do not agree.
     """
-    check_product(hidden, weight, None)
+    check_product(hidden, weight, None, weight_scale)
     impl = resolve_impl(impl, hidden)
     require_kernel(config, impl)
     if config is not None:
-        return launch_lm_head_choice(hidden, weight, config)
-    return torch.ops.orthrus_triton.lm_head_choice(hidden, weight, impl)
+        return launch_lm_head_choice(hidden, weight, config, weight_scale)
+    return torch.ops.orthrus_triton.lm_head_choice(hidden, weight, impl, weight_scale, round_rows)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -93,13 +95,14 @@ NUM_WARPS = 4
 
 @on_its_device
 def launch_lm_head_choice(
-    hidden: torch.Tensor, weight: torch.Tensor, config: KernelConfig | None = None
-) -> torch.Tensor:
+    hidden: torch.Tensor, weight: torch.Tensor, config: KernelConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Run the kernels with `linear`'s configuration of this weight shape."""
     V, H = weight.shape
     config = config or lookup("linear", hidden.dtype, hidden.device, N=V, K=H)
-    if config["SPLIT_K"] > 1:  # a small vocabulary: no logit is whole before the splits are summed
-        return launch_greedy_choice(launch_linear(hidden, weight, None, None, torch.float32, config))
+    if config["SPLIT_K"] > 1 or weight_scale is not None:  # no logit is whole before the splits are summed and scaled
+        return launch_greedy_choice(launch_linear(hidden, weight, None, None, torch.float32, config, weight_scale))
     hidden = hidden.contiguous()
     M = hidden.numel() // H
     config = tiles_for_rows(config, M, weight)
@@ -118,18 +121,20 @@ def launch_lm_head_choice(
 
 
 @torch.library.custom_op(
-    "orthrus_triton::lm_head_choice", mutates_args=(), schema="(Tensor hidden, Tensor weight, str impl) -> Tensor"
+    "orthrus_triton::lm_head_choice",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, str impl, Tensor? weight_scale=None, bool round_rows=False) -> Tensor",
 )
-def _lm_head_choice_op(hidden, weight, impl):
+def _lm_head_choice_op(hidden, weight, impl, weight_scale=None, round_rows=False):
     if impl == "triton":
-        return launch_lm_head_choice(hidden, weight)
+        return launch_lm_head_choice(hidden, weight, weight_scale=weight_scale)
     if impl == "torch":
         # a CPU's product is rounded to its own dtype, and choosing among twice as many bytes takes five times as long
-        logits = linear_torch(hidden, weight, None, None, hidden.dtype if hidden.is_cpu else torch.float32)
-        return greedy_choice_torch(logits)
-    return greedy_choice_reference(linear_reference(hidden, weight, None))
+        dtype = hidden.dtype if hidden.is_cpu else torch.float32
+        return greedy_choice_torch(linear_torch(hidden, weight, None, None, dtype, weight_scale, round_rows))
+    return greedy_choice_reference(linear_reference(hidden, weight, None, weight_scale))
 
 
 @_lm_head_choice_op.register_fake
-def _(hidden, weight, impl):
+def _(hidden, weight, impl, weight_scale=None, round_rows=False):
     return hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)

@@ -70,7 +70,7 @@ def test_an_anchor_that_the_frozen_view_reads_is_no_draft(dtype: torch.dtype) ->
 
 
 @pytest.mark.usefixtures("with_and_without_c")
-@pytest.mark.parametrize("round_rows", [False, True])
+@pytest.mark.parametrize("also", [{}, {"round_rows": True}, {"round_rows": True, "head": True}], ids=str)
 @pytest.mark.parametrize(
     ("case", "dtype", "anchor_view", "options"),
     [
@@ -80,15 +80,16 @@ def test_an_anchor_that_the_frozen_view_reads_is_no_draft(dtype: torch.dtype) ->
         ("olmo2", torch.bfloat16, "ar", {}), ("qwen2", torch.bfloat16, "diffusion", {"view_rank": 2}),
     ],
 )  # fmt: skip
-def test_consensus_is_ar_to_the_bits_of_the_cache(case, dtype, anchor_view, options, round_rows: bool) -> None:
-    assert_consensus_is_ar(dual_view(case, dtype, anchor_view, **options), (5, 11), 32, "torch", round_rows)
+def test_consensus_is_ar_to_the_bits_of_the_cache(case, dtype, anchor_view, options, also: dict[str, bool]) -> None:
+    assert_consensus_is_ar(dual_view(case, dtype, anchor_view, **options), (5, 11), 32, "torch", **also)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("anchor_view", ["diffusion", "ar"])
 def test_consensus_is_ar_in_triton(dtype: torch.dtype, anchor_view: str) -> None:
     lengths, tokens = ((5,), 4) if is_interpreted() else ((5, 11, 300), 64)
-    assert_consensus_is_ar(dual_view("qwen3", dtype, anchor_view).to(DEVICE), lengths, tokens, "triton")
+    model = dual_view("qwen3", dtype, anchor_view).to(DEVICE)
+    assert_consensus_is_ar(model, lengths, tokens, "triton", head=anchor_view == "ar")
 
 
 @pytest.mark.gpu
@@ -100,9 +101,9 @@ def test_consensus_is_ar_beside_many_others(dtype: torch.dtype) -> None:
 
 
 def assert_consensus_is_ar(
-    model: OrthrusForCausalLM, lengths: tuple[int, ...], tokens: int, impl: str, round_rows: bool = False
+    model: OrthrusForCausalLM, lengths: tuple[int, ...], tokens: int, impl: str, **also: bool
 ) -> None:
-    model.quantize_weights(round_rows)
+    model.quantize_weights(**also)
     prompts = [random_ids(length, seed=length)[0].to(DEVICE) for length in lengths]
     decoders = [ConsensusDecoder(model, mode=mode, impl=impl) for mode in ("consensus", "ar")]
     ours, theirs = (decoder.generate(prompts, max_new_tokens=tokens).sequences for decoder in decoders)

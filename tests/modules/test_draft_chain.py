@@ -29,7 +29,7 @@ def test_all_pairs_at_once_are_one_row_after_the_other() -> None:
     embedding, head = (torch.randn(V, H, generator=generator) for _ in range(2))
     logits, own = hidden @ head.T, torch.tensor([4, 299, 0])
     with torch.no_grad():
-        found = chain.choose(hidden, logits, own, embedding, head)
+        found = chain.choose(hidden, logits, own, embedding, head.__getitem__)
         for b in range(B):
             token = int(own[b])
             for t in range(T):
@@ -53,7 +53,7 @@ def test_a_sampled_chain_draws_with_the_positions_noise() -> None:
     choice = sample_choice(logits, positions, how, impl="torch")
     noise = gumbel_torch(V, *row_key_torch(how.seed[:, None], how.sequence[:, None], positions, CHOICE))
     with torch.no_grad():
-        found = chain.choose(hidden, logits, own, head, head, DraftNoise(choice, positions, how))
+        found = chain.choose(hidden, logits, own, head, head.__getitem__, DraftNoise(choice, positions, how))
         for b, temperature in enumerate((0.0, 1.3)):
             token = int(own[b])
             for t in range(T):
@@ -103,7 +103,7 @@ def test_a_chain_that_corrects_nothing_draws_as_the_ar_view(
     hidden, head = torch.randn(20, 9, 24, generator=generator), torch.randn(3000, 24, generator=generator)
     logits = spread / 24**0.5 * hidden @ head.T
     noise = draw(logits, temperature, **filters)
-    found = chain.choose(hidden, logits, torch.zeros(20, dtype=torch.int64), head, head, noise)
+    found = chain.choose(hidden, logits, torch.zeros(20, dtype=torch.int64), head, head.__getitem__, noise)
     assert (found == noise.choice).float().mean() > 0.95
     least = logits.topk(CANDIDATES).values[..., -1:]
     others = (torch.where(logits < least, logits, -torch.inf) / temperature).logsumexp(-1)
@@ -115,7 +115,7 @@ def test_a_greedy_sequence_among_sampled_ones_drafts_without_noise() -> None:
     chain.reset()
     hidden, head = torch.randn(20, 9, 24, generator=generator), torch.randn(300, 24, generator=generator)
     logits = hidden @ head.T / 24**0.5
-    found = chain.choose(hidden, logits, torch.zeros(20, dtype=torch.int64), head, head, draw(logits, 0.0))
+    found = chain.choose(hidden, logits, torch.zeros(20, dtype=torch.int64), head, head.__getitem__, draw(logits, 0.0))
     assert torch.equal(found, logits.argmax(-1))
 
 
@@ -127,7 +127,7 @@ def test_a_row_that_would_draw_no_token_drafts_some_token() -> None:
     logits = torch.full((1, T, V), torch.nan)
     noise = DraftNoise(sample_choice(logits, positions, how, impl="torch"), positions, how)
     assert noise.choice.tolist() == [[VOID] * T]
-    found = chain.choose(torch.full((1, T, 24), torch.nan), logits, torch.tensor([4]), head, head, noise)
+    found = chain.choose(torch.full((1, T, 24), torch.nan), logits, torch.tensor([4]), head, head.__getitem__, noise)
     assert ((found >= 0) & (found < V)).all()
 
 
@@ -142,7 +142,7 @@ def test_an_untrained_chain_changes_nothing() -> None:
     chain, hidden = make_chain(), torch.randn(2, 4, 24)
     chain.reset()
     head = torch.randn(50, 24)
-    found = chain.choose(hidden, hidden @ head.T, torch.tensor([1, 2]), head, head)
+    found = chain.choose(hidden, hidden @ head.T, torch.tensor([1, 2]), head, head.__getitem__)
     assert torch.equal(found, (hidden @ head.T).argmax(-1))
 
 

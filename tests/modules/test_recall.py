@@ -18,20 +18,15 @@ def test_the_chain_follows_what_it_recalls_as_long_as_it_does() -> None:
     chain, (T, H, V) = DraftChain(24, 10), (5, 24, 300)
     hidden, head, own = torch.randn(1, T, H), torch.randn(V, H), torch.tensor([7])
     logits = hidden @ head.T
-    plain = chain.choose(hidden, logits, own, head, head)[0].tolist()
+    plain = chain.choose(hidden, logits, own, head, head.__getitem__)[0].tolist()
     said = logits.argsort(-1)[0, :, 100].tolist()  # not among the candidates by themselves
     sure = torch.full((1, T), 1e4)
+    recalled = Recalled(torch.tensor([said]), sure)
     with torch.no_grad():
-        assert (
-            chain.choose(hidden, logits, own, head, head, None, Recalled(torch.tensor([said]), sure))[0].tolist()
-            == said
-        )
+        assert chain.choose(hidden, logits, own, head, head.__getitem__, None, recalled)[0].tolist() == said
         # the first is outbid, so nothing behind it was ever said after what stands there
         sure[0, 0] = 0
-        assert (
-            chain.choose(hidden, logits, own, head, head, None, Recalled(torch.tensor([said]), sure))[0].tolist()
-            == plain
-        )
+        assert chain.choose(hidden, logits, own, head, head.__getitem__, None, recalled)[0].tolist() == plain
 
 
 def test_a_recalled_token_has_its_own_logit_and_the_bonus() -> None:
@@ -41,7 +36,9 @@ def test_a_recalled_token_has_its_own_logit_and_the_bonus() -> None:
     hidden, weight, said = torch.zeros(1, T, 24), torch.zeros(V, 24), torch.tensor([[70, 80, 90]])
     for bonus, drafted in ((5.0, [0, 0, 0]), (11.0, [70, 80, 90])):
         recalled = Recalled(said, torch.full((1, T), bonus))
-        found = chain.choose(hidden, logits.expand(1, T, V), torch.tensor([7]), weight, weight, None, recalled)
+        found = chain.choose(
+            hidden, logits.expand(1, T, V), torch.tensor([7]), weight, weight.__getitem__, None, recalled
+        )
         assert found[0].tolist() == drafted
 
 
