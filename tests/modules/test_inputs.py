@@ -49,6 +49,23 @@ def test_every_form_of_prompts_is_split_alike(dtype: torch.dtype) -> None:
         split_prompts(left, torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1]]), VOCAB)
 
 
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.tensor(3), None, r"input_ids must be \[B, L\] .* got shape \(\)"),
+        (torch.ones(1, 2, 3).long(), None, r"input_ids must be \[B, L\] .* got shape \(1, 2, 3\)"),
+        (None, None, r"input_ids must be \[B, L\] .* got a NoneType"),
+        ([[[1], [2, 3]]], None, "input_ids must be .* prompts of integers, but: "),
+        ([[1], torch.ones(2, 2).long()], None, r"prompt 1 must be 1-D with at least one token, but got \(2, 2\)"),
+        ([[1, 2]], torch.ones(1, 2), r"attention_mask goes with a \[B, L\] tensor, but input_ids is a list"),
+        (torch.ones(2, 2).long(), torch.tensor([[1, 1], [0, 0]]), r"prompt 1 must be 1-D .* but got \(0,\)"),
+    ],
+)
+def test_prompts_of_another_form_are_refused(ids: object, mask: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_prompts(ids, mask, VOCAB)
+
+
 @pytest.mark.parametrize(("prompt", "tokens"), [(500, 13), (512, 1), (300, 213)])
 def test_the_newest_token_needs_no_row(prompt: int, tokens: int) -> None:
     assert tokens_to_cache(prompt, tokens) == 512

@@ -102,6 +102,13 @@ def test_no_rows_give_no_rows(impl: str, device: torch.device) -> None:
     assert dual_view_attention(q, cache, cache, limit, impl=impl).shape == q.shape
 
 
+@pytest.mark.parametrize("impl", ["torch", "library"])
+def test_blocks_without_a_context_in_fp64(impl: str) -> None:
+    case = make_case(3, torch.float64, torch.device("cpu"), context=0, block_size=2)
+    expected = dual_view_attention(*case.args(), impl="reference")
+    torch.testing.assert_close(dual_view_attention(*case.args(), impl=impl), expected)
+
+
 @pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_a_window_shorter_than_the_block_leaves_its_last_rows_the_block_alone(impl: str, device: torch.device) -> None:
@@ -164,6 +171,14 @@ def test_torch_takes_whole_blocks_at_a_time(rows: int, block_size: int | None, w
     for impl in ("torch", "library"):
         out = dual_view_attention(*case.args(), impl=impl)
         torch.testing.assert_close(out.double(), expected.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", "library"])
+def test_what_is_not_finite_is_seen_where_no_key_is_hidden(impl: str) -> None:
+    case = make_case(1, torch.float64, torch.device("cpu"), rows=1, capacity=9)
+    case.k_cache[0, 1, 4] = torch.nan
+    out = dual_view_attention(case.q, case.k_cache, case.v_cache, torch.tensor([[9]], dtype=torch.int32), impl=impl)
+    assert out[:, :, 3:].isnan().all() and out[:, :, :3].isfinite().all()
 
 
 def test_long_calls_are_cut_without_moving_bits(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

@@ -112,6 +112,19 @@ def test_an_anchor_at_the_start_sees_its_block_alone(impl: str) -> None:
     torch.testing.assert_close(out, expected.transpose(2, 3).flatten(1, 2))
 
 
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_limits_are_clamped_to_the_context(impl: str, window: int | None) -> None:
+    case = make_case(
+        3, torch.float32, DEVICE, rows=4, kv_heads=1, capacity=9, block_size=2, window=window, poison=False
+    )
+    found = []
+    for limits in ([-7, -7, 12, 12], [0, 0, 9, 9]):
+        case.key_limit = torch.tensor([limits], dtype=torch.int32, device=DEVICE)
+        found.append(run(case, impl))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_repeat_and_ignore_what_nobody_sees(dtype: torch.dtype, impl: str) -> None:

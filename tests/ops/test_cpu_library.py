@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,9 +102,11 @@ def test_without_a_home_nothing_is_kept_where_the_process_runs(fresh: Path, tmp_
     """A user that has none, as in a container, has no cache folder either."""
     monkeypatch.setattr(c, "cache_folder", lambda: Path("~/.cache/orthrus_triton"))
     monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
+    before, paths, load = sorted(tmp_path.rglob("*")), [], c.ctypes.CDLL
+    monkeypatch.setattr(c.ctypes, "CDLL", lambda path: paths.append(path) or load(path))
     assert c.c_library() is not None
     assert sorted(tmp_path.rglob("*")) == before
+    assert paths and all(map(os.path.isabs, paths))  # nor is one taken from there
 
 
 @needs_c
@@ -147,3 +150,52 @@ def test_without_a_compiler_one_line_says_so(fresh: Path, monkeypatch: pytest.Mo
     assert c.c_library() is None and c.c_library() is None
     (message,) = caplog.messages
     assert "no C compiler (cc, gcc, clang) is installed" in message
+
+
+def test_what_a_compiler_made_is_taken_and_nothing_said(fresh: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    made = SimpleNamespace()
+    monkeypatch.setattr(c.sys, "platform", "linux")
+    monkeypatch.setattr(c, "_load", lambda *_: made)
+    compiler_that(tmp_path, monkeypatch, "exit 1")
+    assert c.c_library() is made and not caplog.messages
+
+
+def test_elsewhere_than_on_linux_no_compiler_is_looked_for(fresh: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(c.sys, "platform", "darwin")
+    monkeypatch.setattr(c.shutil, "which", lambda name: pytest.fail(f"looked for {name}"))
+    assert c.c_library() is None and not caplog.messages
+
+
+def test_a_compiler_of_two_names_is_tried_once(fresh: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(c.sys, "platform", "linux")
+    folder = compiler_that(tmp_path, monkeypatch, "echo broken >&2; exit 1")
+    (folder / "gcc").symlink_to(folder / "cc")
+    monkeypatch.setattr(c.shutil, "which", lambda name: str(folder / name) if name != "clang" else None)
+    assert c.c_library() is None and caplog.text.count("broken") == 1
+
+
+@needs_c
+def test_another_compiler_is_another_library(fresh: Path, tmp_path: Path, monkeypatch) -> None:
+    assert c.c_library() is not None
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler_that(tmp_path, monkeypatch, f'exec {compiler} "$@"')
+    c.c_library.cache_clear()
+    assert c.c_library() is not None and len(list(fresh.iterdir())) == 2
+
+
+@needs_c
+def test_a_library_that_cannot_be_put_in_its_place_leaves_nothing_there(fresh: Path, monkeypatch) -> None:
+    def replace(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(c.os, "replace", replace)
+    assert c.c_library() is not None and not list(fresh.iterdir())
+
+
+@needs_c
+def test_without_threads_it_is_compiled_all_the_same(fresh: Path, monkeypatch) -> None:
+    def no_threads(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(c, "ThreadPoolExecutor", no_threads)
+    assert c.c_library() is not None

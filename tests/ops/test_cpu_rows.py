@@ -45,17 +45,18 @@ def test_a_row_of_a_product_with_a_weight_in_int8_has_the_bits_it_has_alone(dtyp
 
 
 @given(
-    DTYPES, st.integers(1, 33), st.integers(0, 32), st.integers(0, 1700), st.sampled_from([(1, 16), (3, 64), (4, 24)])
-)
-def test_a_row_of_attention_has_the_bits_it_has_alone(dtype, rows, at, context, heads):
+    DTYPES, st.sampled_from([1, 2, 7, 8, 9, 17, 33, 70]), st.integers(0, 69), st.integers(0, 1670),
+    st.sampled_from([(1, 16), (3, 64), (4, 24)]), st.sampled_from([None, 1, 300, 700]),
+)  # fmt: skip
+def test_a_row_of_attention_has_the_bits_it_has_alone(dtype, rows, at, context, heads, window):
     group, D = heads
     at = at % rows
     q = torch.randn(1, rows, 2 * group, D).to(dtype)
     k, v = torch.randn(2, 1, 2, 1740, D).to(dtype)
     key_limit = (context + 1 + torch.arange(rows, dtype=torch.int32))[None]
-    together = ops.dual_view_attention(q, k, v, key_limit, impl="torch")
+    together = ops.dual_view_attention(q, k, v, key_limit, window=window, impl="torch")
     row = slice(at, at + 1)
-    alone = ops.dual_view_attention(q[:, row], k, v, key_limit[:, row], impl="torch")
+    alone = ops.dual_view_attention(q[:, row], k, v, key_limit[:, row], window=window, impl="torch")
     assert torch.equal(together[:, row], alone)
 
 

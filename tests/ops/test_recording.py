@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from orthrus_triton.ops.cpu.recording import Recorder
 
@@ -37,3 +38,31 @@ def test_recordings_that_never_run_at_once_share_their_memory() -> None:
             result = torch.add(source, source)
         addresses.append(recorder.recording(result, pool).replay().data_ptr())
     assert len(set(addresses)) == 1
+
+
+def test_a_step_does_not_write_to_what_it_reads() -> None:
+    seen: list[tuple[int, ...]] = []
+    with Recorder() as recorder:
+        read, written = recorder.empty((4,), torch.float32), recorder.empty((4,), torch.float32)
+        recorder.kernel(lambda *addresses: seen.append(addresses), (read, written), ())
+    recorder.recording(written, defaultdict(list)).replay()
+    assert seen[0][0] != seen[0][1]
+
+
+def test_later_steps_leave_the_result_alone() -> None:
+    source = torch.ones(3)
+    with Recorder() as recorder:
+        result = torch.add(source, source)
+        torch.add(source, source, alpha=5)
+    assert recorder.recording(result, defaultdict(list)).replay().tolist() == [2.0] * 3
+
+
+def test_memory_that_kernels_read_is_held_though_its_tensor_is_given_other() -> None:
+    source = torch.ones(3)
+    with Recorder() as recorder:
+        recorder.kernel(lambda address: None, (source,), ())
+        result = torch.add(source, source)
+    recording = recorder.recording(result, defaultdict(list))
+    storage = StorageWeakRef(source.untyped_storage())
+    source.data = torch.zeros(5)
+    assert not storage.expired() and recording.replay().tolist() == [2.0] * 3

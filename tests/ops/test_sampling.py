@@ -30,17 +30,19 @@ from orthrus_triton.ops import (
     sampling,
 )
 from orthrus_triton.ops.gumbel import (
+    ACCEPT,
     CHOICE,
     DRAFT,
     SMALL,
     exponential,
     exponential_torch,
     gumbel_torch,
-    philox_torch,
+    noise_words_torch,
     row_key_torch,
+    uniform_torch,
 )
 from orthrus_triton.ops.logits_filter import kept_reference
-from orthrus_triton.ops.portable_math import portable_exp_torch, portable_log_torch
+from orthrus_triton.ops.portable_math import portable_exp, portable_exp_torch, portable_log, portable_log_torch
 from tests.ops.sampling_cases import DEVICE, make_logits, mixed_sampling, positions_of, sampling_of
 
 pytestmark = pytest.mark.usefixtures("with_and_without_c")
@@ -64,7 +66,7 @@ def test_triton_torch_and_definition_choose_alike(
     vocab, rows = 100, 2 if span > 100 else 1
     logits, positions, how = make_logits(block, 8, rows, vocab), positions_of(8, rows), mixed_sampling()
     ids = {impl: sample_choice(logits, positions, how, impl=impl) for impl in ("triton", "torch", "reference")}
-    assert torch.equal(ids["triton"], ids["torch"])
+    assert torch.equal(ids["triton"], ids["torch"]) and {found.dtype for found in ids.values()} == {torch.int64}
     assert torch.equal(ids["torch"], ids["reference"])
     assert torch.equal(ids["torch"][0], greedy_choice(logits[0]))  # temperature 0
 
@@ -88,12 +90,12 @@ def test_no_winner_is_passed_over(seed: int, scale: float, data: st.DataObject) 
 def test_scores_that_rounding_makes_equal_go_to_the_lowest_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten million is a whole number in fp32, and so is its score: no noise words may rule such a token out."""
     use_spans(monkeypatch, 8, 4)
-    monkeypatch.setattr(sample_torch, "LISTED", 4)
     logits = 1e7 + 2 * torch.randn(40, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits, positions, how = logits.float().to(DEVICE), positions_of(40, 1), sampling_of(40)
     keys = row_key_torch(how.seed[:, None], how.sequence[:, None], positions, CHOICE)
     expected = (logits + gumbel_torch(8, *keys)).argmax(dim=-1)
-    for impl in ("triton", "torch"):
+    for impl, listed in (("triton", 4), ("torch", 4), ("torch", 8)):
+        monkeypatch.setattr(sample_torch, "LISTED", listed)
         assert torch.equal(sample_choice(logits, positions, how, impl=impl), expected)
 
 
@@ -111,9 +113,9 @@ def test_equal_logits_stand_or_fall_together(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_top_p_drops_what_has_exactly_its_share_above_it() -> None:
     logits = torch.full((40, 1, 9), -torch.inf, device=DEVICE)
-    logits[..., 5], logits[..., 2] = 0.0, -1e-9  # a hair less likely: the same mass in fixed point
+    logits[..., 5], logits[..., 2] = 0.0, -1e-17  # a hair less likely: the same mass, in fixed point and in fp64
     how = sampling_of(40, top_p=[0.5, 0.51] * 20)
-    for impl in ("triton", "torch"):
+    for impl in ("triton", "torch", "reference"):
         ids = sample_choice(logits, positions_of(40, 1), how, impl=impl)[:, 0]
         assert set(ids[::2].tolist()) == {5} and set(ids[1::2].tolist()) == {5, 2}
 
@@ -127,8 +129,9 @@ def test_top_p_is_a_share_of_what_top_k_kept(monkeypatch: pytest.MonkeyPatch) ->
         assert set(ids[::2].flatten().tolist()) == {7, 40} and set(ids[1::2].flatten().tolist()) == {7, 40, 3}
 
 
-def test_a_top_p_too_small_for_fp32_keeps_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_torch, "LISTED", 3)
+@pytest.mark.parametrize("listed", [3, 9])
+def test_a_top_p_too_small_for_fp32_keeps_the_likeliest(listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_torch, "LISTED", listed)
     logits = torch.zeros(30, 1, 9, device=DEVICE)
     logits[:, 0, 7:] = -1.0
     how = sampling_of(30, top_p=1e-60)
@@ -172,6 +175,27 @@ def test_the_list_of_the_largest_may_end_where_top_k_does(
     assert torch.equal(
         sample_choice(logits, positions, how, impl="torch"), sample_choice(logits, positions, how, impl="reference")
     )
+
+
+@pytest.mark.parametrize("filters", [{"min_p": 0.5}, {"top_p": 0.3}], ids=str)
+def test_what_the_filters_keep_behind_the_list_may_be_chosen(
+    filters: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight equals of which the list holds two: a little likelier than min_p, or where the mass of top_p ends."""
+    monkeypatch.setattr(sample_torch, "LISTED", 3)
+    logits = torch.full((60, 1, 9), -0.6, device=DEVICE)
+    logits[..., 4] = 0.0
+    ids = sample_choice(logits, positions_of(60, 1), sampling_of(60, **filters), impl="torch")
+    assert set(ids.flatten().tolist()) == set(range(9))
+
+
+@pytest.mark.parametrize("listed", [1, 128])
+def test_without_top_p_the_rarest_token_may_be_chosen(listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 the others have all of the mass, and the noise of this sequence is the luck of one in 600 million."""
+    monkeypatch.setattr(sample_torch, "LISTED", listed)
+    logits = torch.tensor([[[0.0, -19.5]]], device=DEVICE)
+    for impl in ("triton", "torch", "reference"):
+        assert sample_choice(logits, positions_of(1, 1), sampling_of(1, sequence=63_277_339), impl=impl) == 1
 
 
 def test_rows_do_not_know_of_each_other() -> None:
@@ -254,14 +278,45 @@ def test_noise_is_precise_at_both_ends() -> None:
         assert noise == pytest.approx(expected, rel=4e-7), (h, l)
 
 
-def test_known_noise_stays_as_it_is() -> None:
-    """A sampled text must be the same in the next release: these words were computed with Python's integers."""
-    c0, c1, key = 17, 2**31 + 5, 0xDEADBEEF
-    got = [int(word) for word in philox_torch(*(torch.tensor(value) for value in (c0, c1, key)))]
+@triton.jit
+def exp_and_log_kernel(x_ptr, y_ptr, exp_ptr, log_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(exp_ptr + at, portable_exp(tl.load(x_ptr + at)))
+    tl.store(log_ptr + at, portable_log(tl.load(y_ptr + at)))
+
+
+def test_portable_exp_and_log_have_the_bits_of_the_kernels() -> None:
+    """Also where exp ends, and halfway between two powers of two."""
+    x = -torch.arange(0.0, 128, 0.5) / math.log2(math.e)
+    x[-4:] = torch.tensor([-87.0, -87.00001, -100.0, -torch.inf])
+    y = torch.logspace(-25, 25, 256)
+    y[:3] = torch.tensor([0x3F3504F2, 0x3F3504F3, 0x3F800000], dtype=torch.int32).view(torch.float32)
+    x, y = x.to(DEVICE), y.to(DEVICE)
+    found = torch.empty(2, 256, device=DEVICE)
+    exp_and_log_kernel[(1,)](x, y, *found, BLOCK=256, **EXACT_LAUNCH)
+    assert torch.equal(found, torch.stack((portable_exp_torch(x), portable_log_torch(y))))
+
+
+def philox_in_integers(c0: int, c1: int, key: int) -> tuple[int, int]:
     for _ in range(7):
         product = c0 * 0xD256D193
         c0, c1, key = (product >> 32) ^ key ^ c1, product & 0xFFFFFFFF, (key + 0x9E3779B9) & 0xFFFFFFFF
-    assert got == [c0, c1]
+    return c0, c1
+
+
+@pytest.mark.parametrize("seed", [0, -7, 2**40 + 5, 2**63 - 1])
+@pytest.mark.parametrize(("sequence", "position"), [(0, 0), (70_000, 65_537), (2**31 - 1, 2**31 - 1)])
+def test_known_noise_stays_as_it_is(seed: int, sequence: int, position: int) -> None:
+    """A sampled text must be the same in the next release: these words are computed with Python's integers."""
+    for number, stream in enumerate((CHOICE, DRAFT, ACCEPT)):
+        words = philox_in_integers(position, sequence, seed % 2**32)
+        words = philox_in_integers(*words, (seed >> 32) % 2**32 ^ number)
+        keys = row_key_torch(*map(torch.tensor, (seed, sequence, position)), stream)
+        assert tuple(map(int, keys)) == words
+        assert float(uniform_torch(*keys)) == (philox_in_integers(*words, words[0] ^ words[1])[0] >> 8) / 2**24
+        assert [int(word) for word in noise_words_torch(torch.tensor([9]), *keys)] == [
+            *philox_in_integers(9, words[1], words[0])
+        ]
 
 
 def test_portable_exp_and_log_are_accurate() -> None:

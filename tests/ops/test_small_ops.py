@@ -189,6 +189,21 @@ def test_rope_cache(seed: int, dtype: torch.dtype, norm: bool, head_dim: int, ba
 
 
 @pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("first", [-5, -1, 0, 2, 3, 4])
+def test_a_run_of_slots_may_begin_before_the_cache_and_end_behind_it(first: int, impl: str) -> None:
+    """Of one sequence: nothing is written for what has no place."""
+    qkv, angles = randn(first + 5, 1, 2, 3 * 8, dtype=torch.float32), torch.zeros(1, 2, 4, device=DEVICE)
+    cache, slots = torch.full((2, 1, 1, 4, 8), 7.0, device=DEVICE), torch.tensor([[first, first + 1]], device=DEVICE)
+    ops.rope_cache(qkv, angles.cos(), angles.sin(), *cache, slots.int(), impl=impl)
+    expected = torch.full((2, 4, 8), 7.0, device=DEVICE)
+    for row in range(2):
+        if 0 <= first + row < 4:
+            expected[:, first + row] = qkv[0, row, 8:].view(2, 8)
+    assert torch.equal(cache[:, 0, 0], expected)
+
+
+@pytest.mark.usefixtures("with_and_without_c")
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
@@ -207,6 +222,16 @@ def test_no_angles_are_angles_of_zero(impl: str, dtype: torch.dtype, norm: bool)
         assert all(torch.equal(a, b) for a, b in zip(*found))
         q.fill_(7)
         assert torch.equal(qkv, before)
+
+
+def test_the_reference_of_rope_cache_computes_in_fp64_whatever_it_is_given() -> None:
+    qkv, angles, norm = (randn(seed, 1, 3, n, dtype=torch.float32) for seed, n in ((0, 4 * 64), (1, 32), (2, 64)))
+    slots, found = torch.arange(3, dtype=torch.int32, device=DEVICE)[None], []
+    for dtype in (torch.float32, torch.float64):
+        cache, weight = torch.zeros(2, 1, 1, 4, 64, dtype=dtype, device=DEVICE), norm[0, 0].to(dtype)
+        of_pass = (angles.cos(), angles.sin(), *cache, slots, weight, weight, 1e-6)
+        found.append(ops.rope_cache(qkv.to(dtype), *of_pass, impl="reference").float())
+    assert torch.equal(*found)
 
 
 def test_angles_are_given_together() -> None:
