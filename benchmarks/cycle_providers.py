@@ -101,10 +101,10 @@ def in_int8(model: OrthrusForCausalLM, round_rows: bool = False, head: bool = Fa
     return quantized
 
 
-def ours_int8_weights(load: Workload, mode: str = "consensus", round_rows: bool = False) -> Cycles:
+def ours_int8(load: Workload, mode: str = "consensus", round_rows: bool = False, head: bool = False) -> Cycles:
     """Our cycle of the model with weights in int8."""
-    measured = ours(replace(load, model=in_int8(load.model, round_rows)), mode)
-    measured.views = tuple(f"{view}-int8" for view in measured.views)
+    measured = ours(replace(load, model=in_int8(load.model, round_rows, head)), mode)
+    measured.views = tuple(f"{view}-int8{'-head' * head}" for view in measured.views)
     return measured
 
 
@@ -197,10 +197,12 @@ PROVIDERS: dict[str, Callable[[Workload], Cycles]] = {
     "ours-eager": lambda load: ours(load, cuda_graph=False),  # nothing captured or recorded: all modules, every time
     "ours-ar-eager": lambda load: ours(load, "ar", cuda_graph=False),
     "ours-int8-drafts": ours_int8_drafts,
-    "ours-int8-weights": ours_int8_weights,
-    "ours-ar-int8-weights": lambda load: ours_int8_weights(load, "ar"),
-    "ours-int8-rows": lambda load: ours_int8_weights(load, round_rows=True),
-    "ours-ar-int8-rows": lambda load: ours_int8_weights(load, "ar", round_rows=True),
+    "ours-int8-weights": ours_int8,
+    "ours-ar-int8-weights": lambda load: ours_int8(load, "ar"),
+    "ours-int8-rows": lambda load: ours_int8(load, round_rows=True),
+    "ours-ar-int8-rows": lambda load: ours_int8(load, "ar", round_rows=True),
+    "ours-int8-head": lambda load: ours_int8(load, round_rows=True, head=True),  # rows, too
+    "ours-ar-int8-head": lambda load: ours_int8(load, "ar", round_rows=True, head=True),
     "ours-sampled": lambda load: ours(load, params=SAMPLED),
     "ours-rejection": lambda load: ours(load, params=SAMPLED, rule="rejection"),
     "ours-ar-sampled": lambda load: ours(load, "ar", SAMPLED),
@@ -229,9 +231,9 @@ def problems(load: Workload, names: Sequence[str], tokens: int = 16) -> list[str
         with int8_drafts(model):
             got["consensus with int8 drafts"] = text("consensus")
     found += [f"mode {name} does not emit the tokens of AR mode" for name, one in got.items() if one != said]
-    for kind in ("weights", "rows"):
+    for kind in ("weights", "rows", "head"):
         if any(name.endswith(f"int8-{kind}") for name in names):
-            quantized = in_int8(model, kind == "rows")
+            quantized = in_int8(model, kind != "weights", kind == "head")
             if text("consensus", quantized) != text("ar", quantized):
                 found.append(f"with {kind} in int8, mode consensus does not emit the tokens of AR mode")
     ids = prompts[:1, :64]

@@ -114,9 +114,9 @@ def load_module(path: Path) -> ModuleType:
 
 def bytes_per_pass(model: OrthrusForCausalLM, view: str, context: int, batch: int) -> int:
     """What one pass of a view must read: its weights once, and every sequence's K/V. Of an embedding only if it is
-    also the LM head. The views "diffusion-int8" and "ar-int8" read their layers' matrices in int8."""
-    of_int8 = view.endswith("-int8")
-    view = view.removesuffix("-int8")
+    also the LM head. The views "diffusion-int8" and "ar-int8" read their layers' matrices in int8, those that end in
+    "-int8-head" the LM head, too."""
+    view, of_int8, of_head = view.partition("-int8")
     unused = {"ar": "_diff.", "diffusion": "\0"}[view]
     total = 0
     for name, parameter in model.named_parameters():
@@ -126,7 +126,8 @@ def bytes_per_pass(model: OrthrusForCausalLM, view: str, context: int, batch: in
         if "embed_tokens" in name and model.lm_head is not None:
             continue
         of_delta = "_diff.up." in name or "_diff.down." in name
-        in_int8 = of_int8 and ".layers." in name and parameter.dim() == 2 and not of_delta
+        is_matrix = ".layers." in name and parameter.dim() == 2 and not of_delta
+        in_int8 = of_int8 and is_matrix or of_head and name.startswith(("model.embed_tokens", "lm_head"))
         total += parameter.numel() + 4 * len(parameter) if in_int8 else parameter.nbytes
     config, width = model.config, model.dtype.itemsize
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.attention_head_dim * width

@@ -26,10 +26,10 @@ def run(*arguments: str, ok: bool = True):
 
 
 def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
-    drafted = (
-        "ours,ours-eager,ours-int8-drafts,ours-int8-weights,ours-int8-rows,ours-sampled,ours-rejection,ours-inexact"
-    )
-    ours = f"{drafted},ours-ar-int8-weights,ours-ar-int8-rows,ours-ar,ours-ar-eager,ours-ar-sampled,ours-ar-inexact"
+    in_int8 = "ours-int8-drafts,ours-int8-weights,ours-int8-rows,ours-int8-head"
+    drafted = f"ours,ours-eager,{in_int8},ours-sampled,ours-rejection,ours-inexact"
+    in_int8 = "ours-ar-int8-weights,ours-ar-int8-rows,ours-ar-int8-head"
+    ours = f"{drafted},{in_int8},ours-ar,ours-ar-eager,ours-ar-sampled,ours-ar-inexact"
     providers = f"{ours},official,hf,hf-compiled"
     result = run(
         "--context", "40", "--batch", "1,2", "--cycles", "3", "--providers", providers, "--tokens-per-cycle", "4",
@@ -50,7 +50,8 @@ def test_rows_for_who_can_and_reasons_for_who_cannot(tmp_path: Path) -> None:
     floors = {row["provider"]: float(row["floor_ms"]) for row in timed}
     assert floors["ours-ar"] < floors["ours-int8-drafts"] < floors["ours"]
     assert floors["ours-int8-rows"] == floors["ours-int8-weights"] < floors["ours-int8-drafts"]
-    assert floors["ours-ar-int8-weights"] < floors["ours-ar"]
+    assert floors["ours-int8-head"] < floors["ours-int8-weights"]
+    assert floors["ours-ar-int8-head"] < floors["ours-ar-int8-weights"] < floors["ours-ar"]
     notes = {row["provider"]: row["note"] for row in rows if not row["p50_ms"]}
     assert "needs --official PATH" in notes["official"] and "on a GPU only" in notes["hf-compiled"]
     assert "acceptance is not measured" in result.output and "assumes 4 tokens per drafted cycle" in result.output
