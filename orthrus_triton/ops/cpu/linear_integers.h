@@ -17,9 +17,13 @@
 typedef int8_t row_number, weight_number;
 typedef ints factors;
 
-#define load_rows(from) load_ints((const int32_t *)(from))
+static inline ints load_rows(const int8_t *from) {
+    ints x = load_ints((const int32_t *)from);
+    hold(x);
+    return x;
+}
 #define load_last_rows(from, n) load_rows(from)
-#define load_weights(from, part) shifted(load_rows(from))
+#define load_weights(from, part) shifted(load_ints((const int32_t *)(from)))
 static inline ints load_last_weights(const int8_t *from, int64_t n, int part) {
     int8_t padded[DEPTH] = {0};
     memcpy(padded, from, n);

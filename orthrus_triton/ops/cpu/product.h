@@ -81,7 +81,7 @@ static inline __attribute__((always_inline)) void add_all_products(
     int64_t k = 0;
     for (; k + DEPTH <= K; k += DEPTH) {
 #pragma GCC unroll 16
-        for (int line = 0; line < lines; line++) __builtin_prefetch(next + (k * lines + DEPTH * line));
+        for (int line = 0; line < lines; line++) __builtin_prefetch(next + (k * lines + DEPTH * line), 0, 2);
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++) {
             factors numbers[TALL];
@@ -167,8 +167,8 @@ static inline __attribute__((always_inline)) void store_products(
 }
 
 /* A panel of M rows times the weight's rows first..last-1, in groups. The next group is asked for by the first squares
- * of this one, by the more of them the more rows there are: it should be there by then. Every line of one row alone
- * asks for the next one. */
+ * of this one, by the more of them the more rows there are: it should be there by then, in the second cache, for the
+ * first one may hold no two groups. Every line of one row alone asks for the next one. */
 static void multiply_panel(
     const row_number *x, int64_t x_stride, const weight_number *weight, const float *scale, const out_number *bias,
     out_number *out, int64_t M, int64_t N, int64_t K, int64_t first, int64_t last) {

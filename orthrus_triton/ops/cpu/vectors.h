@@ -64,12 +64,13 @@ static inline floats load(const float *from) {
 }
 
 /* x in a register: compilers else read it anew for each product that it is a factor of. */
-static inline floats held(floats x) {
 #ifdef __aarch64__
-    __asm__("" : "+w"(x));
+#define hold(x) __asm__("" : "+w"(x))
 #else
-    __asm__("" : "+v"(x));
+#define hold(x) __asm__("" : "+v"(x))
 #endif
+static inline floats held(floats x) {
+    hold(x);
     return x;
 }
 
