@@ -75,7 +75,7 @@ static void round_span(int8_t *to, const out_number *x, int64_t n) {
             const bytes low = __builtin_convertvector(rounded, bytes);
             memcpy(values + k + part * LANES, &low, sizeof low);
         }
-        excess = add_product(excess, load_rows(values + k), all_ints(ZERO * 0x01010101));
+        excess = add_product(excess, load_rows(values + k), all_ints((int32_t)(ZERO * 0x01010101u)));
     }
     excess = -excess;
     memcpy(to, &excess, sizeof excess);
