@@ -1,11 +1,12 @@
 /* x @ (values * scale).T of values in int8, and of rows rounded to int8 as well, for CPUs with instructions that add up
  * four products of integers at a time: for a file that says before of which DTYPE, and so which `out_number`, all else
- * is. A lane's four numbers of each vector of a span have one scale; sums over a span are exact, and added up in fp32. */
+ * is. A lane's four numbers of each vector of a span have one scale. Sums over a span are exact, and added up in fp32.
+ */
 
 #define DEPTH (4 * LANES)
 #define PARTS 1
-#define SPAN (16 * DEPTH)    /* numbers of a row that are rounded together, up to 64 with each lane's scale */
-#define HEADER (8 * LANES)   /* bytes before them: of each lane, what it starts its sum with, and its scale */
+#define SPAN (16 * DEPTH)  /* numbers of a row that are rounded together, up to 64 with each lane's scale */
+#define HEADER (8 * LANES) /* bytes before them: of each lane, what it starts its sum with, and its scale */
 #define LARGEST 127
 #ifdef __aarch64__
 #define ZERO 0
@@ -82,8 +83,8 @@ static void round_span(int8_t *to, const out_number *x, int64_t n) {
     memcpy(to + sizeof excess, scale, sizeof scale);
 }
 
-/* x [M, K], values [N, K], scale [N], bias [N] or null -> out [M, N]; `room`, four bytes for each of [M, K rounded up to
- * 64], is for the rounded rows. A task takes `columns`, a multiple of 16. */
+/* x [M, K], values [N, K], scale [N], bias [N] or null -> out [M, N]; `room` [M, K rounded up to 64] is for the rounded
+ * rows and their headers. A task takes `columns`, a multiple of 16. */
 static void linear_integers(
     const out_number *x, const int8_t *values, const float *scale, const out_number *bias, out_number *out, float *room,
     int64_t M, int64_t N, int64_t K, int64_t columns, int num_threads) {

@@ -73,8 +73,8 @@ static inline __attribute__((always_inline)) void add_products(
     }
 }
 
-/* K products of each of `height` rows and each of `width` columns, to their sums. Each DEPTH numbers it asks for `lines`
- * times as many of `next`. */
+/* K products of each of `height` rows and each of `width` columns, to their sums. Each DEPTH numbers it asks for
+ * `lines` times as many of `next`. */
 static inline __attribute__((always_inline)) void add_all_products(
     sums *sum, const row_number *const *row, const weight_number *const *column, int64_t K, const int height,
     const int width, const int lines, const weight_number *next) {
