@@ -205,22 +205,26 @@ def test_attention_in_fp32_is_exact_to_a_few_units() -> None:
 
 
 @pytest.mark.usefixtures("with_and_without_c")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", [3, 4])  # whose last key is an odd or an even one
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(bad: float) -> None:
+def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(
+    bad: float, first: int, dtype: torch.dtype
+) -> None:
     """Of a query, of a key, and of a value, which 0 times itself would spread."""
-    clean = make_case(5, torch.float32, CPU, rows=6, kv_heads=1, context=70, poison=False)
+    clean = make_case(5, dtype, CPU, rows=6, kv_heads=1, context=70, poison=False)
     expected = ops.dual_view_attention(*clean.args(), impl="torch")
-    last = int(clean.key_limit[0, 3]) - 1  # rows 3, 4 and 5 see it
+    last = int(clean.key_limit[0, first]) - 1  # rows from `first` on see it
     for name in ("q", "k_cache", "v_cache"):
-        case = make_case(5, torch.float32, CPU, rows=6, kv_heads=1, context=70, poison=False)
+        case = make_case(5, dtype, CPU, rows=6, kv_heads=1, context=70, poison=False)
         spoilt = getattr(case, name)
-        (spoilt[0, 3:] if name == "q" else spoilt[0, :, last])[..., 0] = bad
+        (spoilt[0, first:] if name == "q" else spoilt[0, :, last])[..., 0] = bad
         out = ops.dual_view_attention(*case.args(), impl="torch")
-        assert torch.equal(out[:, :3], expected[:, :3]), name
+        assert torch.equal(out[:, :first], expected[:, :first]), name
         if name == "v_cache":
-            assert not out[:, 3:, :, 0].isfinite().any() and torch.equal(out[..., 1:], expected[..., 1:])
-        elif bad != -torch.inf and not (name == "k_cache" and bad == torch.inf):  # else a score may be -inf: no weight
-            assert out[:, 3:].isnan().all(), name
+            assert not out[:, first:, :, 0].isfinite().any() and torch.equal(out[..., 1:], expected[..., 1:])
+        elif bad != bad or (name == "q" and bad == torch.inf and dtype == torch.float32):  # else scores may be -inf
+            assert out[:, first:].isnan().all(), name
 
 
 @needs_c
