@@ -93,13 +93,13 @@ Int8RowsOption = Annotated[
     bool,
     typer.Option(
         "--int8-rows",
-        help="With weights in int8, round what they are multiplied with, too, on CPUs that are faster so: text of a "
+        help="--int8-weights, and what they are multiplied with is rounded, too, on CPUs that are faster so: text of a "
         "model a little further from the one before.",
     ),
 ]  # fmt: skip
 Int8HeadOption = Annotated[
     bool,
-    typer.Option("--int8-head", help="With weights in int8, keep the LM head in int8, too: for small models."),
+    typer.Option("--int8-head", help="--int8-weights, and the LM head in int8, too: for small models."),
 ]
 
 # one sequence's sampling, as SamplingParams has it

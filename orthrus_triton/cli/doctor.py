@@ -72,7 +72,7 @@ def _c_kernels() -> str:
         )
         has_bf16 = has_product(torch.empty(0, dtype=torch.bfloat16))
         notes = ["products of bf16 are oneDNN's"] * (not has_bf16)
-        notes += ["int8 is multiplied in integers (--int8-rows, --int8-drafts)"] * has_integer_product()
+        notes += ["rows in int8 (--int8-rows), and drafts, are multiplied in integers"] * has_integer_product()
         return "; ".join((f"compiled for this CPU: {kernels}", *notes))
     return "none (they need Linux and a C compiler such as gcc): decoding on this CPU takes about twice as long"
 

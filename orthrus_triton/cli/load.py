@@ -61,7 +61,7 @@ def load_model(
     model, tokenizer, name = load_demo(view, dtype, first) if name is None else _load_folder(name, dtype, first)
     if int8_weights:
         with busy("Turning weights to int8"):
-            model.quantize_weights(int8_rows or model.rounds_rows, int8_head)
+            model.quantize_weights(int8_rows or None, int8_head)
             model.to(device)
     if model.has_int8_weights:
         parts = ["weights", *["LM head"] * model.has_int8_head, *["rows"] * model.rounds_rows]

@@ -206,6 +206,11 @@ class OrthrusConfig(PreTrainedConfig):
         for name in ("mask_embedding", "int8_weights", "int8_rows", "int8_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, but got {getattr(self, name)!r}")
+        for name in ("int8_rows", "int8_head"):
+            if getattr(self, name) and not self.int8_weights:
+                raise ValueError(f"{name} must be false where int8_weights is, but got true")
+        if self.int8_head and self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be false with int8_head, but got true")
         if self.anchor_view not in ("diffusion", "ar"):
             raise ValueError(f"anchor_view must be 'diffusion' or 'ar', but got {self.anchor_view!r}")
         field = FAMILIES[self.base_model_type].activation_field

@@ -245,7 +245,9 @@ class OrthrusForCausalLM(ForwardMixin, DiffusionViewMixin, QuantizationMixin, Or
         weights = self.state_dict() if state_dict is None else state_dict
         config.int8_weights = any(tensor.dtype == torch.int8 for tensor in weights.values())
         config.int8_rows = config.int8_weights and self.rounds_rows
-        config.int8_head, config.tie_word_embeddings = self.has_int8_head, self.lm_head is None
+        head = weights.get("lm_head.weight")
+        config.int8_head = head is not None and head.dtype == torch.int8
+        config.tie_word_embeddings = config.tie_word_embeddings and head is None
         with checkpoint.atomic_folder(folder) as staging:
             checkpoint.write_weights(staging, weights, max_shard_size)
             config.to_json_file(staging / "config.json")

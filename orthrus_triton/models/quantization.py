@@ -32,7 +32,7 @@ class QuantizationMixin:
         """Whether CPUs may round what they multiply with weights in int8; see `quantize_weights`."""
         return any(isinstance(module, Linear) and module.rounds_rows for module in self.modules())
 
-    def quantize_weights(self, round_rows: bool = False, head: bool = False) -> None:
+    def quantize_weights(self, round_rows: bool | None = None, head: bool = False) -> None:
         """Keep the layers' matrices in int8 alone, one scale per row, in both views: about half the memory, and half
         the bytes of every pass.
 
@@ -44,7 +44,8 @@ class QuantizationMixin:
         Args:
             round_rows: whether CPUs that multiply integers faster also round to int8 what they multiply these weights
                 with, in groups of up to 64 numbers with one scale each: less time, and text of a model that is a little
-                further from the one before. Other devices take no notice. It may be changed later.
+                further from the one before. Other devices take no notice. None leaves it as it is, which is no at
+                first.
             head: keep the LM head in int8, too, which small models spend much of their time with. One that was tied to
                 the embedding is one of its own then.
 
@@ -67,6 +68,8 @@ class QuantizationMixin:
             with torch.device("meta"):
                 self.lm_head = Linear(embedding.shape[1], embedding.shape[0])
             self.lm_head.weight = embedding
+            self.lm_head.train(self.training)
+        round_rows = self.rounds_rows if round_rows is None else round_rows
         for module in (*matrices.values(), *[self.lm_head] * (head or self.has_int8_head)):
             module.quantize(round_rows)
 

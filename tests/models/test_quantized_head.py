@@ -63,6 +63,10 @@ def test_it_is_saved_and_loaded_as_it_is(case: str, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "again")
     again = OrthrusForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(*(one(ids, impl="torch").logits for one in (again, model)))
+    floats = other.state_dict()
+    model.save_pretrained(tmp_path / "floats", state_dict=floats)  # which decide, not the model
+    plain = OrthrusForCausalLM.from_pretrained(tmp_path / "floats")
+    assert torch.equal(*(one(ids, impl="torch").logits for one in (plain, other)))
     other.quantize_weights()
     other.save_pretrained(tmp_path / "without")
     without = OrthrusForCausalLM.from_pretrained(tmp_path / "without")

@@ -24,8 +24,11 @@ def test_what_is_said_comes_of_rounded_rows_then() -> None:
     after = model(ids, impl="torch").logits
     assert model.rounds_rows and torch.equal(after, before) != has_integer_product()
     assert (after - before).abs().max() < 0.1 * before.abs().max()
-    model.quantize_weights()
+    model.quantize_weights(round_rows=False)
     assert not model.rounds_rows and torch.equal(model(ids, impl="torch").logits, before)
+    model.quantize_weights(round_rows=True)
+    model.quantize_weights(head=True)
+    assert model.rounds_rows and model.lm_head.rounds_rows  # as long as nothing else is said
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "ar", "exact": False}, {"batch_invariant_prefill": True}], ids=str)
@@ -62,10 +65,25 @@ def test_it_is_saved_and_loaded_as_it_is(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = OrthrusForCausalLM.from_pretrained(tmp_path)
     assert loaded.rounds_rows and torch.equal(*(one(ids, impl="torch").logits for one in (loaded, model)))
-    loaded.quantize_weights()
+    loaded.quantize_weights(round_rows=False)
     loaded.save_pretrained(tmp_path / "as they are")
     assert not OrthrusForCausalLM.from_pretrained(tmp_path / "as they are").rounds_rows
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"int8_rows": "yes"}, "int8_rows must be true or false, but got 'yes'"),
+        ({"int8_weights": False}, "int8_rows must be false where int8_weights is, but got true"),
+        ({"int8_rows": False, "int8_head": True, "int8_weights": False}, "int8_head must be false where int8_weights"),
+        ({"int8_head": True, "tie_word_embeddings": True}, "tie_word_embeddings must be false with int8_head"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(said: dict, message: str, tmp_path: Path) -> None:
+    model = dual_view("llama")
+    model.quantize_weights(round_rows=True)
+    model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"int8_rows": "yes"}))
-    with pytest.raises(ValueError, match="int8_rows must be true or false, but got 'yes'"):
+    (tmp_path / "config.json").write_text(json.dumps(config | said))
+    with pytest.raises(ValueError, match=message):
         OrthrusForCausalLM.from_pretrained(tmp_path)
